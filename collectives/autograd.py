@@ -1,0 +1,172 @@
+"""Differentiable collectives. Each forward stands beside its backward, which is the forward of its partner.
+
+Two kinds of tensors pass through a parallel region: *replicated* ones (every rank holds the whole value and the
+whole gradient) and *partial* ones (the ranks' values, or gradients, sum to the whole).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import primitive
+from .primitive import Group, chunk_sizes
+
+
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return primitive.all_reduce(grad.contiguous().clone(), ctx.group), None
+
+
+class _Leave(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return primitive.all_reduce(x.contiguous().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, sizes: Sequence[int], partial: bool) -> Tensor:
+        ctx.group, ctx.dim, ctx.sizes, ctx.partial = group, dim, list(sizes), partial
+        return primitive.all_gather(x, group, sizes, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.partial:
+            grad = primitive.all_reduce(grad.contiguous().clone(), ctx.group)
+        return own_part(grad, ctx.group, ctx.dim, ctx.sizes).contiguous(), None, None, None, None
+
+
+class _Split(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        ctx.sizes = chunk_sizes(x.shape[dim], group.size())  # type: ignore[union-attr]
+        return own_part(x, group, dim, ctx.sizes).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return primitive.all_gather(grad, ctx.group, ctx.sizes, ctx.dim), None, None
+
+
+class _GatherSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int, length: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return primitive.all_gather(x, group, chunk_sizes(length, group.size()), dim)  # type: ignore[union-attr]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return primitive.reduce_scatter(grad, ctx.group, ctx.dim), None, None, None
+
+
+class _ScatterSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        ctx.sizes = chunk_sizes(x.shape[dim], group.size())  # type: ignore[union-attr]
+        return primitive.reduce_scatter(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return primitive.all_gather(grad, ctx.group, ctx.sizes, ctx.dim), None, None
+
+
+class _AllToAll(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, send: Any, receive: Any) -> Tensor:
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        return primitive.all_to_all(x, group, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return primitive.all_to_all(grad, ctx.group, ctx.receive, ctx.send), None, None, None
+
+
+def own_part(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Slice this rank's run of ``dim``."""
+    rank = 0 if group is None else group.rank()
+    return x.narrow(dim, sum(sizes[:rank]), sizes[rank])
+
+
+def enter(x: Tensor, group: Group) -> Tensor:
+    """Enter a parallel region with a replicated tensor: identity; backward sums the partial gradients.
+
+    Collective: none forward; one all-reduce of the bytes of ``x`` backward.
+    """
+    return x if group is None or not needs_grad(x) else _Enter.apply(x, group)
+
+
+def leave(x: Tensor, group: Group) -> Tensor:
+    """Leave a parallel region with a partial tensor: sum over the group; backward is the identity.
+
+    Collective: one all-reduce forward; none backward. Without autograd the sum is made in place in ``x``.
+    """
+    if group is None:
+        return x
+    return _Leave.apply(x, group) if needs_grad(x) else primitive.all_reduce(x.contiguous(), group)
+
+
+def gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int], *, partial: bool = False) -> Tensor:
+    """Concatenate along ``dim``; backward keeps this rank's part of the gradient.
+
+    ``partial`` says that each rank uses the gathered tensor for different work, so that gradients must be summed.
+    """
+    if group is None:
+        return x
+    if not needs_grad(x):
+        return primitive.all_gather(x, group, sizes, dim)
+    return _Gather.apply(x, group, dim, sizes, partial)
+
+
+def split(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Keep this rank's chunk of a replicated tensor; backward gathers. The inverse of ``gather``."""
+    if group is None:
+        return x
+    return _Split.apply(x, group, dim)
+
+
+def gather_sequence(x: Tensor, group: Group, dim: int, length: int) -> Tensor:
+    """Gather a sequence-parallel tensor before a tensor-parallel region; backward reduce-scatters.
+
+    Shape: [batch, seq/tp, hidden] -> [batch, seq, hidden]
+    """
+    return x if group is None else _GatherSequence.apply(x, group, dim, length)
+
+
+def scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
+    """Sum a partial tensor and keep this rank's chunk of the sequence; backward gathers.
+
+    Shape: [batch, seq, hidden] -> [batch, seq/tp, hidden]
+    """
+    return x if group is None else _ScatterSequence.apply(x, group, dim)
+
+
+def all_to_all(
+    x: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+) -> Tensor:
+    """Exchange runs of rows of dim 0; backward is the exchange with the counts swapped."""
+    if group is None:
+        return x
+    if not needs_grad(x):
+        return primitive.all_to_all(x, group, send, receive)
+    return _AllToAll.apply(x, group, send, receive)
+
+
+def needs_grad(x: Tensor) -> bool:
+    """Say whether autograd records what happens to ``x``."""
+    return torch.is_grad_enabled() and x.requires_grad
