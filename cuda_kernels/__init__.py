@@ -1,1 +1,8 @@
+"""Kernels: torch operators under `plait::`, each with a reference, a CPU and a fake implementation."""
 
+from .dense_attention import dense_attention
+from .merge import merge_states
+from .paged_attention import paged_attention
+from .scores import Interleave, attention_reference
+
+__all__ = ["Interleave", "attention_reference", "dense_attention", "merge_states", "paged_attention"]
