@@ -1,0 +1,297 @@
+"""The choices of each axis. A choice is an object that knows its size, options and legality.
+
+``Plan`` holds one choice per axis; an integer stands for the first class listed for the axis in
+``AXES``. Sizes and options are checked when a choice is made; what depends on other axes or on the
+model is checked by `Choice.validate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import PlanError, listed, suggestion
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .shape import ModelShape
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
+Problem = tuple[str, str]  # why it cannot be; what would do ("": some other size, to be computed)
+
+
+def whole(name: str, value: object) -> None:
+    """Refuse anything but a whole number of at least 1 (a bool is not a number here)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        what = f"{name}={value!r}"
+        raise PlanError(what, "is not a whole number", f"use an int such as {name}=2")
+    if value < 1:
+        raise PlanError(f"{name}={value}", "is not positive", f"use {name} >= 1")
+
+
+def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Refuse an option value that is not one of the known words."""
+    if value not in known:
+        raise PlanError(f"{name}={value!s}", "is not known", suggestion(str(value), known))
+
+
+class Choice:
+    """What all choices share: an axis, a size, a text form, and legality.
+
+    ``words`` are the bare words of the text form and the options each sets: ``sp`` in ``tp2:sp``.
+    """
+
+    __slots__ = ()
+    axis: ClassVar[str]
+    kind: ClassVar[str]
+    words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    size: int
+
+    @property
+    def word(self) -> str:
+        """The bare word to print after the colon, or nothing."""
+        return ""
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, in order."""
+        pairs = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
+        return {
+            name: value for name, value, default in pairs if name != "size" and value != default
+        }
+
+    def text(self) -> str:
+        """Print the choice as it stands in a plan, e.g. ``tp8:sp,replicate_kv=true``."""
+        covered = self.words.get(self.word, {})
+        said = f"{self.axis}{self.size}" + (f":{self.word}" if self.word else "")
+        for name, value in self.options().items():
+            if name not in covered:
+                said += f",{name}={str(value).lower() if isinstance(value, bool) else value}"
+        return said
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        """Say why this choice cannot be, or None. Unknown (None) numbers of the shape pass."""
+        return None
+
+    def validate(self, plan: Plan, shape: ModelShape) -> None:
+        """Raise PlanError unless this choice is legal in this plan for this shape."""
+        from .legality import remedy
+
+        found = self.problem(plan, shape)
+        if found is not None:
+            because, instead = found
+            asked = f"{self.axis}={self.size}"
+            raise PlanError(asked, because, instead or remedy(self, plan, shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate(Choice):
+    """Plain data parallelism: every dp rank holds all parameters. ``dp2``."""
+
+    size: int
+    axis: ClassVar[str] = "dp"
+    kind: ClassVar[str] = "replicate"
+
+    def __post_init__(self) -> None:
+        whole("dp", self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard(Choice):
+    """Fully sharded data parallelism: parameters are cut over dp between uses. ``dp2:shard``."""
+
+    size: int
+    axis: ClassVar[str] = "dp"
+    kind: ClassVar[str] = "shard"
+
+    def __post_init__(self) -> None:
+        whole("dp", self.size)
+
+    @property
+    def word(self) -> str:
+        return "shard"
+
+
+@dataclass(frozen=True, slots=True)
+class Ring(Choice):
+    """Ring attention: K and V travel around cp. ``cp4:ring``."""
+
+    size: int
+    axis: ClassVar[str] = "cp"
+    kind: ClassVar[str] = "ring"
+
+    def __post_init__(self) -> None:
+        whole("cp", self.size)
+
+    @property
+    def word(self) -> str:
+        return "ring"
+
+
+@dataclass(frozen=True, slots=True)
+class Ulysses(Choice):
+    """Ulysses attention: heads and sequence change places over cp. ``cp4:ulysses``."""
+
+    size: int
+    axis: ClassVar[str] = "cp"
+    kind: ClassVar[str] = "ulysses"
+
+    def __post_init__(self) -> None:
+        whole("cp", self.size)
+
+    @property
+    def word(self) -> str:
+        return "ulysses"
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        cut = self.size * plan.tp.size
+        if shape.heads is not None and shape.heads % cut:
+            return f"(ulysses) * tp={plan.tp.size} does not divide heads={shape.heads}", ""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Helix(Choice):
+    """Helix decode: the KV cache is cut along the sequence over kvp. ``kvp4,interleave=16``.
+
+    Args:
+        interleave: tokens in a row on one rank before the next rank's turn.
+        chunks: HOP-B chunks of the batch; 1 means no overlap.
+        exchange: what crosses the wire: ``partials``, ``kv``, or ``auto`` (the fewer bytes).
+        mla: exchange MLA partials before (``latent``) or after (``value``) W_UV.
+    """
+
+    size: int
+    _: KW_ONLY
+    interleave: int = 16
+    chunks: int = 1
+    exchange: str = "auto"
+    mla: str = "latent"
+    axis: ClassVar[str] = "kvp"
+    kind: ClassVar[str] = "helix"
+
+    def __post_init__(self) -> None:
+        whole("kvp", self.size)
+        whole("interleave", self.interleave)
+        whole("chunks", self.chunks)
+        one_of("exchange", self.exchange, ("auto", "partials", "kv"))
+        one_of("mla", self.mla, ("latent", "value"))
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        if self.size == 1 or shape.heads is None or shape.heads % (self.size * plan.tp.size) == 0:
+            return None
+        runs = f"{self.size} * {plan.tp.size} = {self.size * plan.tp.size}"
+        because = f"with tp={plan.tp.size} needs {runs} equal runs of heads={shape.heads}"
+        return because, ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor(Choice):
+    """Tensor parallelism. ``tp2``, ``tp2:sp``, ``tp8,replicate_kv=true``.
+
+    Args:
+        sp: cut norms and residuals along the sequence over tp (Megatron's sequence parallelism).
+        replicate_kv: allow tp beyond kv_heads by copying each KV head to tp / kv_heads ranks.
+    """
+
+    size: int
+    _: KW_ONLY
+    sp: bool = False
+    replicate_kv: bool = False
+    axis: ClassVar[str] = "tp"
+    kind: ClassVar[str] = "tensor"
+    words: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sp": {"sp": True}}
+
+    def __post_init__(self) -> None:
+        whole("tp", self.size)
+        for name, value in (("sp", self.sp), ("replicate_kv", self.replicate_kv)):
+            if not isinstance(value, bool):
+                raise PlanError(f"{name}={value!r}", "is not true or false", f"use {name}=True")
+
+    @property
+    def word(self) -> str:
+        return "sp" if self.sp else ""
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        if self.sp and plan.kvp.size > 1:
+            why = (
+                f"with sp cuts norms along the sequence, which kvp={plan.kvp.size} does not do yet"
+            )
+            return why, f"write tp{self.size} without sp, or kvp1"
+        because = self._kv_problem(plan, shape)
+        if because is None and shape.heads is not None and shape.heads % self.size:
+            because = f"does not divide heads={shape.heads}"
+        return None if because is None else (because, "")
+
+    def _kv_problem(self, plan: Plan, shape: ModelShape) -> str | None:
+        helix, kv_heads = plan.kvp.size > 1, shape.kv_heads
+        if shape.attention == "mla":
+            if helix and self.size > 1:
+                return f"with kvp={plan.kvp.size} exceeds the one latent KV head that MLA caches"
+            return None
+        if kv_heads is None or kv_heads % self.size == 0:
+            return None
+        if helix and self.replicate_kv:
+            return f"does not divide kv_heads={kv_heads}, and kvp has no replicate_kv"
+        if not self.replicate_kv:
+            return f"does not divide kv_heads={kv_heads}"
+        if self.size % kv_heads:
+            return f"with replicate_kv neither divides nor is a multiple of kv_heads={kv_heads}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline(Choice):
+    """Pipeline parallelism over layers. ``pp2:1f1b,microbatches=8``."""
+
+    size: int
+    _: KW_ONLY
+    schedule: str = "1f1b"
+    microbatches: int | None = None
+    axis: ClassVar[str] = "pp"
+    kind: ClassVar[str] = "pipeline"
+    words: ClassVar[Mapping[str, Mapping[str, Any]]] = {s: {"schedule": s} for s in SCHEDULES}
+
+    def __post_init__(self) -> None:
+        whole("pp", self.size)
+        one_of("schedule", self.schedule, SCHEDULES)
+        if self.microbatches is not None:
+            whole("microbatches", self.microbatches)
+
+    @property
+    def word(self) -> str:
+        return self.schedule
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        if shape.layers is not None and self.size > shape.layers:
+            return f"is more stages than layers={shape.layers}", f"use pp <= {shape.layers}"
+        few = self.microbatches is not None and self.microbatches < self.size
+        if few and self.schedule == "1f1b":
+            because = f"with 1f1b needs at least {self.size} microbatches, not {self.microbatches}"
+            return because, f"use microbatches >= {self.size}, or schedule gpipe"
+        return None
+
+
+# Order of printing. The first class of an axis is what an integer means; none: integers only.
+AXES: Mapping[str, tuple[type[Choice], ...]] = {
+    "dp": (Replicate, Shard),
+    "cp": (Ring, Ulysses),
+    "kvp": (Helix,),
+    "tp": (Tensor,),
+    "ep": (),
+    "etp": (),
+    "pp": (Pipeline,),
+}
+
+
+def normal(axis: str, value: object) -> Any:
+    """Turn an integer into the axis' default choice, and refuse what is not of this axis."""
+    known = AXES[axis]
+    if isinstance(value, known):
+        return value
+    if isinstance(value, Choice):
+        names = listed(kind.__name__ for kind in known) if known else "an int"
+        asked = f"{axis}={type(value).__name__}({value.size})"
+        raise PlanError(asked, f"is a choice of {value.axis}, not of {axis}", f"use {names}")
+    whole(axis, value)
+    return known[0](value) if known else value  # type: ignore[call-arg]
