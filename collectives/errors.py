@@ -1,0 +1,15 @@
+"""What can go wrong between ranks, said for the person who reads it."""
+
+from __future__ import annotations
+
+
+class LaunchError(RuntimeError):
+    """The ranks could not become one world: a launcher contradicts another, or a rank is missing."""
+
+
+class BackendUnavailable(ImportError):
+    """The backend that was asked for cannot be used here; the message holds the line that adds it."""
+
+
+class PeerLost(RuntimeError):
+    """Another rank went away while this one waited for it."""
