@@ -1,0 +1,132 @@
+"""Make and end single communicators: over torch.distributed, or of one process for tests and plans.
+
+`Groups` decides which communicators there are; a maker here knows how one is made. Every maker has
+``make(ranks) -> ProcessGroup`` and ``end(group)``, and numbers ranks in ascending order.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import (
+    FakeProcessGroup,
+    _register_process_group,
+    _unregister_process_group,
+)
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class Communicators(Protocol):
+    """Makes communicators for one rank of a world."""
+
+    def make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """Make the communicator of these ranks, given in ascending order."""
+        ...
+
+    def end(self, group: dist.ProcessGroup) -> None:
+        """End a communicator that `make` made."""
+        ...
+
+    def whole(self) -> dist.ProcessGroup | None:
+        """Return the communicator of the whole world if there is one already."""
+        ...
+
+    def mesh(
+        self,
+        groups: list[dist.ProcessGroup],
+        ranks: torch.Tensor,
+        names: tuple[str, ...],
+        device: str,
+    ) -> DeviceMesh:
+        """Build a DeviceMesh over groups that exist, one per dim of `ranks`."""
+        ...
+
+
+class TorchCommunicators:
+    """Real communicators, by ``torch.distributed.new_group`` of the default backend."""
+
+    def make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """Make a communicator.
+
+        Collective: the members only; no data, one barrier through the store.
+        """
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup), "called by a rank that is no member"
+        return group
+
+    def end(self, group: dist.ProcessGroup) -> None:
+        if dist.is_initialized():  # else the world is gone and took its groups with it
+            dist.destroy_process_group(group)
+
+    def whole(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD
+
+    def mesh(
+        self,
+        groups: list[dist.ProcessGroup],
+        ranks: torch.Tensor,
+        names: tuple[str, ...],
+        device: str,
+    ) -> DeviceMesh:
+        return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)
+
+
+class LocalCommunicators:
+    """Communicators without a world: this process plays one rank, and no peer exists.
+
+    With ``fake``, torch's FakeProcessGroup: every collective returns at once on any device, meta
+    included; outputs keep their shape and hold no meaning. Otherwise gloo of one rank, which is
+    right for groups of one and refuses others. The default group, if any, is not touched.
+    """
+
+    def __init__(self, rank: int, *, fake: bool) -> None:
+        self.rank = rank
+        self.fake = fake
+
+    def make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """Make a communicator, and register it so that torch finds its name and its ranks."""
+        at, size = ranks.index(self.rank), len(ranks)
+        if not self.fake and size > 1:
+            raise ValueError(f"ranks {ranks} cannot talk: only rank {self.rank} exists here")
+        store = dist.HashStore()
+        group = dist.ProcessGroup(store, at, size)
+        if self.fake:
+            backend = FakeProcessGroup._create_internal(at, size)
+            kind, devices = dist.ProcessGroup.BackendType.CUSTOM, ("cpu", "cuda", "meta")
+        else:
+            backend = dist.ProcessGroupGloo(store, at, size, timedelta(seconds=60))
+            kind, devices = dist.ProcessGroup.BackendType.GLOO, ("cpu", "cuda")
+        group._set_default_backend(kind)
+        for device in devices:
+            group._register_backend(torch.device(device), kind, backend)
+        name = f"plait-{'fake' if self.fake else 'single'}-{uuid.uuid4().hex}"
+        group._set_group_name(name)
+        _register_process_group(name, group)
+        # point-to-point calls translate ranks through this table
+        distributed_c10d._world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
+        return group
+
+    def end(self, group: dist.ProcessGroup) -> None:
+        _unregister_process_group(group.group_name)
+        distributed_c10d._world.pg_group_ranks.pop(group, None)
+
+    def whole(self) -> dist.ProcessGroup | None:
+        return None
+
+    def mesh(
+        self,
+        groups: list[dist.ProcessGroup],
+        ranks: torch.Tensor,
+        names: tuple[str, ...],
+        device: str,
+    ) -> DeviceMesh:
+        # from_group asks the default group who we are; the private argument answers instead
+        mesh = DeviceMesh(device, ranks, mesh_dim_names=names, _init_backend=False, _rank=self.rank)
+        mesh._dim_group_names = [group.group_name for group in groups]
+        mesh._pg_registry.update({group.group_name: group for group in groups})
+        return mesh
