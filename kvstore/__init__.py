@@ -1,1 +1,25 @@
+"""The paged KV store: pages, sequences, steps; attention in place."""
 
+from .errors import IntegrityError, PoolExhausted, SequenceClosed, StepError, StoreError
+from .page import LEGAL_MOVES, PageState
+from .pool import PagePool
+from .sequence import Sequence, Step
+from .spec import KVSpec
+from .store import KVStore
+from .table import PageTable
+
+__all__ = [
+    "LEGAL_MOVES",
+    "IntegrityError",
+    "KVSpec",
+    "KVStore",
+    "PagePool",
+    "PageState",
+    "PageTable",
+    "PoolExhausted",
+    "Sequence",
+    "SequenceClosed",
+    "Step",
+    "StepError",
+    "StoreError",
+]

@@ -1,0 +1,111 @@
+"""Attention over the store's pages: choose the kernel by the number of rows per sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cuda_kernels import Interleave, dense_attention, merge_states, paged_attention
+from .pool import PagePool
+from .table import PageTable, consecutive
+
+DENSE_ROWS = 16  # from here on matrix multiplication over contiguous keys beats paged dot products
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What bends the scores of one attention call; see `KVStore.attend`."""
+
+    scale: float
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    q_pos: Tensor | None = None
+    interleave: Interleave | None = None
+
+    def rows(self, rows: slice | Tensor) -> ScoreOptions:
+        """Select the options of some rows."""
+        if self.q_pos is None:
+            return self
+        return ScoreOptions(
+            self.scale, self.softcap, self.alibi_slopes, self.q_pos[rows], self.interleave
+        )
+
+
+def gather(pool: PagePool, layer: int, pages: np.ndarray, tokens: int) -> tuple[Tensor, Tensor]:
+    """Give one sequence's K and V in order: a view if its pages are consecutive, else a copy.
+
+    Shape: -> `[tokens, kv_heads, head_dim]`, `[tokens, kv_heads, value_dim]`
+    """
+    keys, values = pool.keys[layer], pool.values[layer]
+    if len(pages) == 0:
+        k, v = keys[:0].flatten(0, 1), values[:0].flatten(0, 1)
+    elif consecutive(pages):
+        first, stop = int(pages[0]), int(pages[-1]) + 1
+        k, v = keys[first:stop].flatten(0, 1), values[first:stop].flatten(0, 1)
+    else:
+        index = torch.from_numpy(pages.astype(np.int64)).to(keys.device)
+        k = keys.index_select(0, index).flatten(0, 1)
+        v = k if pool.spec.shared_kv else values.index_select(0, index).flatten(0, 1)
+    return k[:tokens], v[:tokens, :, : pool.spec.v_dim]
+
+
+def attend_pages(
+    pool: PagePool, table: PageTable, layer: int, q: Tensor, q_indptr: np.ndarray,
+    lo: Tensor, hi: Tensor, options: ScoreOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend with ragged rows: few rows per sequence in place, many over contiguous keys.
+
+    Shape: q `[rows, heads, head_dim]` -> o `[rows, heads, value_dim]`, lse `[rows, heads]`
+    """
+    rows = np.diff(q_indptr)
+    many = np.flatnonzero(rows > DENSE_ROWS)
+    if not many.size:
+        return _attend_paged(pool, table, layer, q, torch.from_numpy(q_indptr), lo, hi, options)
+    if len(rows) == 1:
+        return _attend_dense(pool, table, layer, 0, q, lo, hi, options)
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o = q.new_empty(*q.shape[:2], pool.spec.v_dim)
+    lse = q.new_empty(q.shape[:2], dtype=work)
+    for s in many:
+        mine = slice(int(q_indptr[s]), int(q_indptr[s + 1]))
+        o[mine], lse[mine] = _attend_dense(
+            pool, table, layer, int(s), q[mine], lo[mine], hi[mine], options.rows(mine)
+        )
+    few = np.where(rows > DENSE_ROWS, 0, rows)
+    if few.any():
+        index = torch.from_numpy(np.flatnonzero(np.repeat(few > 0, rows))).to(q.device)
+        few_ptr = torch.from_numpy(np.concatenate([[0], np.cumsum(few)]))
+        o[index], lse[index] = _attend_paged(
+            pool, table, layer, q[index], few_ptr, lo[index], hi[index], options.rows(index)
+        )
+    return o, lse
+
+
+def _attend_paged(
+    pool: PagePool, table: PageTable, layer: int, q: Tensor, q_indptr: Tensor,
+    lo: Tensor, hi: Tensor, opt: ScoreOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return paged_attention(
+        q, pool.keys[layer], pool.values[layer], q_indptr, table.kv_indptr, table.kv_indices,
+        lo, hi, opt.scale, opt.softcap, opt.alibi_slopes, opt.q_pos, opt.interleave,
+        pool.spec.v_dim,
+    )  # fmt: skip
+
+
+def _attend_dense(
+    pool: PagePool, table: PageTable, layer: int, at: int, q: Tensor, lo: Tensor, hi: Tensor,
+    opt: ScoreOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k, v = gather(pool, layer, table.pages(at), int(table.lengths[at]))
+    return dense_attention(
+        q, k.to(q.dtype), v.to(q.dtype), lo, hi, opt.scale, opt.softcap, opt.alibi_slopes,
+        opt.q_pos, opt.interleave,
+    )  # fmt: skip
+
+
+def with_sink(o: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Count a sink once, after all keys."""
+    return (o, lse) if sink is None else merge_states(o[None], lse[None], sink)

@@ -1,0 +1,503 @@
+"""The store: sequences of keys and values in pages, written step by step, read in place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from collections.abc import Sequence as Listing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cuda_kernels import Interleave
+from .attention import ScoreOptions, attend_pages, gather, with_sink
+from .errors import IntegrityError, PoolExhausted, StepError
+from .page import PageState
+from .pool import PagePool
+from .sequence import Sequence, Step
+from .spec import KVSpec, parse_bytes
+from .table import PageTable
+
+FIRST_PAGES = 64  # a growing store starts this small and doubles
+
+
+class KVStore:
+    """A paged store of keys and values for one rank.
+
+    One step of a model writes like this, pages being allocated once and not per layer:
+
+        step = store.reserve(seqs, [1] * len(seqs))
+        for layer in range(layers):
+            store.append(step, layer, k, v)
+            o, lse = store.attend(seqs, layer, q, step=step)
+        store.commit(step)
+
+    For a single sequence `append(seq, ...)`, `attend(seq, ...)` and `commit(seq)` reserve and
+    close a step by themselves.
+
+    Args:
+        spec: layers, heads, dims, dtype, page size.
+        device_bytes: the most the pages may take (`"4GiB"` or bytes); None: no limit.
+        num_pages: pages to start with; default a few if `grow`, else all that fit `device_bytes`.
+        grow: double the region when it is full, up to `device_bytes`.
+
+    State: one lock around metadata and writes; reads run outside it. Use a sequence from one
+    thread at a time.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        device_bytes: int | str | None = None,
+        num_pages: int | None = None,
+        grow: bool = True,
+    ) -> None:
+        self.spec = spec
+        limit = None if device_bytes is None else parse_bytes(device_bytes) // spec.bytes_per_page
+        if limit is not None and limit < 1:
+            raise ValueError(
+                f"device_bytes={device_bytes} holds no page of {spec.bytes_per_page} bytes; "
+                "give more bytes or fewer page_tokens"
+            )
+        if num_pages is None:
+            if limit is None and not grow:
+                raise ValueError("grow=False needs num_pages or device_bytes to size the store")
+            num_pages = min(limit or FIRST_PAGES, FIRST_PAGES) if grow else limit
+        if num_pages is None or num_pages < 1 or (limit is not None and num_pages > limit):
+            raise ValueError(
+                f"num_pages={num_pages} must be at least 1"
+                + ("" if limit is None else f" and at most {limit}, which fit device_bytes={device_bytes}")
+            )
+        self.max_pages = (limit if grow else num_pages) if limit or not grow else None
+        self.pool = PagePool(spec, num_pages)
+        self._lock = threading.RLock()
+        self._sequences: dict[int, Sequence] = {}
+        self._next = 0
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def open(self, token_ids: Listing[int] | None = None, tenant: str | None = None) -> Sequence:
+        """Start an empty sequence.
+
+        `token_ids` is the key to a cached prefix: once a prefix index is set, the longest cached
+        prefix is pinned and `seq.cached_tokens` says how long it is. Without an index it is 0.
+        """
+        with self._lock:
+            seq = Sequence(self, self._next, tenant)
+            self._sequences[self._next] = seq
+            self._next += 1
+            return seq
+
+    def open_batch(
+        self, count: int | Listing[Listing[int]], tenant: str | None = None
+    ) -> list[Sequence]:
+        """Start several sequences: a number of empty ones, or one per list of token ids."""
+        prompts: Listing[Listing[int] | None] = [None] * count if isinstance(count, int) else count
+        with self._lock:
+            return [self.open(ids, tenant) for ids in prompts]
+
+    def close(self, seqs: Sequence | Iterable[Sequence]) -> None:
+        """End sequences and give back the pages nobody else holds.
+
+        Raises:
+            SequenceClosed: if one is closed already.
+            StepError: if one has an open step with other sequences in it.
+        """
+        with self._lock:
+            for seq in _listed(seqs):
+                seq.require_open()
+                if seq.step is not None and len(seq.step.seqs) > 1:
+                    raise _busy(seq)
+                if seq.step is not None:
+                    self.abort(seq.step)
+                self.pool.release(seq.pages)
+                seq.pages, seq.length, seq.closed = np.empty(0, np.int32), 0, True
+                del self._sequences[seq.number]
+
+    def fork(self, seq: Sequence) -> Sequence:
+        """Start a sequence with the committed tokens of another, sharing its pages.
+
+        Nothing is copied now; whoever first writes into a shared partial last page copies it.
+        """
+        with self._lock:
+            seq.require_open()
+            twin = self.open(tenant=seq.tenant)
+            self.pool.share(seq.pages)
+            twin.pages, twin.length = seq.pages.copy(), seq.length
+            twin.cached_tokens = seq.cached_tokens
+            return twin
+
+    def reorder(self, seqs: Listing[Sequence], indices: Listing[int] | Tensor) -> list[Sequence]:
+        """Give the sequences `seqs[i] for i in indices` (beam search), sharing pages.
+
+        The first use of a sequence keeps its handle, further uses fork it, unused ones are closed.
+
+        Raises:
+            IndexError: if an index names no sequence; nothing is changed.
+        """
+        order = [int(i) for i in indices]
+        with self._lock:
+            for seq in seqs:
+                seq.require_open()
+                if seq.step is not None:
+                    raise _busy(seq)
+            if any(not 0 <= i < len(seqs) for i in order):
+                raise IndexError(f"reorder: indices {order} must be in [0, {len(seqs)})")
+            used: set[int] = set()
+            out: list[Sequence] = []
+            for i in order:
+                out.append(self.fork(seqs[i]) if i in used else seqs[i])
+                used.add(i)
+            self.close([seq for i, seq in enumerate(seqs) if i not in used])
+            return out
+
+    def truncate(self, seq: Sequence, length: int) -> None:
+        """Forget the tokens from `length` on (rejected speculation); whole pages are given back.
+
+        Raises:
+            ValueError: if the sequence is shorter than `length`.
+        """
+        with self._lock:
+            seq.require_open()
+            if seq.step is not None:
+                raise _busy(seq)
+            if not 0 <= length <= seq.length:
+                raise ValueError(f"truncate to {length}: sequence {seq.number} has {seq.length} tokens")
+            keep = -(-length // self.spec.page_tokens)
+            self.pool.release(seq.pages[keep:])
+            seq.pages, seq.length = seq.pages[:keep].copy(), length
+            seq.cached_tokens = min(seq.cached_tokens, length)
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def reserve(self, seqs: Listing[Sequence], num_tokens: Listing[int] | int) -> Step:
+        """Make room for `num_tokens[i]` more tokens of each sequence; allocate once for all layers.
+
+        A partial last page that another sequence shares is copied here (copy-on-write).
+
+        Raises:
+            PoolExhausted: if the pages do not suffice; nothing is changed.
+            StepError: if a sequence already has an open step, or is named twice.
+        """
+        given = [num_tokens] * len(seqs) if isinstance(num_tokens, int) else list(num_tokens)
+        counts = np.asarray(given, np.int64).reshape(-1)
+        if len(counts) != len(seqs) or (counts < 0).any():
+            raise ValueError(
+                f"reserve: {len(seqs)} sequences need as many token counts >= 0, got {counts.tolist()}"
+            )
+        with self._lock:
+            for seq in seqs:
+                self._own(seq)
+                if seq.step is not None:
+                    raise _busy(seq)
+            if len({seq.number for seq in seqs}) < len(seqs):
+                raise StepError("reserve: a sequence is named twice; give each once")
+            step = self._make_step(seqs, counts)
+            for seq in seqs:
+                seq.step = step
+            return step
+
+    def _make_step(self, seqs: Listing[Sequence], counts: np.ndarray) -> Step:
+        size = self.spec.page_tokens
+        bases = np.fromiter((seq.length for seq in seqs), np.int64, len(seqs))
+        held = np.fromiter((len(seq.pages) for seq in seqs), np.int64, len(seqs))
+        more = -(-(bases + counts) // size) - held
+        lasts = np.fromiter((seq.pages[-1] if len(seq.pages) else 0 for seq in seqs), np.int64, len(seqs))
+        copy = (bases % size != 0) & (counts > 0) & (self.pool.refcounts[lasts] > 1)
+        after = int(lasts[0]) if len(seqs) == 1 and held[0] and not copy[0] else -1
+        pages = self._allocate(int(more.sum() + copy.sum()), after)
+        private, fresh = pages[: copy.sum()], pages[copy.sum() :]
+        self.pool.copy(lasts[copy], private)
+        cuts = np.cumsum(more)[:-1]
+        parts = np.split(fresh, cuts) if len(seqs) else []
+        copied: list[tuple[int, int, int] | None] = [None] * len(seqs)
+        tables = []
+        for at, seq in enumerate(seqs):
+            mine = np.concatenate([seq.pages, parts[at]])
+            if copy[at]:
+                target = int(private[copy[:at].sum()])
+                copied[at] = (int(held[at]) - 1, int(lasts[at]), target)
+                mine[held[at] - 1] = target
+            tables.append(mine)
+        return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
+
+    def _allocate(self, count: int, after: int) -> np.ndarray:
+        short = count - self.pool.free_pages
+        if short > 0:
+            want = max(2 * self.pool.capacity, self.pool.capacity + short)
+            if self.max_pages is not None:
+                want = min(want, self.max_pages)
+            if want < self.pool.capacity + short:
+                in_use = self.pool.capacity - self.pool.free_pages
+                raise PoolExhausted(count, want - in_use, in_use, want)
+            self.pool.grow(want)
+        return self.pool.allocate(count, after)
+
+    def append(self, step: Step | Sequence, layer: int, k: Tensor, v: Tensor | None = None) -> None:
+        """Write one layer's keys and values of a step (all its sequences, end to end).
+
+        Given a sequence instead of a step, its own step is used, opened at the first layer.
+
+        Shape: k `[tokens, kv_heads, head_dim]`, v `[tokens, kv_heads, value_dim]`
+            (None with `shared_kv`), tokens of all sequences in the step's order.
+
+        Raises:
+            ValueError: wrong shape, dtype, device or layer; nothing is written.
+            StepError: if the step is closed or the layer was already written.
+        """
+        if isinstance(step, Sequence):
+            step = step.step or self.reserve([step], [k.shape[0]])
+        step.require_open()
+        pieces = self._checked(step, layer, k, v)
+        with self._lock:  # a growing pool moves its memory: writes may not cross that
+            step.require_open()
+            if layer in step.written:
+                raise StepError(f"layer {layer} of this step is already written")
+            regions = (self.pool.keys[layer], self.pool.values[layer])
+            for region, rows in zip(regions, pieces, strict=False):
+                flat = region.flatten(0, 1)
+                if len(step.runs) * 8 <= step.num_tokens or len(step.runs) <= 4:
+                    for row, slot, count in step.runs:
+                        flat[slot : slot + count] = rows[row : row + count]
+                else:
+                    flat.index_copy_(0, torch.from_numpy(step.slots).to(rows.device), rows)
+            step.written.add(layer)
+
+    def _checked(self, step: Step, layer: int, k: Tensor, v: Tensor | None) -> list[Tensor]:
+        spec = self.spec
+        if not 0 <= layer < spec.layers:
+            raise ValueError(f"layer {layer} must be in [0, {spec.layers})")
+        if (v is None) != spec.shared_kv:
+            raise ValueError(
+                "this store keeps K only (shared_kv): give v=None" if spec.shared_kv
+                else "v is missing; only a shared_kv store takes k alone"
+            )  # fmt: skip
+        pieces = [t.detach() for t in (k, v) if t is not None]
+        for name, rows, width in zip("kv", pieces, spec.widths, strict=True):
+            want = (step.num_tokens, spec.kv_heads, width)
+            if tuple(rows.shape) != want:
+                raise ValueError(
+                    f"append: {name} {list(rows.shape)} must be [tokens, kv_heads, d] = {list(want)}"
+                )
+            if rows.dtype != spec.dtype or rows.device.type != torch.device(spec.device).type:
+                raise ValueError(
+                    f"append: {name} is {rows.dtype} on {rows.device}, the store keeps {spec.dtype} "
+                    f"on {spec.device}; convert it, or make the KVSpec with its dtype and device"
+                )
+        return pieces
+
+    def commit(self, step: Step | Sequence) -> None:
+        """Make a step's tokens part of their sequences.
+
+        Raises:
+            StepError: if a layer was not written, or the step is closed already.
+        """
+        step = self._step_of(step)
+        with self._lock:
+            step.require_open()
+            missing = sorted(set(range(self.spec.layers)) - step.written)
+            if missing and step.num_tokens:
+                raise StepError(f"commit: layers {missing} are not written; append them or abort")
+            self.pool.commit(step.pages)
+            for at, seq in enumerate(step.seqs):
+                swap = step.copied[at]
+                seq.pages = step.table.pages(at).copy()
+                seq.length = int(step.table.lengths[at])
+                seq.step = None
+                if swap is not None:
+                    self.pool.release(np.array([swap[1]], np.int32))
+            step.state = "committed"
+
+    def abort(self, step: Step | Sequence) -> None:
+        """Drop a step: its sequences are as they were before `reserve`."""
+        step = self._step_of(step)
+        with self._lock:
+            step.require_open()
+            self.pool.release(step.pages)
+            for seq in step.seqs:
+                seq.step = None
+            step.state = "aborted"
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def page_table(self, seqs: Sequence | Listing[Sequence], step: Step | None = None) -> PageTable:
+        """Give the batch's page table (CSR, FlashInfer's words), with a step's tokens if given."""
+        listed = _listed(seqs)
+        if step is not None and len(listed) == len(step.seqs):
+            if all(a is b for a, b in zip(listed, step.seqs, strict=True)):
+                step.require_open()
+                return step.table
+        with self._lock:
+            pages, lengths = [], []
+            for seq in listed:
+                self._own(seq)
+                inside = step if step is not None and seq.step is step else None
+                at = -1 if inside is None else inside.find(seq)
+                pages.append(seq.pages if inside is None else inside.table.pages(at))
+                lengths.append(seq.length if inside is None else int(inside.table.lengths[at]))
+            return PageTable(pages, np.array(lengths, np.int64), self.spec.page_tokens)
+
+    def keys_values(
+        self, seq: Sequence, layer: int, step: Step | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Give one sequence's keys and values in order; a view where its pages are consecutive.
+
+        A view shows later writes into its pages and must not be written to.
+
+        Shape: -> `[tokens, kv_heads, head_dim]`, `[tokens, kv_heads, value_dim]`
+        """
+        table = self.page_table(seq, step if step is not None else seq.step_alone())
+        with self._lock:
+            return gather(self.pool, layer, table.pages(0), int(table.lengths[0]))
+
+    def attend(
+        self,
+        seqs: Sequence | Listing[Sequence],
+        layer: int,
+        q: Tensor,
+        q_indptr: Tensor | Listing[int] | None = None,
+        lo: Tensor | None = None,
+        hi: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        step: Step | None = None,
+        alibi_slopes: Tensor | None = None,
+        q_pos: Tensor | None = None,
+        interleave: Interleave | None = None,
+        sink: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with ragged query rows to the sequences' keys and values, in their pages.
+
+        Args:
+            seqs: one sequence or a batch.
+            q_indptr: rows of sequence s are `[q_indptr[s], q_indptr[s + 1])`. Default: all rows for
+                one sequence; the step's token counts; else one row each.
+            lo, hi: row r sees local tokens `[lo[r], hi[r])`, int64. Default lo 0; default hi causal,
+                the last row of a sequence seeing all of it (right only for an uncut sequence).
+            scale: default `head_dim ** -0.5`.
+            softcap: scores become `softcap * tanh(score / softcap)`.
+            step: also see this open step's tokens.
+            alibi_slopes, q_pos, interleave: ALiBi `[heads]`, global row positions `[rows]`, and the
+                rule that gives keys their global positions.
+            sink: one logit per head in the denominator, then also in lse: on one shard only.
+
+        Shape: q `[rows, heads, head_dim]` -> o `[rows, heads, value_dim]`, lse `[rows, heads]`
+            (natural log, float32; float64 for float64). A row that sees nothing: 0 and -inf.
+        """
+        if isinstance(seqs, Sequence) and step is None:
+            step = seqs.step_alone()
+        table = self.page_table(seqs, step)
+        indptr = _row_pointers(len(table.lengths), q, q_indptr, step)
+        if hi is None:
+            hi = torch.from_numpy(_causal(indptr, table.lengths)).to(q.device)
+        elif hi.numel() and bool((hi > self._limits(indptr, table, hi)).any()):
+            raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
+        lo = torch.zeros_like(hi) if lo is None else lo.clamp(min=0)
+        options = ScoreOptions(
+            self.spec.head_dim**-0.5 if scale is None else scale, softcap, alibi_slopes, q_pos, interleave
+        )
+        o, lse = attend_pages(self.pool, table, layer, q, indptr, lo, hi, options)
+        return with_sink(o, lse, sink)
+
+    @staticmethod
+    def _limits(indptr: np.ndarray, table: PageTable, hi: Tensor) -> Tensor:
+        return torch.from_numpy(np.repeat(table.lengths, np.diff(indptr))).to(hi.device)
+
+    # -- accounts ----------------------------------------------------------------------------
+
+    def grow(self, num_pages: int | None = None) -> int:
+        """Enlarge the store now (default: double); return its pages. A copy, never in a step.
+
+        Raises:
+            PoolExhausted: if `device_bytes` does not allow that many.
+        """
+        with self._lock:
+            want = 2 * self.pool.capacity if num_pages is None else num_pages
+            if self.max_pages is not None and want > self.max_pages:
+                free = self.pool.free_pages
+                raise PoolExhausted(want, free, self.pool.capacity - free, self.max_pages)
+            return self.pool.grow(want)
+
+    def counters(self) -> dict[str, int]:
+        """Count pages, bytes and sequences since the store was made."""
+        with self._lock:
+            pool = self.pool
+            return {
+                "pages": pool.capacity, "pages_free": pool.free_pages,
+                "pages_allocated": pool.counters.allocated, "pages_freed": pool.counters.freed,
+                "pages_shared": pool.counters.shared, "pages_copied": pool.counters.copied,
+                "times_grown": pool.counters.grown, "bytes_used": pool.used_bytes,
+                "bytes_held": pool.capacity * self.spec.bytes_per_page,
+                "sequences": len(self._sequences),
+            }  # fmt: skip
+
+    def check_integrity(self) -> None:
+        """Prove the store's invariants: counts, states, free list, lengths.
+
+        Raises:
+            IntegrityError: naming what does not hold.
+        """
+        with self._lock:
+            holders = np.zeros(self.pool.capacity, np.int32)
+            steps = {id(s.step): s.step for s in self._sequences.values() if s.step is not None}
+            for seq in self._sequences.values():
+                np.add.at(holders, seq.pages, 1)
+                if len(np.unique(seq.pages)) != len(seq.pages):
+                    raise IntegrityError(f"sequence {seq.number} holds a page twice")
+                if len(seq.pages) != -(-seq.length // self.spec.page_tokens):
+                    raise IntegrityError(f"{seq!r} does not fit its pages")
+                if (self.pool.states[seq.pages] != PageState.LIVE).any():
+                    raise IntegrityError(f"{seq!r} holds a page that is not LIVE")
+            for step in steps.values():
+                np.add.at(holders, step.pages, 1)
+                if (self.pool.states[step.pages] != PageState.RESERVED).any():
+                    raise IntegrityError("an open step holds a page that is not RESERVED")
+            self.pool.check_integrity(holders)
+
+    def _own(self, seq: Sequence) -> None:
+        seq.require_open()
+        if seq.store is not self:
+            raise ValueError(f"sequence {seq.number} belongs to another store")
+
+    def _step_of(self, step: Step | Sequence) -> Step:
+        if isinstance(step, Step):
+            return step
+        step.require_open()
+        if step.step is None:
+            raise StepError(f"sequence {step.number} has no open step; append or reserve first")
+        return step.step
+
+
+def _listed(seqs: Sequence | Iterable[Sequence]) -> list[Sequence]:
+    return [seqs] if isinstance(seqs, Sequence) else list(seqs)
+
+
+def _busy(seq: Sequence) -> StepError:
+    return StepError(f"sequence {seq.number} has an open step; commit or abort it first")
+
+
+def _row_pointers(
+    seqs: int, q: Tensor, q_indptr: Tensor | Listing[int] | None, step: Step | None
+) -> np.ndarray:
+    if q_indptr is not None:
+        given = q_indptr.cpu().numpy() if isinstance(q_indptr, Tensor) else q_indptr
+        indptr = np.asarray(given, np.int64)
+    elif seqs == 1:
+        indptr = np.array([0, q.shape[0]], np.int64)
+    elif step is not None and len(step.seqs) == seqs:
+        indptr = np.concatenate([[0], np.cumsum(step.counts)])
+    else:
+        indptr = np.arange(seqs + 1, dtype=np.int64)
+    if len(indptr) != seqs + 1 or indptr[0] != 0 or indptr[-1] != q.shape[0] or (np.diff(indptr) < 0).any():
+        raise ValueError(
+            f"attend: q_indptr {indptr.tolist()} does not cut {q.shape[0]} rows over {seqs} sequences"
+        )
+    return indptr
+
+
+def _causal(indptr: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The last row of each sequence sees all of it, the one before it one token less, ..."""
+    rows = np.diff(indptr)
+    left = np.repeat(indptr[1:], rows) - 1 - np.arange(indptr[-1])
+    return np.maximum(np.repeat(lengths, rows) - left, 0)
