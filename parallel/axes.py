@@ -57,7 +57,7 @@ class Choice:
         """Return the options that differ from their defaults, in order."""
         pairs = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
         return {
-            name: value for name, value, default in pairs if name != "size" and value != default
+            name: value for name, value, default in pairs if value != default and name != "size"
         }
 
     def text(self) -> str:

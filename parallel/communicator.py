@@ -53,7 +53,8 @@ class TorchCommunicators:
     def make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """Make a communicator.
 
-        Collective: the members only; no data, one barrier through the store.
+        Collective: the members only, in one order. No data; gloo connects its members here, NCCL
+        at the first collective.
         """
         group = dist.new_group(list(ranks), use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup), "called by a rank that is no member"
@@ -105,8 +106,8 @@ class LocalCommunicators:
         for device in devices:
             group._register_backend(torch.device(device), kind, backend)
         name = f"plait-{'fake' if self.fake else 'single'}-{uuid.uuid4().hex}"
-        group._set_group_name(name)
-        _register_process_group(name, group)
+        group._set_group_name(name)  # type: ignore[arg-type]
+        _register_process_group(name, group)  # type: ignore[arg-type]
         # point-to-point calls translate ranks through this table
         distributed_c10d._world.pg_group_ranks[group] = {r: i for i, r in enumerate(ranks)}
         return group

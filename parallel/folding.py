@@ -78,9 +78,9 @@ class Folding:
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """Return the ranks that agree with this one on all other axes of the same side.
 
-        ``kvp`` is cp under Helix and nothing otherwise; ``world`` is every rank. ``ffn_tp`` alone is
-        all kvp * tp ranks in *run order*; beside other axes it stands for tp and kvp. Everything
-        but ``ffn_tp`` alone is in ascending rank order, which is the order of the communicator.
+        ``kvp`` is cp under Helix and nothing otherwise; ``world`` is every rank. ``ffn_tp`` alone
+        is all kvp * tp ranks in *run order*; beside other axes it stands for tp and kvp. All
+        but ``ffn_tp`` alone is in ascending rank order, which is the communicator's order.
         """
         if axes == ("ffn_tp",):
             return tuple(sorted(self.group(rank, "tp", "kvp"), key=self.head_run))

@@ -83,7 +83,7 @@ class Groups:
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """Return the communicator along these axes, or None where it would be this rank alone.
 
-        Collective: all ranks of the group at its first use; sends nothing but a store barrier.
+        Collective: all ranks of the group at its first use; it may wait for them there.
         """
         return self.of_ranks(self.ranks(*axes))
 
@@ -134,7 +134,7 @@ class Groups:
             mesh[tuple(self._order(axis, rank).index(rank) for axis in axes)] = rank
         groups = [self._of(order) for order in own]
         if device_type is None:
-            device_type = "cuda" if self._backend() == "nccl" else "cpu"
+            device_type = "cuda" if "nccl" in self._backend() else "cpu"
         return self._maker.mesh(groups, mesh, axes, device_type)
 
     @property

@@ -33,7 +33,7 @@ def validate(plan: Plan, shape: ModelShape | None = None, world_size: int | None
 
 def choices(plan: Plan) -> list[Choice]:
     """Return the plan's choice objects, tp first: its rules are the narrowest."""
-    return [getattr(plan, axis) for axis in reversed(AXES) if AXES[axis]]
+    return [getattr(plan, axis) for axis in reversed(list(AXES)) if AXES[axis]]
 
 
 def legal_sizes(choice: Choice, plan: Plan, shape: ModelShape, **options: Any) -> list[int]:

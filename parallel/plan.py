@@ -96,6 +96,11 @@ class Plan:
         """The number of ranks: tp * cp * dp * pp, where kvp is cp."""
         return prod(self.size(axis) for axis in ("tp", "cp", "dp", "pp"))
 
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether norms and residuals are cut along the sequence over tp (``tp2:sp``)."""
+        return self.tp.sp and self.tp.size > 1
+
     def size(self, axis: str) -> int:
         """Return the number of ranks along an axis.
 
