@@ -43,7 +43,7 @@ def legal_sizes(choice: Choice, plan: Plan, shape: ModelShape, **options: Any) -
     which this one is.
     """
     own, all_of = [], []
-    most = max(choice.size, shape.heads or 0, shape.layers or 0)
+    most = max(shape.heads or 1, shape.kv_heads or 1, shape.layers or 1)
     for size in range(1, most + 1):
         other = replace(choice, size=size, **options)  # type: ignore[type-var]
         changed: dict[str, Any] = {choice.axis: other}
@@ -85,9 +85,9 @@ def check_experts(plan: Plan, shape: ModelShape) -> None:
         raise PlanError(f"ep={plan.ep}", because, f"use ep in {listed(legal or [1])}")
 
 
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+def divisors(number: int, most: int = 4096) -> list[int]:
+    """Return the divisors of a positive number up to `most`, ascending."""
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def _folds(plan: Plan, ep: int, etp: int) -> bool:

@@ -151,7 +151,7 @@ def from_json(text: str) -> dict[str, Any]:
     """Read what to_json wrote, strictly."""
     try:
         data = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         if isinstance(error, PlanError):
             raise
         raise PlanError("plan JSON", f"does not parse ({error})", 'write e.g. {"tp": 2}') from None
@@ -180,7 +180,7 @@ def _from_json_axis(axis: str, value: Any) -> Any:
     if "size" not in rest:
         raise PlanError(f"{axis}={value}", "has no size", 'add "size": 2')
     size, name = rest.pop("size"), rest.pop("choice", next(iter(kinds)))
-    if name not in kinds:
+    if str(name) not in kinds:
         raise unknown(f"{axis} choice", str(name), kinds)
     for option in rest:
         if option not in {f.name for f in fields(kinds[name])}:  # type: ignore[arg-type]
