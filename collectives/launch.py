@@ -1,7 +1,8 @@
 """Who am I among the ranks? The only reader of environment variables in plait.
 
-`Launch.detect` is a pure function of a mapping: torchrun, Open MPI, MPICH (Hydra) and Slurm each leave their own variables,
-which often nest (torchrun started by srun, mpirun inside an allocation). The innermost launcher is the one that counts.
+`Launch.detect` is a pure function of a mapping: torchrun, Open MPI, MPICH (Hydra) and Slurm each
+leave their own variables, which often nest (torchrun started by srun, mpirun inside an
+allocation). The innermost launcher is the one that counts.
 """
 
 from __future__ import annotations

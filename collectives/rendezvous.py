@@ -1,8 +1,9 @@
 """Ranks meet: a store that all of them reach, and the proof that all of them came.
 
-Where the launcher gives an address (torchrun, MASTER_ADDR, Slurm) the store is there. Under mpirun on one host rank 0 lets the
-system choose a free port and tells the others through a file in a private directory, so two jobs never race for a port. Under
-mpirun over several hosts the port travels by an MPI broadcast.
+Where the launcher gives an address (torchrun, MASTER_ADDR, Slurm) the store is there. Under mpirun
+on one host rank 0 lets the system choose a free port and tells the others through a file in a
+private directory, so two jobs never race for a port. Under mpirun over several hosts the port
+travels by an MPI broadcast.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ LINGER_S = (
     5.0  # how long rank 0 keeps its store open so that the others can read why the start failed
 )
 STALE_S = 86400.0
-LAUNCHERS = frozenset(
-    "prterun prted prun orterun orted mpirun mpiexec mpiexec.hydra hydra_pmi_proxy pmi_proxy slurmstepd".split()
-)
+LAUNCHERS = {"prterun", "prted", "prun", "orterun", "orted", "mpirun", "mpiexec"}
+LAUNCHERS |= {"mpiexec.hydra", "hydra_pmi_proxy", "pmi_proxy", "slurmstepd"}
 
 
 def meet(
@@ -44,36 +44,38 @@ def meet(
 ) -> tuple[dist.Store, list[dict]]:
     """Bring all ranks to one store and exchange their cards.
 
-    A card is a small JSON object that says who this rank is. One that holds "error" fails the start on every rank.
+    A card is a small JSON object that says who this rank is. One that holds "error" fails the
+    start on every rank.
 
     Collective: every rank of the launch; a few hundred bytes through the store.
 
     Raises:
-        LaunchError: a rank did not come within `timeout_s` (all missing ranks are named, on every rank), or brought an error.
+        LaunchError: a rank did not come within `timeout_s` (every rank names all missing ones),
+            or brought an error.
     """
     deadline = time.monotonic() + timeout_s
     with _open_store(launch, deadline, timeout_s) as base:
         store = dist.PrefixStore(f"plait/{launch.job}/{round_}", base)
         store.set(f"card/{launch.rank}", json.dumps(card))
-        verdict = _judge(store, launch, deadline) if launch.rank == 0 else None
+        verdict = _judge(store, launch, deadline, timeout_s) if launch.rank == 0 else None
     if verdict is None:
         verdict = _await_verdict(store, launch, deadline, timeout_s)
-    elif launch.rank == 0:
+    else:
         store.set("verdict", json.dumps(verdict))
     if verdict["error"]:
         _linger(store, launch, verdict["came"])
-        raise LaunchError(verdict["error"].replace("TIMEOUT", f"{timeout_s:g} s"))
+        raise LaunchError(verdict["error"])
     return store, verdict["cards"]
 
 
-def _judge(store: dist.Store, launch: Launch, deadline: float) -> dict[str, Any]:
+def _judge(store: dist.Store, launch: Launch, deadline: float, timeout_s: float) -> dict[str, Any]:
     """Rank 0 waits for all cards and decides for all."""
     keys = [f"card/{rank}" for rank in range(launch.world_size)]
     with contextlib.suppress(RuntimeError):
         store.wait(keys, datetime.timedelta(seconds=max(0.01, deadline - time.monotonic())))
     came = [rank for rank, key in enumerate(keys) if store.check([key])]
     cards = [json.loads(store.get(keys[rank])) for rank in came]
-    error = _missing(launch, came)
+    error = _missing(launch, came, timeout_s)
     brought: dict[str, list[int]] = {}
     for rank, card in zip(came, cards, strict=True):
         if "error" in card:
@@ -94,7 +96,8 @@ def _await_verdict(
         try:
             came = [rank for rank in range(launch.world_size) if store.check([f"card/{rank}"])]
             error = (
-                _missing(launch, came) or f"rank 0 came but did not answer within {timeout_s:g} s"
+                _missing(launch, came, timeout_s)
+                or f"rank 0 came but did not answer within {timeout_s:g} s"
             )
             # Should rank 0 still be deciding, it must not count on us.
             store.set(f"card/{launch.rank}", json.dumps({"error": f"gave up waiting: {error}"}))
@@ -102,17 +105,17 @@ def _await_verdict(
             raise LaunchError(
                 f"rank 0, which holds the meeting point, went away during the start: {lost}"
             ) from lost
-        raise LaunchError(error.replace("TIMEOUT", f"{timeout_s:g} s")) from None
+        raise LaunchError(error) from None
 
 
-def _missing(launch: Launch, came: list[int]) -> str:
+def _missing(launch: Launch, came: list[int], timeout_s: float) -> str:
     missing = sorted(set(range(launch.world_size)) - set(came))
     if not missing:
         return ""
+    whose = "that rank" if len(missing) == 1 else "those ranks"
     return (
-        f"{_ranks(missing)} of {launch.world_size} did not reach plait.init() within TIMEOUT. Look for an error of "
-        f"{'that rank' if len(missing) == 1 else 'those ranks'} above, or give slow starters more time: "
-        "plait.init(timeout_s=...)"
+        f"{_ranks(missing)} of {launch.world_size} did not reach plait.init() within {timeout_s:g} s. "
+        f"Look for an error of {whose} above, or give slow starters more time: plait.init(timeout_s=...)"
     )
 
 
@@ -190,9 +193,7 @@ def _through_directory(
             return store
         time.sleep(POLL_S)
     came = [int(path.name[5:]) for path in folder.glob("rank-*")]
-    raise LaunchError(
-        _missing(launch, came).replace("TIMEOUT", f"{timeout_s:g} s") or "rank 0 opened no store"
-    )
+    raise LaunchError(_missing(launch, came, timeout_s) or "rank 0 came but opened no store")
 
 
 def _join(launch: Launch, file: Path, deadline: float) -> dist.TCPStore | None:
@@ -256,8 +257,8 @@ def _launcher_process(launch: Launch) -> str:
 def _through_mpi(launch: Launch, deadline: float, timeout_s: float) -> dist.TCPStore:
     if importlib.util.find_spec("mpi4py") is None:
         raise LaunchError(
-            f"{launch.world_size} ranks run on several hosts ({launch.local_size} on this one) and no meeting point is known. "
-            "Set MASTER_ADDR to a host name of rank 0 and MASTER_PORT to a free port there "
+            f"{launch.world_size} ranks run on several hosts ({launch.local_size} on this one), and no "
+            "meeting point is known. Set MASTER_ADDR to a host name of rank 0 and MASTER_PORT to a free port there "
             "(mpirun -x MASTER_ADDR -x MASTER_PORT), or install mpi4py: pip install 'plait[mpi]'"
         )
     answer: list[dist.TCPStore | BaseException] = []
@@ -282,8 +283,9 @@ def _broadcast(launch: Launch, timeout_s: float) -> dist.TCPStore | BaseExceptio
 
         if MPI.COMM_WORLD.size != launch.world_size:
             raise LaunchError(
-                f"mpi4py sees {MPI.COMM_WORLD.size} ranks where the launcher started {launch.world_size}: it was built for "
-                "another MPI than this mpirun. Set MASTER_ADDR and MASTER_PORT, or install the matching MPI"
+                f"mpi4py sees {MPI.COMM_WORLD.size} ranks where the launcher started {launch.world_size}: it "
+                "was built for another MPI than this mpirun. Set MASTER_ADDR and MASTER_PORT, or install "
+                "the matching MPI"
             )
         message = bytearray(512)
         store = None
@@ -295,7 +297,7 @@ def _broadcast(launch: Launch, timeout_s: float) -> dist.TCPStore | BaseExceptio
         MPI.COMM_WORLD.Bcast([message, MPI.BYTE], root=0)
         address, port = json.loads(message.rstrip(b"\0"))
         return store or _tcp_store(launch, address, port, timeout_s)
-    except BaseException as error:  # noqa: BLE001 - it crosses a thread and is raised there
+    except BaseException as error:  # it crosses a thread and is raised there
         return error
 
 

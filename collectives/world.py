@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class World:
         if self.owner and dist.is_initialized():
             dist.destroy_process_group()
 
-    def __enter__(self) -> World:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +67,8 @@ def init(
     A second call returns the same world. A process group that the caller has started already is taken as it is.
 
     Args:
-        backend: "nccl", "gloo", or any backend registered with torch.distributed; None takes nccl where CUDA is, else gloo.
+        backend: "nccl", "gloo", or any backend registered with torch.distributed; None takes nccl
+            where CUDA is, else gloo.
         timeout_s: how long to wait for ranks that have not come, and later for a collective.
         environ: read in place of the process environment.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
+
 from world import RankError, WorldTimeout, run_calls, run_world
 
 

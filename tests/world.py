@@ -10,9 +10,10 @@
     def test_sums():
         assert run_world(sums, 4, 10) == [46, 46, 46, 46]
 
-Processes come from a fork server that has torch, pytest, transformers and plait in memory, so a world costs a fraction of a
-second. Ranks meet through a file, never a port. A failing rank's own traceback is what the test shows, and the other ranks are
-killed at once. A world that does not end in `timeout` seconds is killed, and the error holds the stacks of every rank.
+Processes come from a fork server that has torch, pytest, transformers and plait in memory, so a
+world costs a fraction of a second. Ranks meet through a file, never a port. A failing rank's own
+traceback is what the test shows, and the other ranks are killed at once. A world that does not end
+in `timeout` seconds is killed, and the error holds the stacks of every rank.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ import pytest
 
 TESTS = Path(__file__).parent
 TAIL_BYTES = 6000
+
+
+def current_rank() -> int:
+    """The number of the calling rank, also in a world without a process group."""
+    return int(os.environ["TEST_WORLD_RANK"])
 
 
 class RankError(AssertionError):
@@ -122,6 +128,7 @@ def run_world(
         threads: of torch, in each rank.
         env: environment variables to set in every rank before `fn` is loaded.
     """
+    __tracebackhide__ = True
     return [
         r[0]
         for r in run_calls(
@@ -143,6 +150,7 @@ def run_calls(
 
     State lives on between the calls (process groups, caches), so use it for cheap questions about one world.
     """
+    __tracebackhide__ = True
     server = _fork_server()
     folder = tempfile.mkdtemp(prefix="world-")
     refs = tuple(FunctionRef.to(call[0]) for call in calls)
@@ -192,6 +200,7 @@ def _fork_server() -> Any:
 def _collect(
     ranks: list[BaseProcess], pipes: list[connection.Connection], folder: Path, timeout: float
 ) -> list[list[Any]]:
+    __tracebackhide__ = True
     deadline = time.monotonic() + timeout
     results: dict[int, list[Any]] = {}
     while len(results) < len(ranks):
@@ -212,7 +221,8 @@ def _collect(
             else:
                 results[rank] = outcome
         if failures:
-            raise _failed(*min(failures)[1:], folder)
+            _, rank, outcome = min(failures)
+            raise _failed(rank, outcome, folder)
     return [results[rank] for rank in range(len(ranks))]
 
 
@@ -283,12 +293,12 @@ def _rank_main(order: Order, pipe: connection.Connection) -> None:
     try:
         outcome: Any = _work(order)
         message = pickle.dumps((time.monotonic(), outcome))
-    except BaseException as error:  # noqa: BLE001 - whatever it was, the test must show it
+    except BaseException as error:  # whatever it was, the test must show it
         outcome = (type(error).__name__, str(error), _trace(error))
         message = pickle.dumps((time.monotonic(), outcome))
     sys.stdout.flush()
     sys.stderr.flush()
-    # Stay until every rank is done, so that no rank sees a closed connection before the first failure is told.
+    # Stay until all are done: no rank sees a closed connection before the first failure is told.
     with contextlib.suppress(EOFError, OSError):
         pipe.send_bytes(message)
         pipe.recv_bytes()
@@ -299,7 +309,7 @@ def _work(order: Order) -> list[Any]:
     import torch
     import torch.distributed as dist
 
-    os.environ.update(order.env)
+    os.environ.update(order.env, TEST_WORLD_RANK=str(order.rank))
     torch.set_num_threads(order.threads)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

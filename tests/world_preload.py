@@ -1,4 +1,4 @@
-"""Imported once by the fork server of world.py, so that every rank starts with the heavy modules already in memory.
+"""Imported once by the fork server of world.py: every rank starts with the heavy modules in memory.
 
 An import that fails here is not an error: the rank meets it again, with its own traceback.
 """

@@ -1,0 +1,96 @@
+"""Start real jobs from a test: plain processes, torchrun, and mpirun of whatever MPI this environment has."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BIN = Path(sys.executable).parent
+LAUNCH_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "OMPI_",
+    "PMI",
+)
+LAUNCH_VARIABLES += ("MPI_", "SLURM_", "TORCHELASTIC_", "GROUP_", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that ended: its exit code, all it printed, and what its ranks wrote by `report`."""
+
+    code: int
+    output: str
+    reports: dict[int, Any]
+
+
+def find_mpirun() -> str:
+    """Find mpirun beside this Python or on the path; skip the test where there is none."""
+    found = shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        pytest.skip("no mpirun; pip install 'plait[mpi]'")
+    return found
+
+
+def mpirun(size: int, *options: str) -> list[str]:
+    return [find_mpirun(), "--oversubscribe", "-n", str(size), *options, sys.executable]
+
+
+def torchrun(size: int) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={size}",
+    ]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a fresh shell: no traces of a launcher; mpirun may run as root in a container."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH_VARIABLES)}
+    return env | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} | changes
+
+
+def start(command: Sequence[str], folder: Path, **env: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        command,
+        env=environment(TEST_REPORTS=str(folder), **env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(job: subprocess.Popen[str], folder: Path, timeout: float = 100) -> Ended:
+    try:
+        output, _ = job.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        output, _ = job.communicate()
+        pytest.fail(f"the job did not end in {timeout} s; it printed:\n{output}")
+    reports = {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return Ended(job.returncode, output, reports)
+
+
+def run_job(command: Sequence[str], folder: Path, **env: str) -> Ended:
+    """Run a job to its end; its ranks answer through `report`."""
+    return finish(start(command, folder, **env), folder)
+
+
+def report(rank: int, answer: Any) -> None:
+    """Answer from inside a job; standard output would be interleaved."""
+    (Path(os.environ["TEST_REPORTS"]) / f"{rank}.json").write_text(json.dumps(answer))
