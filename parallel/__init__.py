@@ -1,1 +1,24 @@
+"""How a model is cut over ranks: plans, and parallelize(model, plan)."""
 
+from .api import parallelize, unparallelize
+from .attention.mla import Mla
+from .attention.role import Attention
+from .axes import Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
+from .errors import PlanError
+from .plan import Plan
+
+__all__ = [
+    "Attention",
+    "Helix",
+    "Mla",
+    "Pipeline",
+    "Plan",
+    "PlanError",
+    "Replicate",
+    "Ring",
+    "Shard",
+    "Tensor",
+    "Ulysses",
+    "parallelize",
+    "unparallelize",
+]

@@ -1,0 +1,219 @@
+"""parallelize(model, plan): check, agree, prepare every change, then make them all; unparallelize undoes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..collectives import primitive
+from ..kvstore import KVStore
+from .agreement import agree, model_digest, structure
+from .attention.helix import HelixState
+from .edits import CutParameter, Edit, Edits
+from .errors import PlanError
+from .families import is_transformers, roles_of
+from .folding import Folding
+from .groups import Groups
+from .plan import Plan
+from .ranks import ModelRanks
+from .roles import Role
+from .rules import Rules, match, snippet
+from .shape import ModelShape
+from .weights import load
+
+
+@dataclass
+class Parallelized:
+    """What ``parallelize`` did to a model; kept at ``model._plait``."""
+
+    plan: Plan
+    ranks: ModelRanks
+    shape: ModelShape
+    edits: Edits
+
+    def parameters(self) -> list[CutParameter]:
+        """The parameters that were cut, with their layouts."""
+        return self.edits.parameters()
+
+
+def parallelize(
+    model: nn.Module,
+    plan: Plan | str,
+    *,
+    rules: Rules | None = None,
+    weights: Any = None,
+    store: KVStore | None = None,
+) -> nn.Module:
+    """Cut a model over the ranks of a plan, in place, and return it.
+
+    The forward keeps its signature and its outputs; every rank must call it with the same input. Make the optimizer
+    afterwards: the parameters are new. Undo with ``unparallelize``.
+
+    Args:
+        model: any ``torch.nn.Module``; a transformers decoder is recognised, others need ``rules``.
+        plan: a ``Plan`` or its text, e.g. ``"kvp2 tp2"``.
+        rules: module-path pattern -> role (``"colwise"``, ``"rowwise"``, ``Attention(...)``...).
+        weights: a directory or files of safetensors; each rank reads only its slices. Needed for a meta model.
+        store: where Helix keeps keys and values; made when needed by default.
+
+    Collective: all ranks of the world; two all-gathers of 4 KiB, whatever happens.
+
+    Raises:
+        PlanError: the plan does not fit the model, the world or another rank; the same on every rank, before anything
+            is changed.
+    """
+    failure: Exception | None = None
+    plan, groups, prepared = Plan.parse(plan) if isinstance(plan, str) else plan, None, None
+    try:
+        groups = open_groups(model, plan, rules)
+    except Exception as error:
+        failure = error
+    world = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+    device = _device()
+    facts = {"plan": str(plan), "model": model_digest(structure(model)), "rules": _rules_text(rules)}
+    agree(world, facts, failure, device)
+    assert groups is not None
+    try:
+        prepared = prepare(model, plan, groups, rules=rules, weights=weights, store=store)
+    except Exception as error:
+        failure = error
+    agree(world, {}, failure, device)
+    assert prepared is not None
+    return commit(model, *prepared)
+
+
+def open_groups(model: nn.Module, plan: Plan, rules: Rules | None) -> Groups:
+    """Check everything that needs no communication, and open this rank's groups."""
+    if getattr(model, "_plait", None) is not None:
+        raise PlanError("parallelize", f"was called before on this model ({model._plait.plan})", "call unparallelize(model) first")
+    if dist.is_initialized():
+        plan.validate(shape_of(model), dist.get_world_size())
+    else:
+        plan.validate(shape_of(model))
+    refuse_later_axes(plan, rules)
+    return Groups.create(Folding.of(plan))
+
+
+def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
+    """Refuse axes whose execution does not exist yet, rather than ignoring them."""
+    for axis in ("dp", "pp", "ep") + (() if plan.kvp.size > 1 else ("cp",)):
+        if plan.size(axis) > 1:
+            raise PlanError(
+                f"{axis}={plan.size(axis)}", "is planned and checked but not executed yet", "apply plans of tp, kvp and etp"
+            )
+    if plan.etp not in {1, plan.size("ffn_tp")}:
+        raise PlanError(
+            f"etp={plan.etp}", "is executed only over all kvp * tp ranks or not at all", f"use etp=1 or etp={plan.size('ffn_tp')}"
+        )
+    if plan.kvp.chunks > 1:
+        raise PlanError(f"kvp chunks={plan.kvp.chunks}", "is planned but not executed yet", "use chunks=1")
+    if plan.tp.sp and (rules or plan.etp > 1):
+        raise PlanError("tp:sp", "is executed for transformers decoders without etp only", "use tp without :sp")
+
+
+def prepare(
+    model: nn.Module, plan: Plan, groups: Groups, *, rules: Rules | None = None, weights: Any = None, store: Any = None
+) -> tuple[list[Edit], Parallelized]:
+    """Prepare every change to the model without touching it. Needs no communication but the making of groups."""
+    shape = shape_of(model)
+    ranks = ModelRanks.of(plan, groups)
+    if ranks.kvp > 1:
+        ranks = replace(ranks, helix=HelixState(ranks))
+    roles = find_roles(model, shape, plan, rules) if ranks.size > 1 else {}
+    edits: list[Edit] = []
+    for path, role in roles.items():
+        edits += role.edits(model.get_submodule(path), path, ranks)
+    edits += load(model, edits, ranks, weights)
+    edits = [*binding(model, shape, ranks, store, edits), *edits] if ranks.size > 1 else edits
+    return edits, Parallelized(plan, ranks, shape, Edits())
+
+
+def binding(model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, roles: list[Edit]) -> list[Edit]:
+    """Edits of the model as a whole."""
+    if not is_transformers(model):
+        from .modules import module_edits
+
+        return module_edits(model, ranks)
+    from .binding import HelixBinding, agreement_edits, sequence_edits
+
+    edits = agreement_edits(model, ranks)
+    if ranks.helix is not None:
+        edits += HelixBinding(model, shape, ranks.helix, store).edits()
+    if ranks.span is not None:
+        edits += sequence_edits(model, ranks, roles)
+    return edits
+
+
+def find_roles(model: nn.Module, shape: ModelShape, plan: Plan, rules: Rules | None) -> dict[str, Role]:
+    """Roles by rules, or from the tables the model ships."""
+    if rules is not None:
+        return match(model, rules)
+    if is_transformers(model):
+        return roles_of(model, shape, plan)
+    raise PlanError(
+        f"model {type(model).__name__}", "is not a transformers model and no rules were given", "give rules, for example:\n" + snippet(model)
+    )
+
+
+def commit(model: nn.Module, edits: list[Edit], done: Parallelized) -> nn.Module:
+    """Make the prepared changes."""
+    from .checkpoint import state_dict_edits
+
+    done.edits.apply([*edits, *state_dict_edits([e for e in edits if isinstance(e, CutParameter)], done.ranks)])
+    for parameter in done.parameters():
+        parameter.whole = None  # from here on the whole weights are gone; unparallelize gathers them
+    model._plait = done  # type: ignore[assignment]
+    return model
+
+
+def unparallelize(model: nn.Module) -> nn.Module:
+    """Gather the weights and undo every change; bitwise the weights the model had.
+
+    Collective: all ranks of the model copy; one all-gather per cut parameter. Each rank then holds the whole model.
+    """
+    done: Parallelized | None = getattr(model, "_plait", None)
+    if done is None:
+        raise PlanError("unparallelize", "finds no plan on this model", "call it on what parallelize returned")
+    made: dict[int, nn.Parameter] = {}
+    gathered: dict[int, torch.Tensor] = {}
+    for parameter in done.parameters():
+        assert parameter.local is not None
+        key = id(parameter.local)
+        if key not in gathered:
+            gathered[key] = gather_whole(parameter, done.ranks)
+        parameter.restore(gathered[key], made)
+    done.edits.undo()
+    del model._plait
+    done.ranks.groups.close()
+    return model
+
+
+def gather_whole(parameter: CutParameter, ranks: ModelRanks) -> torch.Tensor:
+    """Put a cut parameter together on every rank.
+
+    Collective: all ranks of the model copy; an all-gather padded to the largest part.
+    """
+    cut, local = parameter.cut, parameter.local
+    assert local is not None
+    sizes = [cut.extent(j) for j in range(ranks.size)]
+    whole = primitive.all_gather(local.detach(), ranks.all, sizes, cut.dim)
+    return cut.join(torch.split(whole, sizes, cut.dim))
+
+
+def shape_of(model: nn.Module) -> ModelShape:
+    """The numbers of a model that legality needs; unknown for modules that are not transformers'."""
+    return ModelShape.from_config(model.config) if is_transformers(model) else ModelShape()
+
+
+def _device() -> torch.device:
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _rules_text(rules: Rules | None) -> str:
+    return "" if rules is None else ";".join(f"{pattern}:{role}" for pattern, role in rules.items()).replace("\n", " ")

@@ -1,0 +1,78 @@
+"""What crosses the wire inside Helix attention: partial outputs, or keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...collectives import autograd
+from ...collectives.primitive import Group
+from ...cuda_kernels.merge import merge_states
+from .step import Step
+
+
+def exchange_partials(o: Tensor, lse: Tensor, group: Group, sink: Tensor | None = None) -> Tensor:
+    """Send each rank its run of heads of the local partial, and merge what the others send.
+
+    lse travels in the same record as the output, so there is one message per pair of ranks.
+
+    Shape: o [rows, heads/tp, d], lse [rows, heads/tp] -> [rows, heads/(kvp*tp), d]
+    Collective: one all-to-all over kvp; each rank sends rows * heads/tp * (d + lse) * (kvp - 1) / kvp elements.
+    Source: Helix Parallelism section 2.2.
+    """
+    assert group is not None
+    shards, (rows, heads, width) = group.size(), o.shape
+    if torch.is_grad_enabled() and (o.requires_grad or lse.requires_grad):
+        record = torch.cat([o.to(lse.dtype), lse.unsqueeze(-1)], -1)
+    else:
+        # The bits of lse ride in the output's dtype, so a bf16 payload keeps a float32 lse.
+        record = torch.cat([o, lse.unsqueeze(-1).view(o.dtype)], -1)
+    by_rank = record.view(rows, shards, heads // shards, record.shape[-1]).transpose(0, 1)
+    received = autograd.all_to_all(by_rank.contiguous(), group)
+    partial, weight = received[..., :width], received[..., width:]
+    if received.dtype != lse.dtype:
+        weight = weight.contiguous().view(lse.dtype)
+    merged, _ = merge_states(partial, weight.squeeze(-1), sink)
+    return merged.to(o.dtype)
+
+
+def gather_keys(k: Tensor, v: Tensor | None, group: Group, step: Step) -> tuple[Tensor, Tensor | None]:
+    """Gather every shard's keys and values and put them in order of (sequence, position).
+
+    Shape: k, v [local keys, kv_heads, d] -> [all keys, kv_heads, d]
+    Collective: one all-gather over kvp of k and v together, padded to the largest shard.
+    """
+    width = k.shape[-1]
+    local = k if v is None else torch.cat([k, v], -1)
+    every = autograd.gather(local, group, 0, step.keys_of_rank, partial=True).index_select(0, step.key_order)
+    return (every, None) if v is None else (every[..., :width], every[..., width:])
+
+
+def rows_to_heads(x: Tensor, group: Group, step: Step) -> Tensor:
+    """Turn own rows of all the group's heads into all rows of this rank's run of heads (a pencil transpose).
+
+    Shape: [rows/kvp, heads/tp * d] -> [rows, heads/(kvp*tp) * d]
+    Collective: one all-to-all over kvp with uneven counts.
+    """
+    assert group is not None
+    shards = group.size()
+    rows, width = x.shape
+    by_rank = x.view(rows, shards, width // shards).transpose(0, 1).reshape(rows * shards, width // shards)
+    received = autograd.all_to_all(by_rank, group, [rows] * shards, step.rows_of_rank)
+    return received.index_select(0, step.restore)
+
+
+def partials_elements(rows: int, heads: int, width: int, shards: int) -> float:
+    """Elements one rank sends to exchange partials."""
+    return rows * heads * (width + 1) * (shards - 1) / shards
+
+
+def kv_elements(rows: int, keys: int, heads: int, width: int, kv_width: int, shards: int) -> float:
+    """Elements one rank sends to gather keys and values and return the rows."""
+    return (keys * kv_width + rows * heads * width / shards) * (shards - 1) / shards
+
+
+def cheaper(rows: int, keys: int, heads: int, width: int, kv_width: int, shards: int) -> str:
+    """Choose the exchange that sends fewer bytes: partials for few rows on a long context, KV for a long prompt."""
+    partials = partials_elements(rows, heads, width, shards)
+    return "kv" if kv_elements(rows, keys, heads, width, kv_width, shards) < partials else "partials"

@@ -1,0 +1,260 @@
+"""Helix attention: the KV cache cut along the sequence over kvp, its heads over tp, everything after on all ranks.
+
+One layer, one step (Helix Parallelism, arXiv 2507.07120, section 2):
+q, k, v of the tp group's heads -> local attention over this rank's tokens -> one all-to-all over kvp and a merge by
+lse -> the output projection over all kvp * tp ranks -> one all-reduce. The bytes do not depend on the context length.
+For long prompts the ranks compute their own rows only and gather keys and values instead: see exchange.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...cuda_kernels.dense_attention import dense_attention
+from ...cuda_kernels.scores import Interleave
+from ..edits import AddHook, Edit, SetAttribute
+from ..errors import PlanError
+from ..layout import Cut
+from ..ranks import ModelRanks
+from ..roles import row_edits
+from ..tensor import Link, RowLinear
+from .exchange import cheaper, exchange_partials, gather_keys, rows_to_heads
+from .step import Step, make_step
+
+
+@dataclass
+class HelixState:
+    """What the Helix layers of one model share: their ranks, and the step that runs.
+
+    State: ``step`` and ``cache`` are set when a forward begins and stay until the next one.
+    """
+
+    ranks: ModelRanks
+    layers: list[HelixLayer] = field(default_factory=list)
+    step: Step | None = None
+    cache: Any = None
+
+    @property
+    def rule(self) -> Interleave:
+        """The position rule of this rank."""
+        return Interleave(self.ranks.plan.kvp.interleave, self.ranks.kvp, self.ranks.k)
+
+    def begin(self, batch: int, length: int, past: list[int], valid: Any, cache: Any, device: torch.device) -> None:
+        """Start a step: choose what to exchange and work out who owns which token."""
+        mode = self.ranks.plan.kvp.exchange
+        if mode == "auto":
+            rows = batch * length if valid is None else int(valid.sum())
+            mode = self.layers[0].cheaper(rows, rows + sum(past))
+        self.step = make_step(batch, length, past, valid, mode, self.rule, device)
+        self.cache = cache
+
+    def running(self) -> Step:
+        """The step of the forward that runs."""
+        if self.step is None:
+            raise RuntimeError(
+                "a Helix layer was called outside its model's forward; call the model, or helix_step(model, ...) first"
+            )
+        return self.step
+
+
+@dataclass
+class HelixLayer:
+    """One attention module under Helix. ``number`` is its layer in the KV store, which keeps only Helix layers."""
+
+    state: HelixState
+    number: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of one token's keys and values on one rank."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def cheaper(self, rows: int, keys: int) -> str:
+        """Choose what to exchange by bytes."""
+        kvp = self.state.ranks.kvp
+        return cheaper(rows, keys, self.heads, self.value_dim, self.kv_width, kvp)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None, sink: Tensor | None
+    ) -> Tensor:
+        """Attend with the step's new tokens to everything each may see.
+
+        Shape: q [batch, heads/tp, length, d], k, v [batch, kv_heads/tp, length, d] -> [batch, length, heads/(kvp*tp), d];
+            in "kv" mode batch is 1 and length this rank's own rows, in and out, with all heads/tp.
+        Collective: see ``exchange_partials`` and ``gather_keys``.
+        """
+        step = self.state.running()
+        rows = [t.transpose(1, 2) for t in (q, k) + (() if v is None else (v,))]
+        if step.mode == "kv":
+            q, k, *rest = (t.flatten(0, 1) for t in rows)
+            return self._own_rows(q, k, rest[0] if rest else None, scale, softcap, sink)[None]
+        q = step.pick(rows[0])
+        own = [step.pick(t).index_select(0, step.own) for t in rows[1:]]
+        o, lse = self._local(q, own[0], own[1] if len(own) > 1 else None, scale, softcap)
+        return step.place(self._exchange(o, lse, sink))
+
+    def as_key(self, k: Tensor, v: Tensor) -> Tensor:
+        """What the store keeps as key."""
+        return k
+
+    def as_value(self, v: Tensor) -> Tensor | None:
+        """What the store keeps as value; None if it is part of the key."""
+        return v
+
+    def collect(self, x: Tensor) -> Tensor:
+        """Bring attention's output to the shape the output projection wants: all rows, this rank's heads."""
+        step = self.state.running()
+        if step.mode == "partials":
+            return x
+        return step.place(rows_to_heads(x[0], self.state.ranks.kvp_group, step))
+
+    def write(self, k: Tensor, v: Tensor | None) -> None:
+        """Append this rank's own tokens of the running step to the store."""
+        step, cache = self.state.running(), self.state.cache
+        rows = [t.detach().transpose(1, 2) for t in (k, v) if t is not None]
+        if step.mode == "kv":
+            own = [t.flatten(0, 1) for t in rows]
+        else:
+            own = [t.flatten(0, 1).index_select(0, step.own_flat) for t in rows]
+        cache.store.append(cache.write_step, self.number, own[0], own[1] if len(own) > 1 else None)
+
+    def _exchange(self, o: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor:
+        ranks = self.state.ranks
+        if sink is not None:
+            kept = self.heads // ranks.kvp
+            sink = sink[ranks.k * kept : (ranks.k + 1) * kept]
+        return exchange_partials(o, lse, ranks.kvp_group, sink)
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Attend with all rows to this rank's tokens, old and new."""
+        step, cache = self.state.running(), self.state.cache
+        if cache is not None and not recorded(q, k, v):
+            return cache.store.attend(
+                cache.seqs, self.number, q, q_indptr=step.indptr, lo=step.lo, hi=step.hi, scale=scale,
+                softcap=softcap, step=cache.write_step,
+            )  # fmt: skip
+        keys, values = self._held(k, v)
+        sizes = [int(n) for n in step_local_lengths(step)]
+        return self._per_sequence(q, keys, values, sizes, scale, softcap, None)
+
+    def _own_rows(
+        self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None, sink: Tensor | None
+    ) -> Tensor:
+        """Attend with own rows to all tokens, gathered from all shards."""
+        step = self.state.running()
+        keys, values = self._held(k, v)
+        keys, values = gather_keys(keys, values, self.state.ranks.kvp_group, step)
+        o, _ = self._per_sequence(q, keys, values, list(step.lengths), scale, softcap, sink)
+        return o
+
+    def _held(self, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """This rank's tokens, sequence after sequence: those in the store, then the step's own."""
+        step, cache = self.state.running(), self.state.cache
+        if cache is None or not any(step.past):
+            return k, v
+        pieces: list[tuple[Tensor, ...]] = []
+        new = recorded(k, v)
+        ks, vs = k.split(step.own_counts), (None if v is None else v.split(step.own_counts))
+        for i, seq in enumerate(cache.seqs):
+            old = cache.store.keys_values(seq, self.number, None if new else cache.write_step)
+            pieces.append(old)
+            if new:  # the store holds values, not graphs: the step's own tokens come from the graph
+                pieces.append((ks[i], ks[i][..., : self.value_dim] if vs is None else vs[i]))
+        keys = pieces[0][0] if len(pieces) == 1 else torch.cat([p[0] for p in pieces])
+        if v is None:
+            return keys, None
+        return keys, pieces[0][1] if len(pieces) == 1 else torch.cat([p[1] for p in pieces])
+
+    def _per_sequence(
+        self, q: Tensor, k: Tensor, v: Tensor | None, sizes: list[int], scale: float, softcap: float | None,
+        sink: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        step = self.state.running()
+        v = k[..., : self.value_dim] if v is None else v
+        at = step.indptr.tolist()
+        if len(sizes) == 1:
+            return dense_attention(q, k, v, step.lo, step.hi, scale, softcap, sink=sink)
+        parts, start = [], 0
+        for i, size in enumerate(sizes):
+            rows, keys = slice(at[i], at[i + 1]), slice(start, start + size)
+            parts.append(dense_attention(q[rows], k[keys], v[keys], step.lo[rows], step.hi[rows], scale, softcap, sink=sink))
+            start += size
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class HelixRow(RowLinear):
+    """The output projection over all kvp * tp ranks, after Helix's all-to-all."""
+
+    _plait_layer: HelixLayer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._plait_layer.collect(input))
+
+
+def step_local_lengths(step: Step) -> list[int]:
+    """Tokens this rank holds of each sequence after the step."""
+    return [step.rule.local_length(length) for length in step.lengths]
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Say whether autograd records any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def helix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend under Helix; registered with transformers as the attention implementation ``plait_helix``."""
+    if dropout:
+        raise PlanError(
+            f"attention dropout {dropout}", "cannot be exact when keys are spread over ranks", "set attention_dropout=0"
+        )
+    layer: HelixLayer = module._plait_attention  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, key, value, scale, softcap, s_aux), None
+
+
+def helix_edits(module: nn.Module, linear: nn.Module, path: str, cut: Cut, layer: HelixLayer) -> list[Edit]:
+    """Edits that make an attention module a Helix layer; ``linear`` is its output projection."""
+    state = layer.state
+
+    def own_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        step = state.running()
+        if step.mode == "partials":
+            return args, kwargs
+        return tuple(take_rows(a, step) for a in args), {n: take_rows(a, step) for n, a in kwargs.items()}
+
+    return [
+        SetAttribute(module, "_plait_attention", layer),
+        AddHook(lambda: module.register_forward_pre_hook(own_rows, with_kwargs=True)),
+        SetAttribute(linear, "_plait_layer", layer),
+        *row_edits(linear, path, cut, Link(state.ranks.all), HelixRow),
+    ]
+
+
+def take_rows(x: Any, step: Step) -> Any:
+    """Take this rank's own rows of an activation: [batch or 1, length, ...] -> [1, own rows, ...]."""
+    if isinstance(x, tuple):
+        return tuple(take_rows(item, step) for item in x)
+    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != step.length or x.shape[0] not in {1, step.batch}:
+        return x
+    if x.shape[0] == step.batch:
+        return x.flatten(0, 1).index_select(0, step.own_flat)[None]
+    return x[0].index_select(0, step.own_flat % step.length)[None]

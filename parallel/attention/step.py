@@ -1,0 +1,137 @@
+"""One forward step under Helix: which new tokens there are, who owns them, and what each query row may see.
+
+Made once per step on the host and shared by all layers. Ownership follows the position rule: token p of a sequence
+belongs to rank ``(p // interleave) % kvp`` (research: Helix Parallelism section 2.3; vLLM and SGLang use the same rule).
+Padding is never a token: it is neither owned nor stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cuda_kernels.scores import Interleave
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens of one step. "Rows" are the valid new tokens of the batch, sequence after sequence.
+
+    ``mode`` is ``"partials"`` (all rows attend to the local keys, partial outputs are exchanged) or ``"kv"`` (each rank
+    computes its own rows only and gathers the others' keys and values).
+
+    Shape:
+        rows [num_rows] index into batch * length, or None when nothing is padded; own [own rows] index into rows;
+        lo, hi [num_rows] (partials: local key range; kv: of own rows, global key range); restore [num_rows];
+        key_order [all keys]
+    """
+
+    batch: int
+    length: int
+    mode: str
+    rule: Interleave
+    past: tuple[int, ...]
+    counts: tuple[int, ...]
+    own_counts: tuple[int, ...]
+    rows: Tensor | None
+    own: Tensor
+    own_flat: Tensor
+    indptr: Tensor
+    lo: Tensor
+    hi: Tensor
+    rows_of_rank: tuple[int, ...]
+    restore: Tensor
+    keys_of_rank: tuple[int, ...]
+    key_order: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Valid new tokens in the batch."""
+        return sum(self.counts)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence after this step."""
+        return tuple(p + c for p, c in zip(self.past, self.counts, strict=True))
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Take the valid rows out of a padded batch: [batch, length, ...] -> [num_rows, ...]."""
+        flat = x.flatten(0, 1)
+        return flat if self.rows is None else flat.index_select(0, self.rows)
+
+    def place(self, x: Tensor) -> Tensor:
+        """Put rows back into a batch padded with zeros: [num_rows, ...] -> [batch, length, ...]. Inverse of ``pick``."""
+        if self.rows is not None:
+            x = x.new_zeros((self.batch * self.length, *x.shape[1:])).index_copy(0, self.rows, x)
+        return x.view(self.batch, self.length, *x.shape[1:])
+
+
+def local_lengths(lengths: np.ndarray, rule: Interleave) -> np.ndarray:
+    """Tokens one shard holds of sequences of these lengths (closed form of the position rule)."""
+    base = lengths // (rule.run * rule.shards) * rule.run
+    return base + np.clip(lengths - base * rule.shards - rule.shard * rule.run, 0, rule.run)
+
+
+def make_step(
+    batch: int,
+    length: int,
+    past: Sequence[int],
+    valid: np.ndarray | None,
+    mode: str,
+    rule: Interleave,
+    device: torch.device | str = "cpu",
+) -> Step:
+    """Work out a step from the lengths before it and the mask of its valid tokens ``[batch, length]``."""
+    counts = np.full(batch, length) if valid is None else valid.sum(1)
+    full = valid is None or bool(valid.all())
+    sequence = np.repeat(np.arange(batch), counts)
+    before = np.asarray(past, dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    position = before[sequence] + np.arange(len(sequence)) - starts[sequence]
+    owner = position // rule.run % rule.shards
+    own = np.nonzero(owner == rule.shard)[0]
+    flat = np.arange(batch * length) if full else np.nonzero(np.asarray(valid).reshape(-1))[0]
+
+    def tensor(a: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).to(device)
+
+    own_counts = np.bincount(sequence[own], minlength=batch)
+    order = np.argsort(owner, kind="stable")
+    shown = local_lengths(position + 1, rule) if mode == "partials" else position[own] + 1
+    widths = counts if mode == "partials" else own_counts
+    after = before + counts
+    shards = [Interleave(rule.run, rule.shards, s) for s in range(rule.shards)]
+    return Step(
+        batch=batch,
+        length=length,
+        mode=mode,
+        rule=rule,
+        past=tuple(int(p) for p in past),
+        counts=tuple(int(c) for c in counts),
+        own_counts=tuple(int(c) for c in own_counts),
+        rows=None if full else tensor(flat),
+        own=tensor(own),
+        own_flat=tensor(flat[own]),
+        indptr=tensor(np.concatenate([[0], np.cumsum(widths)])),
+        lo=tensor(np.zeros(len(shown))),
+        hi=tensor(shown),
+        rows_of_rank=tuple(int(n) for n in np.bincount(owner, minlength=rule.shards)),
+        restore=tensor(np.argsort(order, kind="stable")),
+        keys_of_rank=tuple(int(local_lengths(after, s).sum()) for s in shards),
+        key_order=tensor(_key_order(after, shards)) if mode == "kv" else tensor(np.zeros(0)),
+    )
+
+
+def _key_order(lengths: np.ndarray, shards: Sequence[Interleave]) -> np.ndarray:
+    """Order that sorts gathered keys (shard, sequence, local index) by (sequence, position)."""
+    sequences, positions = [], []
+    for shard in shards:
+        for number, count in enumerate(local_lengths(lengths, shard)):
+            index = torch.arange(int(count))
+            sequences.append(np.full(int(count), number))
+            positions.append(shard.positions(index).numpy())
+    return np.lexsort((np.concatenate(positions), np.concatenate(sequences)))

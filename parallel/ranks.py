@@ -1,0 +1,92 @@
+"""The ranks that hold one copy of the model, as one of them sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..collectives.primitive import Group
+from .groups import Groups
+from .plan import Plan
+from .tensor import SequenceSpan
+
+if TYPE_CHECKING:
+    from .attention.helix import HelixState
+
+
+@dataclass(frozen=True)
+class ModelRanks:
+    """The tp * kvp ranks of one model copy; rank ``index`` is ``t + tp * k``.
+
+    ``tp_order[j]`` is the tp coordinate of rank j, ``run_order[j]`` the number ``t * kvp + k`` of the run of query heads
+    (and of FFN columns) that rank j keeps after Helix's all-to-all. Cuts are made by these orders, never by rank number.
+    """
+
+    plan: Plan
+    index: int
+    groups: Groups
+    members: tuple[int, ...]
+    tp_order: tuple[int, ...]
+    run_order: tuple[int, ...]
+    span: SequenceSpan | None = None
+    helix: HelixState | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, groups: Groups) -> ModelRanks:
+        """Read this rank's coordinates from the groups of a plan."""
+        folding = groups.folding
+        members = folding.group(groups.rank, "tp", "kvp")
+        return cls(
+            plan=plan,
+            index=members.index(groups.rank),
+            groups=groups,
+            members=members,
+            tp_order=tuple(folding.coords(r)["tp"] for r in members),
+            run_order=folding.head_runs(members),
+            span=SequenceSpan() if plan.tp.sp and plan.tp.size > 1 else None,
+        )
+
+    @property
+    def tp(self) -> int:
+        """Size of the tensor axis."""
+        return self.plan.tp.size
+
+    @property
+    def kvp(self) -> int:
+        """Size of the KV axis."""
+        return self.plan.kvp.size
+
+    @property
+    def size(self) -> int:
+        """Number of ranks of one model copy."""
+        return self.tp * self.kvp
+
+    @property
+    def t(self) -> int:
+        """This rank's tp coordinate."""
+        return self.index % self.tp
+
+    @property
+    def k(self) -> int:
+        """This rank's kvp coordinate."""
+        return self.index // self.tp
+
+    @property
+    def run(self) -> int:
+        """The run of query heads this rank keeps."""
+        return self.run_order[self.index]
+
+    @property
+    def all(self) -> Group:
+        """The group of all ranks of the model copy (``ffn_tp``), in order of index."""
+        return self.groups.group("tp", "kvp")
+
+    @property
+    def kvp_group(self) -> Group:
+        """The group along which the KV cache is cut, in order of k."""
+        return self.groups.group("kvp")
+
+    def subset(self, indices: Sequence[int]) -> Group:
+        """The group of some ranks of the model copy, named by index."""
+        return self.groups.of_ranks(tuple(self.members[j] for j in indices))
