@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -56,7 +59,8 @@ class TorchCommunicators:
         Collective: the members only, in one order. No data; gloo connects its members here, NCCL
         at the first collective.
         """
-        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        with _named(_fresh_name(ranks)):
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup), "called by a rank that is no member"
         return group
 
@@ -75,6 +79,33 @@ class TorchCommunicators:
         device: str,
     ) -> DeviceMesh:
         return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)
+
+
+def _fresh_name(ranks: tuple[int, ...]) -> str:
+    """Return a name that all members find alone, and that no earlier group of this world had.
+
+    Each member counts its own uses of a set of ranks, in the world's store: the n-th group of a
+    set is the n-th for every member.
+    """
+    members = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
+    uses = distributed_c10d._get_default_store().add(f"plait/{members}/{dist.get_rank()}", 1)
+    return f"plait-{members}-{uses}"
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Give the group that is made inside this name.
+
+    torch derives the name, under which members find each other in the store, from how many groups
+    this rank has: ranks with different counts never meet (pytorch/pytorch#173608), and a set that
+    is made again after its end reads the addresses of the dead group. new_group takes no name.
+    """
+    torch_name = distributed_c10d._process_group_name
+    distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        distributed_c10d._process_group_name = torch_name
 
 
 class LocalCommunicators:

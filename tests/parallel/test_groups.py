@@ -114,6 +114,23 @@ def test_close_ends_what_was_made_and_only_that() -> None:
     run_world(closed_and_made_again, 4)
 
 
+def with_uneven_counts() -> None:
+    """Ranks that hold different numbers of groups still meet in the next one."""
+    groups = Groups.create(fold("kvp2 tp2"))
+    if groups.rank in (0, 1):
+        groups.group("tp")
+    if groups.rank == 0:
+        groups.device_mesh("dp")
+    bits = torch.tensor(2**groups.rank)
+    dist.all_reduce(bits, group=groups.group("kvp"))
+    assert bits.item() == (0b0101 if groups.rank % 2 == 0 else 0b1010)
+    groups.close()
+
+
+def test_ranks_with_uneven_counts_meet() -> None:
+    run_world(with_uneven_counts, 4, timeout=60)
+
+
 def of_another_size() -> str:
     with pytest.raises(PlanError) as caught:
         Groups.create(fold("kvp2 tp2"))
