@@ -20,7 +20,7 @@ from .errors import BackendUnavailable, LaunchError
 from .launch import Launch
 from .rendezvous import meet
 
-_rounds = (
+_visits = (
     itertools.count()
 )  # a world may be closed and opened again; its keys in a shared store must differ
 
@@ -92,12 +92,11 @@ def init(
         refusal = error
         card["error"] = str(error)
     try:
-        store, cards = meet(launch, card, timeout_s, next(_rounds))
+        store, cards = meet(launch, card, timeout_s, objection=_objection, visit=next(_visits))
     except LaunchError:
         if refusal is not None:
             raise refusal from None
         raise
-    _same_request(cards)
     threads = _set_threads(launch, cards)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -190,23 +189,20 @@ def _device_name(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _same_request(cards: list[dict[str, Any]]) -> None:
-    """Checked on every rank from the same cards, so every rank raises the same."""
+def _objection(cards: list[dict[str, Any]]) -> str:
+    """Why these ranks cannot be one world; rank 0 asks, all are told."""
     backends = [card["backend"] for card in cards]
     if len(set(backends)) > 1:
-        raise LaunchError(
-            f"ranks ask for different backends, by rank: {backends}; give plait.init() the same on all"
-        )
+        return f"ranks ask for different backends, by rank: {backends}; give plait.init() the same on all"
     owners: dict[tuple[str, str], int] = {}
     for rank, card in enumerate(cards):
-        if card["device"] == "cpu":
-            continue
         other = owners.setdefault((card["host"], card["device"]), rank)
-        if other != rank:
-            raise LaunchError(
+        if other != rank and card["device"] != "cpu":
+            return (
                 f"ranks {other} and {rank} would share one CUDA device on host {card['host']}, which NCCL cannot do; "
                 "start one rank for each device, or run on the CPU: plait.init('gloo')"
             )
+    return ""
 
 
 def _cpus() -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from plait.collectives import rendezvous
+from plait.collectives import meeting_point, rendezvous
 from plait.collectives.errors import BackendUnavailable, LaunchError
 from plait.collectives.launch import Launch
 from plait.collectives.world import World, init
@@ -37,7 +38,8 @@ def outcome(size: int, timeout_s: float = 20, **more: str) -> str:
     return "joined"
 
 
-def join_and_sum(size: int) -> tuple[int, int, str, float]:
+def join_and_sum(size: int, folder: str) -> tuple[int, int, str, float]:
+    tempfile.tempdir = folder
     world = init(timeout_s=20, environ=hydra(size))
     total = torch.tensor([world.rank + 1.0])
     dist.all_reduce(total)
@@ -45,11 +47,12 @@ def join_and_sum(size: int) -> tuple[int, int, str, float]:
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_ranks_meet_without_a_port_given(size: int) -> None:
-    assert run_world(join_and_sum, size, size, backend=None) == [
+def test_ranks_meet_without_a_port_given(size: int, tmp_path: Path) -> None:
+    assert run_world(join_and_sum, size, size, str(tmp_path), backend=None) == [
         (rank, size, "mpich", size * (size + 1) / 2) for rank in range(size)
     ]
-    assert not list(Path(rendezvous.tempfile.gettempdir()).glob("plait-*/*/address*"))
+    (ours,) = tmp_path.iterdir()
+    assert not list(ours.iterdir())  # nothing is left behind
 
 
 def close_and_join_again(size: int) -> list[float]:
@@ -187,7 +190,7 @@ def test_absent_backends_say_what_to_install() -> None:
 
 
 def without_mpi4py(size: int) -> str:
-    rendezvous.importlib.util.find_spec = lambda name: None  # type: ignore[assignment]
+    meeting_point.importlib.util.find_spec = lambda name: None  # type: ignore[assignment]
     return outcome(size, MPI_LOCALNRANKS="1", MPI_LOCALRANKID="0")
 
 
@@ -225,35 +228,35 @@ def place(rank: int, job: str = "a-job") -> Launch:
 def test_stale_address_files_are_not_trusted(tmp_path: Path) -> None:
     file = tmp_path / "address"
     deadline = time.monotonic() + 0.5
-    assert rendezvous._join(place(1), file, deadline) is None
+    assert meeting_point._join(place(1), file, deadline) is None
     file.write_text("half wr")
-    assert rendezvous._join(place(1), file, deadline) is None
+    assert meeting_point._join(place(1), file, deadline) is None
     live = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     live.set("plait/nonce", "mine")
     file.write_text(json.dumps({"port": live.port, "nonce": "of another job"}))
-    assert rendezvous._join(place(1), file, deadline) is None
+    assert meeting_point._join(place(1), file, deadline) is None
     file.write_text(json.dumps({"port": live.port, "nonce": "mine"}))
-    assert rendezvous._join(place(1), file, time.monotonic() + 5) is not None
+    assert meeting_point._join(place(1), file, time.monotonic() + 5) is not None
     port = live.port
     del live
     file.write_text(json.dumps({"port": port, "nonce": "mine"}))
-    assert rendezvous._join(place(1), file, time.monotonic() + 0.5) is None
+    assert meeting_point._join(place(1), file, time.monotonic() + 0.5) is None
 
 
 def test_the_directory_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous.tempfile, "tempdir", str(tmp_path))
-    with rendezvous._private_directory(place(0)) as folder:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with meeting_point._private_directory(place(0)) as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
         assert folder.parent.stat().st_mode & 0o777 == 0o700
-        with rendezvous._private_directory(place(1)) as same:
+        with meeting_point._private_directory(place(1)) as same:
             assert same == folder
-        with rendezvous._private_directory(place(1, job="another")) as other:
+        with meeting_point._private_directory(place(1, job="another")) as other:
             assert other != folder
     assert not folder.exists()
     folder.parent.chmod(0o755)
     with (
         pytest.raises(LaunchError, match="of yours alone"),
-        rendezvous._private_directory(place(0)),
+        meeting_point._private_directory(place(0)),
     ):
         pass
 
@@ -263,12 +266,12 @@ def test_a_link_in_place_of_the_directory_is_refused(
 ) -> None:
     import os
 
-    monkeypatch.setattr(rendezvous.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / f"plait-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     with (
         pytest.raises(LaunchError, match="of yours alone"),
-        rendezvous._private_directory(place(0)),
+        meeting_point._private_directory(place(0)),
     ):
         pass
 
