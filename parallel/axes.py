@@ -75,7 +75,7 @@ class Choice:
 
     def validate(self, plan: Plan, shape: ModelShape) -> None:
         """Raise PlanError unless this choice is legal in this plan for this shape."""
-        from .legality import remedy
+        from .legality import remedy  # which needs the classes below
 
         found = self.problem(plan, shape)
         if found is not None:

@@ -65,7 +65,7 @@ class TorchCommunicators:
         return group
 
     def end(self, group: dist.ProcessGroup) -> None:
-        if dist.is_initialized():  # else the world is gone and took its groups with it
+        if group in distributed_c10d._world.pg_map:  # else its world is gone and took it along
             dist.destroy_process_group(group)
 
     def whole(self) -> dist.ProcessGroup | None:

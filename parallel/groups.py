@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -70,7 +72,7 @@ class Groups:
         folding.attention.coords(rank)  # refuses a rank outside the world
         return cls(folding, rank, LocalCommunicators(rank, fake=True))
 
-    def __enter__(self) -> Groups:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

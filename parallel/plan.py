@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from . import legality
 from . import text as plan_text
 from .axes import AXES, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses, normal
 from .errors import PlanError, unknown
@@ -118,9 +119,7 @@ class Plan:
             case "ffn_tp":
                 return self.kvp.size * self.tp.size
             case "edp":
-                from .legality import expert_replicas
-
-                return expert_replicas(self)
+                return legality.expert_replicas(self)
         raise unknown("axis", axis, [*AXES, "edp", "ffn_tp"])
 
     def validate(self, shape: ModelShape | None = None, world_size: int | None = None) -> None:
@@ -128,9 +127,7 @@ class Plan:
 
         Collective: none. A pure function of its arguments, so every rank raises the same text.
         """
-        from .legality import validate
-
-        validate(self, shape, world_size)
+        legality.validate(self, shape, world_size)
 
     def explain(self, model: Any, **options: Any) -> Any:
         """Say what each rank would hold and send; needs no ranks."""

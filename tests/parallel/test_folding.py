@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from plait.parallel.errors import PlanError
@@ -71,16 +71,12 @@ def test_brute_force_to_64_ranks() -> None:
                     Folding.of(plan)
                 continue
             folding, edp = Folding.of(plan), stage // (etp * ep)
-            rank = 0
-            for p in range(pp):
-                for e, x, t in product(range(edp), range(ep), range(etp)):
-                    at = folding.experts.coords(rank)
-                    assert at == {"etp": t, "ep": x, "edp": e, "pp": p}
-                    rank += 1
-            rank = 0
-            for p, d, c, t in product(range(pp), range(dp), range(cp), range(tp)):
+            rows = product(range(pp), range(edp), range(ep), range(etp))
+            for rank, (p, e, x, t) in enumerate(rows):
+                assert folding.experts.coords(rank) == {"etp": t, "ep": x, "edp": e, "pp": p}
+            rows = product(range(pp), range(dp), range(cp), range(tp))
+            for rank, (p, d, c, t) in enumerate(rows):
                 assert folding.attention.coords(rank) == {"tp": t, "cp": c, "dp": d, "pp": p}
-                rank += 1
             assert folding.attention.groups("pp") == folding.experts.groups("pp")
             tried += 1
     assert tried > 500
@@ -96,6 +92,7 @@ def foldings(draw: st.DrawFn) -> Folding:
     return Folding.of(plan)
 
 
+@settings(deadline=None)
 @given(foldings())
 def test_laws(folding: Folding) -> None:
     assert folding.size == folding.attention.size == folding.experts.size
@@ -109,6 +106,7 @@ def test_laws(folding: Folding) -> None:
             assert [folding.index(r, *axes) for r in group] == list(range(len(group)))
 
 
+@settings(deadline=None)
 @given(foldings())
 def test_head_runs(folding: Folding) -> None:
     """The runs of one model copy are 0..N-1, and the ranks of a kvp group own consecutive runs."""
@@ -137,15 +135,18 @@ def test_head_run_is_not_the_position_in_the_communicator() -> None:
 
 def test_communicators_are_shared_by_both_sides() -> None:
     made = fold("kvp4 tp2 ep4 etp2").communicators()
-    assert made[0, 1] == ["tp", "etp"] and made[0, 2, 4, 6] == ["kvp", "ep"]
+    assert made[0, 1] == ["tp", "etp"]
+    assert made[0, 2, 4, 6] == ["kvp", "ep"]
     assert made[tuple(range(8))] == ["ffn_tp", "etp+ep", "world"]
     assert len(made) == 4 + 2 + 1
     ep_is_tp = fold("tp4 dp2 ep4").communicators()
-    assert ep_is_tp[0, 1, 2, 3] == ["tp", "ep"] and ep_is_tp[0, 4] == ["dp", "edp"]
+    assert ep_is_tp[0, 1, 2, 3] == ["tp", "ep"]
+    assert ep_is_tp[0, 4] == ["dp", "edp"]
     assert fold("tp1").communicators() == {}
     assert fold("tp2").communicators() == {(0, 1): ["tp", "edp", "world"]}
 
 
+@settings(deadline=None)
 @given(foldings(), st.data())
 def test_communicators_of_one_rank(folding: Folding, data: st.DataObject) -> None:
     rank = data.draw(st.integers(0, folding.size - 1))
@@ -197,6 +198,8 @@ def test_the_remedy_for_dp_works() -> None:
 
 def test_picture() -> None:
     text = fold("kvp2 tp2 ep2 etp2").picture()
-    assert "attention (tp2 kvp2 dp1 pp1)" in text and "experts (etp2 ep2 edp1 pp1)" in text
-    assert "kvp1    2    3" in text and "ep1     2     3" in text
+    assert "attention (tp2 kvp2 dp1 pp1)" in text
+    assert "experts (etp2 ep2 edp1 pp1)" in text
+    assert "kvp1    2    3" in text
+    assert "ep1     2     3" in text
     assert "experts" not in fold("tp2").picture()

@@ -56,10 +56,12 @@ def sums_over_every_axis(text: str) -> tuple[int, dict[str, str]]:
 def test_groups_join_the_right_ranks(text: str, ranks: int, count: int) -> None:
     counts, names = zip(*run_world(sums_over_every_axis, ranks, text), strict=True)
     assert set(counts) == {count}
-    assert names[0]["tp"] == "tp" and names[0]["dp"] in ("dp", "self")
+    assert names[0]["tp"] == "tp"
+    assert names[0]["dp"] in ("dp", "self")
     if text.startswith("kvp2"):
         assert names[0]["ep"] == names[0]["kvp"] == names[0]["cp"] == "kvp"
-        assert names[0]["etp"] == "tp" and names[0]["world"] == names[0]["ffn_tp"] == "ffn_tp"
+        assert names[0]["etp"] == "tp"
+        assert names[0]["world"] == names[0]["ffn_tp"] == "ffn_tp"
 
 
 def meshes_over_groups(text: str) -> int:
@@ -84,7 +86,8 @@ def meshes_over_groups(text: str) -> int:
         assert torch.equal(cut.full_tensor(), whole)
     assert groups.count == made
     alone = groups.device_mesh("dp", "tp")
-    assert alone.shape == (1, 2) and groups.count == made + 1
+    assert alone.shape == (1, 2)
+    assert groups.count == made + 1
     groups.close()
     return made
 
@@ -99,7 +102,8 @@ def closed_and_made_again() -> None:
         groups = Groups.create(fold("kvp2 tp2"))
         one = torch.ones(1)
         dist.all_reduce(one, group=groups.group("kvp"))
-        assert one.item() == 2 and groups.count == 1
+        assert one.item() == 2
+        assert groups.count == 1
         groups.close()
         groups.close()
         assert len(dist.distributed_c10d._world.pg_map) == before
@@ -112,6 +116,17 @@ def closed_and_made_again() -> None:
 
 def test_close_ends_what_was_made_and_only_that() -> None:
     run_world(closed_and_made_again, 4)
+
+
+def closed_after_the_world() -> None:
+    groups = Groups.create(fold("kvp2 tp2"))
+    groups.prepare("tp", "kvp")
+    dist.destroy_process_group()
+    groups.close()
+
+
+def test_close_after_the_world_has_ended() -> None:
+    run_world(closed_after_the_world, 4)
 
 
 def with_uneven_counts() -> None:
@@ -139,7 +154,8 @@ def of_another_size() -> str:
 
 def test_a_world_of_another_size_is_refused_alike_everywhere() -> None:
     told = set(run_world(of_another_size, 2))
-    assert len(told) == 1 and "launch 4 ranks" in told.pop()
+    assert len(told) == 1
+    assert "launch 4 ranks" in told.pop()
 
 
 def fake_beside_real() -> list[float]:
@@ -159,10 +175,12 @@ def odd_groups() -> None:
     groups = Groups.create(fold("tp4"))
     if groups.rank != 2:
         group = groups.of_ranks((3, 0, 1))
-        assert group is not None and group.size() == 3
+        assert group is not None
+        assert group.size() == 3
         bits = torch.tensor(2**groups.rank)
         dist.all_reduce(bits, group=group)
-        assert bits.item() == 0b1011 and groups.axis_of(group) == "ranks 0,1,3"
+        assert bits.item() == 0b1011
+        assert groups.axis_of(group) == "ranks 0,1,3"
     else:
         with pytest.raises(PlanError, match="leaves out rank 2"):
             groups.of_ranks((3, 0, 1))
@@ -179,7 +197,7 @@ def test_groups_of_given_ranks() -> None:
 
 def test_create_without_a_world() -> None:
     assert not dist.is_initialized()
-    with pytest.raises(PlanError, match="not initialised.*plait.init.*nproc-per-node 2"):
+    with pytest.raises(PlanError, match=r"not initialised.*plait.init.*nproc-per-node 2"):
         Groups.create(fold("tp2"))
     assert Groups.create(fold("tp1")).group("world") is None
 
@@ -187,7 +205,8 @@ def test_create_without_a_world() -> None:
 def test_a_world_of_one() -> None:
     with Groups.single() as groups:
         assert all(groups.group(axis) is None for axis in AXES)
-        assert groups.axis_of(None) == "self" and groups.count == 0
+        assert groups.axis_of(None) == "self"
+        assert groups.count == 0
         mesh = groups.device_mesh("tp")
         whole = torch.arange(6.0).reshape(3, 2)
         cut = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
@@ -202,9 +221,11 @@ def test_fake_groups_run_every_collective(device: str) -> None:
     with Groups.fake(fold("kvp4 tp2 dp2 ep8 pp3"), 29) as groups:
         assert groups.count == 0
         group = groups.group("kvp")
-        assert group is not None and (group.rank(), group.size()) == (2, 4)
+        assert group is not None
+        assert (group.rank(), group.size()) == (2, 4)
         assert dist.get_process_group_ranks(group) == [25, 27, 29, 31]
-        assert groups.axis_of(group) == "kvp" and groups.count == 1
+        assert groups.axis_of(group) == "kvp"
+        assert groups.count == 1
         x, out = torch.ones(8, 3, device=device), torch.ones(32, 3, device=device)
         group.allreduce([x]).wait()
         dist.all_reduce(x, group=group)
@@ -214,7 +235,7 @@ def test_fake_groups_run_every_collective(device: str) -> None:
         dist.all_to_all_single(torch.ones(8, 3, device=device), x, group=group)
         dist.all_to_all_single(out[:6], x[:4], [3, 1, 0, 2], [1, 1, 1, 1], group=group)
         dist.barrier(group=group)
-        assert funcol.all_gather_tensor(x, 0, group).shape == (32, 3)
+        assert funcol.wait_tensor(funcol.all_gather_tensor(x, 0, group)).shape == (32, 3)
         ring = [
             dist.P2POp(dist.isend, x, group=group, group_peer=3),
             dist.P2POp(dist.irecv, x, group=group, group_peer=1),
@@ -231,7 +252,8 @@ def test_fake_worlds_of_any_size_and_dtensor() -> None:
         assert mesh.get_coordinate() == (63, 7)
         local = torch.empty(2, 3, device="meta")
         cut = DTensor.from_local(local, mesh, [Shard(0), Shard(1)], run_check=False)
-        assert cut.shape == (128, 24) and cut.full_tensor().shape == (128, 24)
+        assert cut.shape == (128, 24)
+        assert cut.full_tensor().shape == (128, 24)
         assert groups.count == 2
     with pytest.raises(PlanError, match="outside the 8192 ranks"):
         Groups.fake(folding, 8192)
@@ -242,7 +264,8 @@ def test_fake_close_forgets_everything() -> None:
     before = len(table)
     groups = Groups.fake(fold("kvp2 tp2"), 0)
     group = groups.group("kvp")
-    assert group is not None and len(table) == before + 1
+    assert group is not None
+    assert len(table) == before + 1
     name = group.group_name
     groups.close()
     assert len(table) == before
