@@ -1,0 +1,60 @@
+# `make demo` and `make test` need only Python 3.11+ and make; everything they install goes into .venv.
+#   make PYTHON=python3.12 test      another Python
+#   TORCH=torch==2.12.0 make test    another torch (see tools/install.py)
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Open MPI refuses to run as root (a container) unless told twice.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-mpi-% check lint format wheel wheel-smoke bench clean
+
+help:  ## this list
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(READY): pyproject.toml constraints.txt tools/install.py
+	$(PYTHON) tools/install.py --venv $(VENV) --target "$(or $(firstword $(MAKECMDGOALS)),test)"
+	@touch $@
+
+setup: $(READY)  ## virtual environment with everything, and pre-commit hooks
+	$(BIN)/pre-commit install
+
+demo: $(READY)  ## a language model reads a long text on 4 ranks under a Helix plan
+	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/long_context.py --plan "kvp2 tp2"
+
+test: $(READY)  ## all tests that this machine can run, multi-process and mpirun ones too
+	$(BIN)/python -m pytest
+
+test-mpi-%: $(READY)  ## the tests of tests/mpi on % ranks of mpirun
+	$(BIN)/mpirun --oversubscribe -n $* $(BIN)/python -m pytest --with-mpi tests/mpi
+
+lint: $(READY)  ## format, lint, layers, spelling, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test  ## lint and test
+
+format: $(READY)  ## rewrite the files as ruff wants them
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+wheel: $(READY)  ## build the wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+wheel-smoke: wheel  ## install the wheel elsewhere and use it from another directory
+	$(BIN)/python tools/wheel_smoke.py dist/*.whl
+
+bench: $(READY)  ## benchmarks, as ratios against their peers
+	$(BIN)/python -m plait bench
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
