@@ -5,4 +5,10 @@ from .merge import merge_states
 from .paged_attention import paged_attention
 from .scores import Interleave, attention_reference
 
-__all__ = ["Interleave", "attention_reference", "dense_attention", "merge_states", "paged_attention"]
+__all__ = [
+    "Interleave",
+    "attention_reference",
+    "dense_attention",
+    "merge_states",
+    "paged_attention",
+]

@@ -34,7 +34,7 @@ def _edge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend to keys `[first, stop)` that only some rows see; also say which rows see none."""
     index = torch.arange(first, stop)
-    empty = (torch.minimum(hi, torch.tensor(stop)) <= torch.clamp(lo, min=first))
+    empty = torch.minimum(hi, torch.tensor(stop)) <= torch.clamp(lo, min=first)
     rows = q.shape[0]
     stairs = torch.arange(first + 1, first + rows + 1)
     if stop - first == rows and bool((lo <= first).all()) and torch.equal(hi, stairs):
@@ -67,9 +67,7 @@ def _chunk(
         return q.new_zeros(*q.shape[:2], v.shape[-1]), _lse_like(q).fill_(float("-inf"))
     if len(outs) == 1 and not bool(empties[0].any()):
         return outs[0], lses[0]
-    return merge_states_reference(
-        torch.stack(outs), torch.stack(lses), empty=torch.stack(empties)
-    )
+    return merge_states_reference(torch.stack(outs), torch.stack(lses), empty=torch.stack(empties))
 
 
 def _lse_like(q: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ def dense_attention_op(
 
 
 @dense_attention_op.register_fake
-def _(q, k, v, lo, hi, scale, softcap, alibi_slopes, q_pos, run, shards, shard):  # noqa: ANN001
+def _(q, k, v, lo, hi, scale, softcap, alibi_slopes, q_pos, run, shards, shard):
     return q.new_empty(*q.shape[:2], v.shape[-1]), _lse_like(q)
 
 

@@ -2,7 +2,7 @@
 
 `exp_rows`: the C library's exp is one scalar call per score and costs more than the dot product,
 so float32 uses a polynomial that LLVM turns into vector code; float64 keeps the exact call.
-`token_row`: float pages are read in place; 16-bit pages are widened into a scratch row first.
+`widen`: float pages are read as they are; 16-bit patterns become float32 in registers.
 """
 
 from __future__ import annotations
@@ -68,50 +68,35 @@ def _exp_rows(s, e, n, top):
     return double
 
 
-def token_row(pages, first, width, scratch):
-    """Give `pages[first : first + width]` as compute floats, in place where they are already."""
+def widen(x):
+    """Give one stored element as a compute float: 16-bit patterns become float32."""
     raise NotImplementedError("compiled only")
 
 
-@overload(token_row)
-def _token_row(pages, first, width, scratch):
-    if isinstance(pages.dtype, types.Float):
+@overload(widen)
+def _widen(x):
+    if isinstance(x, types.Float):
+        return lambda x: x
+    if x == types.uint16:  # bfloat16: the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    if x == types.int16:  # float16
 
-        def direct(pages, first, width, scratch):
-            return pages[first : first + width]
-
-        return direct
-
-    if pages.dtype == types.uint16:  # bfloat16: the upper half of a float32
-
-        def bfloat(pages, first, width, scratch):
-            bits = scratch.view(np.uint32)
-            for x in range(width):
-                bits[x] = np.uint32(pages[first + x]) << np.uint32(16)
-            return scratch[:width]
-
-        return bfloat
-
-    if pages.dtype == types.int16:  # float16: shift the exponent into place, rebias by 2**112
-
-        def half(pages, first, width, scratch):
-            bits = scratch.view(np.uint32)
-            for x in range(width):
-                h = np.uint32(np.uint16(pages[first + x]))
-                bits[x] = (h & np.uint32(0x7FFF)) << np.uint32(13)
-            for x in range(width):
-                h = np.uint32(np.uint16(pages[first + x]))
-                y = scratch[x] * np.float32(5.192296858534828e33)
-                if h & np.uint32(0x7C00) == np.uint32(0x7C00):
-                    y = np.float32(np.inf) if h & np.uint32(0x3FF) == np.uint32(0) else np.float32(np.nan)
-                scratch[x] = -y if h & np.uint32(0x8000) else y
-            return scratch[:width]
+        def half(x):  # numba widens integer arithmetic to 64 bits: each step is cut back
+            bits = np.uint32(np.uint16(x))
+            body = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))  # exponent and mantissa
+            special = np.uint32(body >= np.uint32(0x0F800000))  # inf, nan: all exponent bits
+            top = np.uint32(special * np.uint32(0x7F800000))
+            number = body.view(np.float32) * np.float32(5.192296858534828e33)  # rebias: 2**112
+            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
+            return np.uint32(np.float32(number).view(np.uint32) | top | sign).view(np.float32)
 
         return half
     return None
 
 
 @njit(nogil=True, cache=True)
-def widen(pages, scratch):
-    """Widen one row; for tests."""
-    return token_row(pages, 0, pages.shape[0], scratch)
+def widen_row(row, out):
+    """Widen a whole row; for tests."""
+    for i in range(row.shape[0]):
+        out[i] = widen(row[i])
+    return out

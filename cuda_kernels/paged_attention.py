@@ -11,13 +11,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .exp import exp_rows, token_row
+from .exp import exp_rows, widen
 from .merge import merge_states_reference
 from .scores import Interleave, attention_reference, check_attention
 from .workers import run_shares
 
 NEG_INF = float("-inf")
-CHUNK_TOKENS = 16  # K and V of a chunk stay in the near caches while every head uses them
+CHUNK_TOKENS = 32
 MIN_SHARE_BYTES = 1 << 20  # below this many KV bytes per thread, starting a thread costs more
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan/ninf: -inf is the mask
 
@@ -37,7 +37,9 @@ def paged_attention_reference(
     for s in range(q_indptr.numel() - 1):
         rows = slice(int(q_indptr[s]), int(q_indptr[s + 1]))
         pages = kv_indices[int(kv_indptr[s]) : int(kv_indptr[s + 1])].long()
-        stop = min(int(hi[rows].max()) if rows.stop > rows.start else 0, pages.numel() * k_pages.shape[1])
+        stop = min(
+            int(hi[rows].max()) if rows.stop > rows.start else 0, pages.numel() * k_pages.shape[1]
+        )
         k = k_pages[pages].flatten(0, 1)[: max(stop, 0)]
         v = v_pages[pages].flatten(0, 1)[: max(stop, 0), :, :value_dim]
         o, lse = attention_reference(
@@ -53,41 +55,50 @@ def paged_attention_reference(
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
-def _dots(q, first, count, row, out, j):
-    """out[first + i, j] = q[first + i] . row for `count` queries, four at a time."""
-    d = row.shape[0]
-    i = first
-    stop = first + count
-    while i + 4 <= stop:
-        q0, q1, q2, q3 = q[i], q[i + 1], q[i + 2], q[i + 3]
-        a0 = q.dtype.type(0)
-        a1 = q.dtype.type(0)
-        a2 = q.dtype.type(0)
-        a3 = q.dtype.type(0)
-        for x in range(d):
-            kx = row[x]
-            a0 += q0[x] * kx
-            a1 += q1[x] * kx
-            a2 += q2[x] * kx
-            a3 += q3[x] * kx
-        out[i, j] = a0
-        out[i + 1, j] = a1
-        out[i + 2, j] = a2
-        out[i + 3, j] = a3
-        i += 4
-    while i < stop:
-        q0 = q[i]
-        a0 = q.dtype.type(0)
-        for x in range(d):
-            a0 += q0[x] * row[x]
-        out[i, j] = a0
-        i += 1
+def _dots4(q0, q1, q2, q3, row):
+    """Four dot products with one read (and one widening) of a key row."""
+    a0 = q0[0] * 0
+    a1, a2, a3 = a0, a0, a0
+    for x in range(q0.shape[0]):
+        kx = widen(row[x])
+        a0 += q0[x] * kx
+        a1 += q1[x] * kx
+        a2 += q2[x] * kx
+        a3 += q3[x] * kx
+    return a0, a1, a2, a3
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
-def _add4(acc, p0, p1, p2, p3, v0, v1, v2, v3):
+def _dot(q0, row):
+    a0 = q0[0] * 0
+    for x in range(q0.shape[0]):
+        a0 += q0[x] * widen(row[x])
+    return a0
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
+def _add44(acc0, acc1, acc2, acc3, p, j, r0, r1, r2, r3):
+    """Add four weighted value rows to each of four accumulators, each row read once."""
+    p00, p01, p02, p03 = p[0, j], p[0, j + 1], p[0, j + 2], p[0, j + 3]
+    p10, p11, p12, p13 = p[1, j], p[1, j + 1], p[1, j + 2], p[1, j + 3]
+    p20, p21, p22, p23 = p[2, j], p[2, j + 1], p[2, j + 2], p[2, j + 3]
+    p30, p31, p32, p33 = p[3, j], p[3, j + 1], p[3, j + 2], p[3, j + 3]
+    for x in range(acc0.shape[0]):
+        v0, v1, v2, v3 = widen(r0[x]), widen(r1[x]), widen(r2[x]), widen(r3[x])
+        acc0[x] += p00 * v0 + p01 * v1 + p02 * v2 + p03 * v3
+        acc1[x] += p10 * v0 + p11 * v1 + p12 * v2 + p13 * v3
+        acc2[x] += p20 * v0 + p21 * v1 + p22 * v2 + p23 * v3
+        acc3[x] += p30 * v0 + p31 * v1 + p32 * v2 + p33 * v3
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
+def _add14(acc, p, j, r0, r1, r2, r3):
+    p0, p1, p2, p3 = p[j], p[j + 1], p[j + 2], p[j + 3]
     for x in range(acc.shape[0]):
-        acc[x] += p0 * v0[x] + p1 * v1[x] + p2 * v2[x] + p3 * v3[x]
+        acc[x] += (
+            p0 * widen(r0[x]) + p1 * widen(r1[x])
+            + p2 * widen(r2[x]) + p3 * widen(r3[x])
+        )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -102,9 +113,9 @@ def _bend(s, n, head, pos, softcap, slopes, q_pos):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _soften(s, e, n, acc, m, l, i, lo, hi, token):  # noqa: E741
+def _soften(s, e, n, acc, tops, sums, i, lo, hi, token):
     """Online softmax of one query over a chunk: scores become weights, acc is rescaled."""
-    top = m[i]
+    top = tops[i]
     for j in range(n):
         if token + j < lo or token + j >= hi:
             s[j] = NEG_INF
@@ -115,61 +126,63 @@ def _soften(s, e, n, acc, m, l, i, lo, hi, token):  # noqa: E741
             s[j] = 0
         return
     total = exp_rows(s, e, n, top)
-    if top != m[i]:
-        keep = np.exp(m[i] - top)
-        l[i] *= keep
+    if top != tops[i]:
+        keep = np.exp(tops[i] - top)
+        sums[i] *= keep
         for x in range(acc.shape[0]):
             acc[x] *= keep
-        m[i] = top
-    l[i] += total
+        tops[i] = top
+    sums[i] += total
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _attend_rows(
-    q, acc, m, l, k, v, pages, page_tokens, kv_heads, head_dim, value_stride, lo, hi, first, stop,
-    s, e, scratch, softcap, slopes, q_pos, run, shards, shard,
-):  # fmt: skip  # noqa: E741
+    q, acc, tops, sums, k, v, pages, page_tokens, kv_heads, k_width, v_width, lo, hi, first, stop,
+    s, e, softcap, slopes, q_pos, run, shards, shard,
+):  # fmt: skip
     """Attend for all rows of one sequence over its tokens `[first, stop)`.
 
-    Queries are `[kv_heads, rows * group, d]` flattened, so one key row serves `rows * group` dots.
+    Queries are `[kv_heads, rows * group, d]` flattened: one key row serves `rows * group` dots.
     """
     queries = q.shape[0] // kv_heads  # rows * group
-    rows = lo.shape[0]
-    group = queries // rows
-    value_dim = acc.shape[1]
+    fours = queries // 4 * 4
+    group = queries // lo.shape[0]
     pos = np.empty(CHUNK_TOKENS, np.int64)
     slot = np.zeros(CHUNK_TOKENS, np.int64)
     for token in range(first, stop, CHUNK_TOKENS):
         n = min(CHUNK_TOKENS, stop - token)
         for j in range(n):
             t = token + j
-            slot[j] = np.int64(pages[t // page_tokens]) * page_tokens + t % page_tokens
+            slot[j] = (np.int64(pages[t // page_tokens]) * page_tokens + t % page_tokens) * kv_heads
             pos[j] = (t // run) * run * shards + shard * run + t % run
-            whole = token_row(k, slot[j] * kv_heads * head_dim, kv_heads * head_dim, scratch[0])
             for h in range(kv_heads):
-                _dots(q, h * queries, queries, whole[h * head_dim : (h + 1) * head_dim], s, j)
-        for j in range(n, (n + 3) // 4 * 4):  # the tail of the last four weighs nothing
-            slot[j] = slot[n - 1]
+                row = k[(slot[j] + h) * k_width : (slot[j] + h + 1) * k_width]
+                for i in range(h * queries, h * queries + fours, 4):
+                    a, b, c, d = _dots4(q[i], q[i + 1], q[i + 2], q[i + 3], row)
+                    s[i, j], s[i + 1, j], s[i + 2, j], s[i + 3, j] = a, b, c, d
+                for i in range(h * queries + fours, (h + 1) * queries):
+                    s[i, j] = _dot(q[i], row)
         for i in range(q.shape[0]):
             r = (i % queries) // group
-            head = i // queries * group + i % group
-            _bend(s[i], n, head, pos, softcap, slopes, q_pos[r])
-            _soften(s[i], e, n, acc[i], m, l, i, lo[r], hi[r], token)
-            for j in range(n, (n + 3) // 4 * 4):
+            _bend(s[i], n, i // queries * group + i % group, pos, softcap, slopes, q_pos[r])
+            _soften(s[i], e, n, acc[i], tops, sums, i, lo[r], hi[r], token)
+            for j in range(n, (n + 3) // 4 * 4):  # the tail of the last four weighs nothing
                 s[i, j] = 0
-        width = kv_heads * value_stride
+        for j in range(n, (n + 3) // 4 * 4):
+            slot[j] = slot[n - 1]
         for j in range(0, n, 4):
-            w0 = token_row(v, slot[j] * width, width, scratch[0])
-            w1 = token_row(v, slot[j + 1] * width, width, scratch[1])
-            w2 = token_row(v, slot[j + 2] * width, width, scratch[2])
-            w3 = token_row(v, slot[j + 3] * width, width, scratch[3])
             for h in range(kv_heads):
-                a, b = h * value_stride, h * value_stride + value_dim
-                for i in range(h * queries, (h + 1) * queries):
-                    _add4(
-                        acc[i], s[i, j], s[i, j + 1], s[i, j + 2], s[i, j + 3],
-                        w0[a:b], w1[a:b], w2[a:b], w3[a:b],
+                f0, f1 = (slot[j] + h) * v_width, (slot[j + 1] + h) * v_width
+                f2, f3 = (slot[j + 2] + h) * v_width, (slot[j + 3] + h) * v_width
+                r0, r1 = v[f0 : f0 + v_width], v[f1 : f1 + v_width]
+                r2, r3 = v[f2 : f2 + v_width], v[f3 : f3 + v_width]
+                for i in range(h * queries, h * queries + fours, 4):
+                    _add44(
+                        acc[i], acc[i + 1], acc[i + 2], acc[i + 3], s[i : i + 4], j,
+                        r0, r1, r2, r3,
                     )  # fmt: skip
+                for i in range(h * queries + fours, (h + 1) * queries):
+                    _add14(acc[i], s[i], j, r0, r1, r2, r3)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -184,8 +197,6 @@ def _attend_span(
     """
     heads, head_dim, value_dim = q.shape[1], q.shape[2], o.shape[2]
     group = heads // kv_heads
-    width = kv_heads * max(head_dim, value_stride)
-    scratch = np.empty((4, width), q.dtype)
     e = np.empty(CHUNK_TOKENS, np.int32)
     for n in range(q_indptr.shape[0] - 1):
         r0, rows = q_indptr[n], q_indptr[n + 1] - q_indptr[n]
@@ -206,21 +217,21 @@ def _attend_span(
         for r in range(rows):
             for h in range(heads):
                 flat[(h // group) * rows * group + r * group + h % group] = q[r0 + r, h]
-        m = np.full(heads * rows, NEG_INF, q.dtype)
-        total = np.zeros(heads * rows, q.dtype)
+        tops = np.full(heads * rows, NEG_INF, q.dtype)
+        sums = np.zeros(heads * rows, q.dtype)
         s = np.zeros((heads * rows, CHUNK_TOKENS), q.dtype)
         _attend_rows(
-            flat, acc, m, total, k, v, kv_indices[kv_indptr[n] : kv_indptr[n + 1]], page_tokens,
+            flat, acc, tops, sums, k, v, kv_indices[kv_indptr[n] : kv_indptr[n + 1]], page_tokens,
             kv_heads, head_dim, value_stride, lo[r0 : r0 + rows], hi[r0 : r0 + rows], first, stop,
-            s, e, scratch, softcap, slopes, q_pos[r0 : r0 + rows], run, shards, shard,
+            s, e, softcap, slopes, q_pos[r0 : r0 + rows], run, shards, shard,
         )  # fmt: skip
         for r in range(rows):
             for h in range(heads):
                 i = (h // group) * rows * group + r * group + h % group
-                if m[i] != NEG_INF:
-                    lse[r0 + r, h] = m[i] + np.log(total[i])
+                if tops[i] != NEG_INF:
+                    lse[r0 + r, h] = tops[i] + np.log(sums[i])
                     for x in range(value_dim):
-                        o[r0 + r, h, x] = acc[i, x] / total[i]
+                        o[r0 + r, h, x] = acc[i, x] / sums[i]
 
 
 def _flat(pages: Tensor) -> np.ndarray:
@@ -230,6 +241,11 @@ def _flat(pages: Tensor) -> np.ndarray:
     elif pages.dtype == torch.float16:
         pages = pages.view(torch.int16)
     return pages.view(-1).numpy()
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Give one dtype and layout to the compiler: each other combination is one more compilation."""
+    return tensor.detach().to(dtype).contiguous().numpy()
 
 
 def _starts(q_indptr: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
@@ -256,18 +272,18 @@ def _attend_cpu(
     page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
     scaled = (q.detach().to(work) * scale).contiguous().numpy()
     k, v = _flat(k_pages), _flat(v_pages)
-    q_ptr, lows, highs = q_indptr.numpy(), lo.numpy(), hi.numpy()
+    q_ptr, lows, highs = (_plain(t, torch.int64) for t in (q_indptr, lo, hi))
     starts = _starts(q_ptr, lows, highs)
     token_bytes = kv_heads * (k_pages.shape[3] + value_dim) * k_pages.element_size()
     threads = torch.get_num_threads()
     shares = max(1, min(threads, int(starts[-1]) * token_bytes // MIN_SHARE_BYTES))
     span = -(-int(starts[-1]) // (shares * page_tokens)) * page_tokens
-    slopes = scaled[0, :0, 0] if alibi_slopes is None else alibi_slopes.to(work).numpy()
-    positions = lows if q_pos is None else q_pos.numpy()
+    slopes = np.empty(0, scaled.dtype) if alibi_slopes is None else _plain(alibi_slopes, work)
+    positions = lows if q_pos is None else _plain(q_pos, torch.int64)
     o = torch.empty(shares, rows, heads, value_dim, dtype=work)
     lse = torch.empty(shares, rows, heads, dtype=work)
     o_np, lse_np = o.numpy(), lse.numpy()
-    kv_ptr, kv_idx = kv_indptr.numpy(), kv_indices.numpy()
+    kv_ptr, kv_idx = _plain(kv_indptr, torch.int32), _plain(kv_indices, torch.int32)
 
     def share(i: int) -> None:
         _attend_span(
@@ -301,7 +317,7 @@ def paged_attention_op(
 
 @paged_attention_op.register_fake
 def _(q, k_pages, v_pages, q_indptr, kv_indptr, kv_indices, lo, hi, scale, softcap,
-      alibi_slopes, q_pos, run, shards, shard, value_dim):  # fmt: skip  # noqa: ANN001
+      alibi_slopes, q_pos, run, shards, shard, value_dim):  # fmt: skip
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:2], value_dim), q.new_empty(q.shape[:2], dtype=work)
 

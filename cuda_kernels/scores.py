@@ -134,10 +134,14 @@ def check_attention(
             "use q [rows, heads, head_dim], k [..., kv_heads, head_dim], v [..., kv_heads, value_dim]"
         )
     if q.shape[1] % k.shape[-2]:
-        raise ValueError(f"attention: {q.shape[1]} heads are not a multiple of {k.shape[-2]} kv_heads")
+        raise ValueError(
+            f"attention: {q.shape[1]} heads are not a multiple of {k.shape[-2]} kv_heads"
+        )
     if lo.shape != q.shape[:1] or hi.shape != q.shape[:1]:
         raise ValueError(
             f"attention: bounds lo {list(lo.shape)}, hi {list(hi.shape)} must be [rows={q.shape[0]}]"
         )
     if alibi_slopes is not None and (q_pos is None or q_pos.shape != q.shape[:1]):
-        raise ValueError("attention: ALiBi needs q_pos [rows], the global position of each query row")
+        raise ValueError(
+            "attention: ALiBi needs q_pos [rows], the global position of each query row"
+        )

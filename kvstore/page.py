@@ -39,5 +39,7 @@ def move_pages(states: np.ndarray, pages: np.ndarray, to: PageState) -> None:
     legal = _ALLOWED[states[pages], to]
     if not legal.all():
         bad = int(pages[~legal][0])
-        raise IntegrityError(f"page {bad} may not go from {PageState(states[bad]).name} to {to.name}")
+        raise IntegrityError(
+            f"page {bad} may not go from {PageState(states[bad]).name} to {to.name}"
+        )
     states[pages] = to

@@ -193,7 +193,8 @@ class PagePool:
             "is FREE but not on the free list": (self.states == PageState.FREE) & (listed == 0),
             "is on the free list but not FREE": (self.states != PageState.FREE) & (listed > 0),
             "is FREE but referenced": (self.states == PageState.FREE) & (self.refcounts != 0),
-            "has no reference but is not FREE": (self.states != PageState.FREE) & (self.refcounts < 1),
+            "has no reference but is not FREE": (self.states != PageState.FREE)
+            & (self.refcounts < 1),
             "has a count that differs from its holders": self.refcounts != holders,
         }
         for what, wrong in checks.items():

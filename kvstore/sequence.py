@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Sequence:
         tenant: whose sequence this is; prefixes are never shared between tenants.
     """
 
-    __slots__ = ("store", "number", "tenant", "cached_tokens", "length", "pages", "step", "closed")
+    __slots__ = ("cached_tokens", "closed", "length", "number", "pages", "step", "store", "tenant")
 
     def __init__(self, store: KVStore, number: int, tenant: str | None = None) -> None:
         self.store = store
@@ -41,7 +41,7 @@ class Sequence:
         """Give the sequence's pages back; the same as `store.close(seq)`."""
         self.store.close(self)
 
-    def __enter__(self) -> Sequence:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

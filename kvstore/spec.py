@@ -46,7 +46,11 @@ class KVSpec:
         if self.v_dim < 1 or (self.shared_kv and self.v_dim > self.head_dim):
             raise ValueError(
                 f"KVSpec.value_dim={self.value_dim} must be at least 1"
-                + (f" and at most head_dim={self.head_dim} with shared_kv" if self.shared_kv else "")
+                + (
+                    f" and at most head_dim={self.head_dim} with shared_kv"
+                    if self.shared_kv
+                    else ""
+                )
             )
         if self.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -97,5 +101,7 @@ def parse_bytes(text: int | str) -> int:
         except ValueError:
             number = -1.0
     if number < 0 or unit not in _UNITS:
-        raise ValueError(f"{text!r} is no size; use a number of bytes or text such as '4GiB', '512MB'")
+        raise ValueError(
+            f"{text!r} is no size; use a number of bytes or text such as '4GiB', '512MB'"
+        )
     return int(number * _UNITS[unit])

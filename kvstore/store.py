@@ -67,7 +67,11 @@ class KVStore:
         if num_pages is None or num_pages < 1 or (limit is not None and num_pages > limit):
             raise ValueError(
                 f"num_pages={num_pages} must be at least 1"
-                + ("" if limit is None else f" and at most {limit}, which fit device_bytes={device_bytes}")
+                + (
+                    ""
+                    if limit is None
+                    else f" and at most {limit}, which fit device_bytes={device_bytes}"
+                )
             )
         self.max_pages = (limit if grow else num_pages) if limit or not grow else None
         self.pool = PagePool(spec, num_pages)
@@ -163,7 +167,9 @@ class KVStore:
             if seq.step is not None:
                 raise _busy(seq)
             if not 0 <= length <= seq.length:
-                raise ValueError(f"truncate to {length}: sequence {seq.number} has {seq.length} tokens")
+                raise ValueError(
+                    f"truncate to {length}: sequence {seq.number} has {seq.length} tokens"
+                )
             keep = -(-length // self.spec.page_tokens)
             self.pool.release(seq.pages[keep:])
             seq.pages, seq.length = seq.pages[:keep].copy(), length
@@ -203,7 +209,9 @@ class KVStore:
         bases = np.fromiter((seq.length for seq in seqs), np.int64, len(seqs))
         held = np.fromiter((len(seq.pages) for seq in seqs), np.int64, len(seqs))
         more = -(-(bases + counts) // size) - held
-        lasts = np.fromiter((seq.pages[-1] if len(seq.pages) else 0 for seq in seqs), np.int64, len(seqs))
+        lasts = np.fromiter(
+            (seq.pages[-1] if len(seq.pages) else 0 for seq in seqs), np.int64, len(seqs)
+        )
         copy = (bases % size != 0) & (counts > 0) & (self.pool.refcounts[lasts] > 1)
         after = int(lasts[0]) if len(seqs) == 1 and held[0] and not copy[0] else -1
         pages = self._allocate(int(more.sum() + copy.sum()), after)
@@ -274,7 +282,7 @@ class KVStore:
                 else "v is missing; only a shared_kv store takes k alone"
             )  # fmt: skip
         pieces = [t.detach() for t in (k, v) if t is not None]
-        for name, rows, width in zip("kv", pieces, spec.widths, strict=True):
+        for name, rows, width in zip("kv", pieces, spec.widths, strict=False):
             want = (step.num_tokens, spec.kv_heads, width)
             if tuple(rows.shape) != want:
                 raise ValueError(
@@ -324,10 +332,9 @@ class KVStore:
     def page_table(self, seqs: Sequence | Listing[Sequence], step: Step | None = None) -> PageTable:
         """Give the batch's page table (CSR, FlashInfer's words), with a step's tokens if given."""
         listed = _listed(seqs)
-        if step is not None and len(listed) == len(step.seqs):
-            if all(a is b for a, b in zip(listed, step.seqs, strict=True)):
-                step.require_open()
-                return step.table
+        if step is not None and listed == list(step.seqs):
+            step.require_open()
+            return step.table
         with self._lock:
             pages, lengths = [], []
             for seq in listed:
@@ -395,7 +402,11 @@ class KVStore:
             raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
         lo = torch.zeros_like(hi) if lo is None else lo.clamp(min=0)
         options = ScoreOptions(
-            self.spec.head_dim**-0.5 if scale is None else scale, softcap, alibi_slopes, q_pos, interleave
+            self.spec.head_dim**-0.5 if scale is None else scale,
+            softcap,
+            alibi_slopes,
+            q_pos,
+            interleave,
         )
         o, lse = attend_pages(self.pool, table, layer, q, indptr, lo, hi, options)
         return with_sink(o, lse, sink)
@@ -489,7 +500,12 @@ def _row_pointers(
         indptr = np.concatenate([[0], np.cumsum(step.counts)])
     else:
         indptr = np.arange(seqs + 1, dtype=np.int64)
-    if len(indptr) != seqs + 1 or indptr[0] != 0 or indptr[-1] != q.shape[0] or (np.diff(indptr) < 0).any():
+    if (
+        len(indptr) != seqs + 1
+        or indptr[0] != 0
+        or indptr[-1] != q.shape[0]
+        or (np.diff(indptr) < 0).any()
+    ):
         raise ValueError(
             f"attend: q_indptr {indptr.tolist()} does not cut {q.shape[0]} rows over {seqs} sequences"
         )

@@ -1,0 +1,149 @@
+"""merge_states: exact against one softmax over all keys, with negative controls."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plait.cuda_kernels import merge_states
+from plait.cuda_kernels.merge import merge_states_reference
+
+INF = math.inf
+
+
+def shards_of(seed: int, sizes: list[int], rows: int = 3, heads: int = 2, d: int = 5):
+    """Draw scores and values, and give per-shard partials beside the answer over all keys."""
+    g = torch.Generator().manual_seed(seed)
+    scores = [torch.randn(rows, heads, n, dtype=torch.float64, generator=g) * 3 for n in sizes]
+    values = [torch.randn(n, d, dtype=torch.float64, generator=g) for n in sizes]
+    o = torch.stack([s.softmax(-1) @ v for s, v in zip(scores, values, strict=True)])
+    lse = torch.stack([s.logsumexp(-1) for s in scores])
+    o[[n == 0 for n in sizes]] = math.nan  # what real kernels leave for a shard without keys
+    everything = torch.cat(scores, -1)
+    return o, lse, everything, torch.cat(values)
+
+
+def check(merge, sink=None) -> None:
+    """The one check that the right merge passes and every mutation must fail."""
+    o, lse, scores, values = shards_of(7, [4, 0, 3, 9])
+    if sink is not None:
+        scores = torch.cat([scores, sink[None, :, None].expand(3, 2, 1)], -1)
+        values = torch.cat([values, torch.zeros(1, 5, dtype=torch.float64)])
+    got, got_lse = merge(o, lse, sink)
+    torch.testing.assert_close(got, scores.softmax(-1) @ values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got_lse, scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
+def wrong_base(o, lse, sink):
+    """Take a log2 lse (FlashInfer's) for a natural one."""
+    return merge_states(o, lse * math.log2(math.e), sink)
+
+
+def unmasked_empty(o, lse, sink):
+    """Trust a zero weight to silence a NaN."""
+    weight = torch.softmax(lse, 0)
+    return (weight.unsqueeze(-1) * o).sum(0), lse.logsumexp(0)
+
+
+def unweighted(o, lse, sink):
+    """Average instead of weighing by lse."""
+    return o.nan_to_num().mean(0), lse.logsumexp(0)
+
+
+def sink_per_shard(o, lse, sink):
+    """Count the sink in every shard and merge without it."""
+    parts = [merge_states(o[i : i + 1], lse[i : i + 1], sink) for i in range(o.shape[0])]
+    return merge_states(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
+
+
+SINK = torch.tensor([0.7, -1.2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("merge", [merge_states, merge_states_reference])
+@pytest.mark.parametrize("sink", [None, SINK])
+def test_merge_equals_one_softmax(merge, sink) -> None:
+    check(merge, sink)
+
+
+@pytest.mark.parametrize(
+    ("mutated", "sink"),
+    [(wrong_base, None), (unmasked_empty, None), (unweighted, None), (sink_per_shard, SINK)],
+)
+def test_mutated_merge_fails(mutated, sink) -> None:
+    with pytest.raises(AssertionError):
+        check(mutated, sink)
+
+
+def test_flagged_shards_leave_no_trace() -> None:
+    o, lse, scores, values = shards_of(3, [4, 5])
+    poison = torch.full_like(o[:1], math.nan)
+    o, lse = torch.cat([o, poison]), torch.cat([lse, poison[..., 0]])  # lse is NaN too
+    flagged = torch.tensor([False, False, True])[:, None].expand(3, 3)
+    got, got_lse = merge_states(o, lse, empty=flagged)
+    torch.testing.assert_close(got, scores.softmax(-1) @ values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got_lse, scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
+    assert merge_states(o, lse)[0].isnan().all(), "an unflagged NaN lse must stay visible"
+
+
+def test_all_empty_rows_are_zero_and_minus_inf() -> None:
+    o = torch.full((3, 2, 2, 4), math.nan)
+    lse = torch.full((3, 2, 2), -INF)
+    for count in (1, 3):
+        got, got_lse = merge_states(o[:count], lse[:count])
+        assert torch.equal(got, torch.zeros(2, 2, 4)) and torch.equal(
+            got_lse, torch.full((2, 2), -INF)
+        )
+    got, got_lse = merge_states(o, lse, SINK.float())
+    assert torch.equal(got, torch.zeros(2, 2, 4))
+    torch.testing.assert_close(got_lse, SINK.float().expand(2, 2))
+
+
+def test_gradients_through_o_lse_and_sink() -> None:
+    o, lse, _, _ = shards_of(5, [4, 0, 2])
+    o = o.nan_to_num().requires_grad_()
+    keep = torch.tensor([0, 2])
+
+    def merged(o, lse_kept, sink):
+        full = torch.full_like(lse, -INF).index_copy(0, keep, lse_kept)
+        return merge_states(o, full, sink)
+
+    inputs = (o, lse[keep].clone().requires_grad_(), SINK.clone().requires_grad_())
+    assert torch.autograd.gradcheck(merged, inputs, atol=1e-8)
+    poisoned = torch.where(torch.isinf(lse)[..., None], math.nan, o.detach()).requires_grad_()
+    merge_states(poisoned, lse)[0].sum().backward()
+    assert poisoned.grad is not None and poisoned.grad.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    sizes=st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(any),
+    data=st.data(),
+)
+def test_order_and_grouping_do_not_matter(seed, sizes, data) -> None:
+    o, lse, scores, values = shards_of(seed, sizes)
+    order = data.draw(st.permutations(range(len(sizes))))
+    cut = data.draw(st.integers(1, len(sizes) - 1))
+    o, lse = o[list(order)], lse[list(order)]
+    left, right = merge_states(o[:cut], lse[:cut]), merge_states(o[cut:], lse[cut:])
+    pair = [torch.stack(two) for two in zip(left, right, strict=True)]
+    for got, got_lse in (merge_states(o, lse), merge_states(*pair)):
+        torch.testing.assert_close(got, scores.softmax(-1) @ values, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(got_lse, scores.logsumexp(-1), rtol=1e-11, atol=1e-11)
+
+
+def test_bad_shapes_are_refused_and_meta_works() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        merge_states(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match="sink"):
+        merge_states(torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4), torch.zeros(3))
+    o, lse = merge_states(
+        torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 3, 4, device="meta")
+    )
+    assert o.shape == (3, 4, 5) and lse.shape == (3, 4)
+    o, lse = torch.randn(2, 3, 4, 5).bfloat16(), torch.randn(2, 3, 4)
+    assert merge_states(o, lse)[0].dtype == torch.bfloat16
