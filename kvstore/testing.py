@@ -1,0 +1,243 @@
+"""Conformance: a store against a plain dictionary of lists, under random traffic.
+
+Subclass `StoreMachine`, override `make_store`, and run its `TestCase` in your own suite:
+
+    class MyMachine(StoreMachine):
+        def make_store(self, spec): return MyStore(spec)
+
+    TestMyStore = MyMachine.TestCase
+
+Needs hypothesis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor
+
+from ..cuda_kernels import attention_reference
+from .errors import PoolExhausted, SequenceClosed
+from .sequence import Sequence, Step
+from .spec import KVSpec
+from .store import KVStore
+
+
+@dataclass
+class ModelSequence:
+    """What the dictionary knows of one sequence: per layer the tensors of every token."""
+
+    tokens: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+
+    def copy(self) -> ModelSequence:
+        """Copy the lists; the tensors of a token never change."""
+        return ModelSequence([list(layer) for layer in self.tokens])
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return len(self.tokens[0])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random opens, steps, forks, truncations, reorders and closes on store and dictionary alike."""
+
+    spec: ClassVar[KVSpec] = KVSpec(
+        layers=2, kv_heads=2, head_dim=3, value_dim=2, page_tokens=4, dtype=torch.float64
+    )
+    heads: ClassVar[int] = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = self.make_store(self.spec)
+        self.model: dict[Sequence, ModelSequence] = {}
+        self.closed: list[Sequence] = []
+        self.step: Step | None = None
+        self.pending: dict[Sequence, ModelSequence] = {}
+        self.draws = torch.Generator().manual_seed(0)
+
+    def make_store(self, spec: KVSpec) -> KVStore:
+        """Make the store under test; small, so that it fills and grows."""
+        return KVStore(spec, num_pages=2, device_bytes=24 * spec.bytes_per_page)
+
+    def _rows(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=self.draws)
+
+    def _pick(self, data: Any, least: int = 1) -> list[Sequence]:
+        free = [s for s in self.model if self.step is None or s not in self.step.seqs]
+        if len(free) < least:
+            return []
+        chosen = st.lists(st.sampled_from(free), min_size=least, max_size=4, unique=True)
+        return data.draw(chosen) if free else []
+
+    @rule(count=st.integers(1, 3))
+    def open(self, count: int) -> None:
+        """Open empty sequences."""
+        for seq in self.store.open_batch(count):
+            assert seq.length == 0
+            assert seq.cached_tokens == 0
+            self.model[seq] = ModelSequence([[] for _ in range(self.spec.layers)])
+
+    @precondition(lambda self: self.step is None and self.model)
+    @rule(data=st.data())
+    def reserve_and_append(self, data: Any) -> None:
+        """Open a step over some sequences and write all its layers."""
+        seqs = self._pick(data)
+        counts = [data.draw(st.integers(0, 9)) for _ in seqs]
+        before = self.store.counters()["pages_free"]
+        try:
+            step = self.store.reserve(seqs, counts)
+        except PoolExhausted as full:
+            assert full.needed > full.free
+            assert self.store.counters()["pages_free"] == before
+            return
+        self.pending = {seq: self.model[seq].copy() for seq in seqs}
+        for layer in range(self.spec.layers):
+            k = self._rows(step.num_tokens, self.spec.kv_heads, self.spec.head_dim)
+            v = self._rows(step.num_tokens, self.spec.kv_heads, self.spec.v_dim)
+            self.store.append(step, layer, k, v)
+            at = 0
+            for seq, count in zip(seqs, counts, strict=True):
+                rows = zip(k[at : at + count], v[at : at + count], strict=True)
+                self.pending[seq].tokens[layer].extend(rows)
+                at += count
+        self.step = step
+        for seq in seqs:
+            self._compare(seq, self.pending[seq], step)
+
+    @precondition(lambda self: self.step is None and self.model)
+    @rule(data=st.data())
+    def write(self, data: Any) -> None:
+        """Reserve, append and commit in one go: most of real traffic."""
+        self.reserve_and_append(data)
+        if self.step is not None:
+            self.commit()
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def commit(self) -> None:
+        """Commit the open step."""
+        assert self.step is not None
+        self.store.commit(self.step)
+        self.model.update(self.pending)
+        self.step, self.pending = None, {}
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def abort(self) -> None:
+        """Abort the open step."""
+        assert self.step is not None
+        self.store.abort(self.step)
+        self.step, self.pending = None, {}
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def fork(self, data: Any) -> None:
+        """Fork any sequence, also one with an open step: the fork has its committed tokens."""
+        seq = data.draw(st.sampled_from(list(self.model)))
+        self.model[self.store.fork(seq)] = self.model[seq].copy()
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def truncate(self, data: Any) -> None:
+        """Forget a tail."""
+        for seq in self._pick(data)[:1]:
+            length = data.draw(st.integers(0, self.model[seq].length))
+            self.store.truncate(seq, length)
+            for layer in self.model[seq].tokens:
+                del layer[length:]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def reorder(self, data: Any) -> None:
+        """Reorder as a beam search does."""
+        seqs = self._pick(data)
+        if not seqs:
+            return
+        order = data.draw(st.lists(st.integers(0, len(seqs) - 1), min_size=1, max_size=4))
+        kept = [self.model.pop(seq) for seq in seqs]
+        for seq, i in zip(self.store.reorder(seqs, order), order, strict=True):
+            self.model[seq] = kept[i].copy()
+        self.closed.extend(seq for seq in seqs if seq not in self.model)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def close(self, data: Any) -> None:
+        """Close some sequences; closing again is refused."""
+        for seq in self._pick(data):
+            self.store.close(seq)
+            del self.model[seq]
+            self.closed.append(seq)
+
+    @precondition(lambda self: self.closed)
+    @rule(data=st.data())
+    def use_closed(self, data: Any) -> None:
+        """A closed handle is refused by every call."""
+        seq = data.draw(st.sampled_from(self.closed))
+        calls = (
+            lambda: self.store.close(seq),
+            lambda: self.store.fork(seq),
+            lambda: self.store.truncate(seq, 0),
+            lambda: self.store.reserve([seq], [1]),
+            lambda: self.store.keys_values(seq, 0),
+        )
+        for call in calls:
+            try:
+                call()
+            except SequenceClosed:
+                continue
+            raise AssertionError("a closed sequence was accepted")
+
+    @rule()
+    def grow(self) -> None:
+        """Grow by hand, in or out of a step."""
+        try:
+            self.store.grow(self.store.counters()["pages"] + 3)
+        except PoolExhausted:
+            assert self.store.counters()["pages"] + 3 > 24
+
+    @invariant()
+    def integrity(self) -> None:
+        """The store proves itself after every move."""
+        self.store.check_integrity()
+        assert self.store.counters()["sequences"] == len(self.model)
+
+    @invariant()
+    def same_as_dictionary(self) -> None:
+        """Every committed token reads back; no uncommitted one shows."""
+        for seq, mine in self.model.items():
+            if self.step is None or seq not in self.step.seqs:
+                self._compare(seq, mine, None)
+            else:
+                assert seq.length == mine.length
+
+    def _compare(self, seq: Sequence, mine: ModelSequence, step: Step | None) -> None:
+        spec, layer = self.spec, self.spec.layers - 1
+        k_want = torch.stack([t[0] for t in mine.tokens[layer]]) if mine.length else None
+        v_want = torch.stack([t[1] for t in mine.tokens[layer]]) if mine.length else None
+        k, v = self.store.keys_values(seq, layer, step=step)
+        assert k.shape == (mine.length, spec.kv_heads, spec.head_dim)
+        if k_want is None or v_want is None:
+            return
+        assert torch.equal(k, k_want)
+        assert torch.equal(v, v_want)
+        q = self._rows(2, self.heads, spec.head_dim)
+        o, lse = self.store.attend([seq], layer, q, q_indptr=[0, 2], step=step)
+        hi = torch.tensor([mine.length - 1, mine.length])
+        want = attention_reference(q, k_want, v_want, torch.zeros_like(hi), hi, spec.head_dim**-0.5)
+        torch.testing.assert_close(o, want[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, want[1], rtol=1e-12, atol=1e-12)
+
+    def teardown(self) -> None:
+        """Closing everything gives every page back."""
+        if self.step is not None:
+            self.store.abort(self.step)
+        self.store.close(list(self.model))
+        counters = self.store.counters()
+        assert counters["pages_free"] == counters["pages"]
+        assert counters["pages_allocated"] == counters["pages_freed"]
+        self.store.check_integrity()
