@@ -39,9 +39,9 @@ HELD_OUT_MODULES = (
 _SKIPPED_FOLDERS = {"site-packages", "encodings", "pydoc_data", "__pycache__", "lib-dynload"}
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _LARGEST_SOURCE = 400_000
-_LONG_LINE = 30
-_OVERLAP = 0.3
-_CONTAINED = 0.9
+LONG_LINE = 30  # bytes
+OVERLAP = 0.3  # share of long lines a training document may have in common with held-out text
+CONTAINED = 0.9  # share above which a topic is a section of another
 
 
 @functools.cache
@@ -61,11 +61,11 @@ def split() -> tuple[list[Document], list[Document]]:
     training document that shares too many of its long lines with a held-out one is dropped.
     """
     held_out = [item for item in documents() if _is_held_out(item[0])]
-    seen = {line for _, text in held_out for line in _long_lines(text)}
+    seen = {line for _, text in held_out for line in long_lines(text)}
     candidates = [
         (name, text)
         for name, text in documents()
-        if not _mentions_held_out(name) and _shared(text, seen) <= _OVERLAP
+        if not _mentions_held_out(name) and shared(text, seen) <= OVERLAP
     ]
     return _without_contained_topics(candidates), held_out
 
@@ -134,12 +134,14 @@ def _mentions_held_out(name: str) -> bool:
     return owned and not name.startswith(REFERENCE)
 
 
-def _long_lines(text: bytes) -> set[bytes]:
-    return {line for raw in text.splitlines() if len(line := raw.strip()) > _LONG_LINE}
+def long_lines(text: bytes) -> set[bytes]:
+    """Return the distinct lines that are long enough to tell one text from another."""
+    return {line for raw in text.splitlines() if len(line := raw.strip()) > LONG_LINE}
 
 
-def _shared(text: bytes, seen: set[bytes]) -> float:
-    lines = _long_lines(text)
+def shared(text: bytes, seen: set[bytes]) -> float:
+    """Return the share of a text's long lines that were seen elsewhere."""
+    lines = long_lines(text)
     return len(lines & seen) / len(lines) if lines else 0.0
 
 
@@ -149,7 +151,7 @@ def _without_contained_topics(candidates: list[Document]) -> list[Document]:
     seen: set[bytes] = set()
     contained: set[str] = set()
     for name, text in sorted(topics, key=lambda item: (-len(item[1]), item[0])):
-        if _shared(text, seen) >= _CONTAINED:
+        if shared(text, seen) >= CONTAINED:
             contained.add(name)
-        seen |= _long_lines(text)
+        seen |= long_lines(text)
     return [item for item in candidates if item[0] not in contained]

@@ -6,6 +6,7 @@ import argparse
 import json
 import lzma
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import data
@@ -85,7 +86,7 @@ def against_position(model: LlamaForCausalLM, count: int) -> list[dict[str, obje
             "whole context": whole[:, begin:end].mean().item(),
             "2048 window": sliding[:, begin:end].mean().item(),
         }
-        for begin, end in zip(EDGES, EDGES[1:], strict=False)
+        for begin, end in pairwise(EDGES)
     ]
 
 

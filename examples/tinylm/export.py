@@ -20,9 +20,7 @@ def export(state: Path, folder: Path, dtype: torch.dtype) -> None:
     weights = torch.load(state, weights_only=True)["model"]
     model = LlamaForCausalLM(LlamaConfig(**shape.config()))
     model.load_state_dict(weights)
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_length=shape.max_position_embeddings
-    )
+    model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     ours = TinyLlama(shape)
     ours.load_state_dict(weights)
     difference = largest_difference(ours, model)

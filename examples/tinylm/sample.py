@@ -36,9 +36,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model = LlamaForCausalLM.from_pretrained(options.checkpoint).eval()
-    text = continuation(
-        model, options.prompt, options.length, options.temperature, options.seed
-    )
+    text = continuation(model, options.prompt, options.length, options.temperature, options.seed)
     print(options.prompt + text)
 
 
