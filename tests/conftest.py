@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Before transformers or torch is imported by anything, and inherited by every process that a test starts.
@@ -14,6 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 import world
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """tests/mpi is for pytest under mpirun, which collectives/test_under_mpirun.py starts."""
+    started = config.getoption("--with-mpi", False)
+    return True if collection_path == Path(__file__).parent / "mpi" and not started else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -98,7 +98,7 @@ def install_torch(python: Path, target: str) -> str:
             )
             install_cpu_build(python, requirement, packages, target)
             return installed_torch(python)
-    subprocess.run([python, "-m", "pip", "install", requirement], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--no-compile", requirement], check=True)
     return installed_torch(python)
 
 
@@ -154,7 +154,7 @@ def install_plait(python: Path, extras: str, torch_version: str) -> None:
         tested = Path(folder) / "tested.txt"
         lines = (ROOT / "constraints.txt").read_text().splitlines()
         tested.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
-        command = [python, "-m", "pip", "install", "-c", keep, "-c", tested]
+        command = [python, "-m", "pip", "install", "--no-compile", "-c", keep, "-c", tested]
         subprocess.run([*command, "-e", f"{ROOT}[{extras}]"], check=True)
 
 

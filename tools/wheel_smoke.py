@@ -72,7 +72,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def borrow_requirements(python: Path) -> None:
-    """Let the new environment see our packages, below its own; our editable plait is left out (it needs its .pth run)."""
+    """Let the new environment see our packages after its own; our editable plait stays out (its .pth is not run)."""
     show = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.run(
         [python, "-c", show], capture_output=True, text=True, check=True

@@ -1,0 +1,145 @@
+"""What is installed, what this machine has, and the line that adds what is missing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from rich.text import Text
+
+from ..collectives.errors import LaunchError
+from ..collectives.launch import Launch
+
+OLDEST_TORCH = (2, 11)
+# package -> (what it is for, the line that adds it)
+PACKAGES = {
+    "numpy": ("kernels on the CPU", "pip install plait"),
+    "numba": ("kernels on the CPU", "pip install plait"),
+    "transformers": ("transformers models", "pip install 'plait[hf]'"),
+    "safetensors": ("loading weights shard by shard", "pip install 'plait[hf]'"),
+    "mpi4py": ("mpirun over several hosts", "pip install 'plait[mpi]'"),
+    "matplotlib": ("plots of the planner", "pip install 'plait[plot]'"),
+}
+CUDA_PACKAGES = {"numba-cuda": ("kernels on the GPU", "pip install 'plait[cuda]'")}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        state: "ok", "absent" (plait works without it) or "wrong" (it will not).
+        remedy: what would add or mend it; "" where nothing needs to be done.
+    """
+
+    topic: str
+    value: str
+    state: str = "ok"
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; starts no ranks and opens no network."""
+    cuda = CUDA_PACKAGES if torch.cuda.is_available() else {}
+    return [
+        _package("plait", "", ""),
+        Finding("python", f"{platform.python_version()} ({sys.executable})"),
+        Finding("platform", platform.platform()),
+        _torch(),
+        *(_package(name, use, line) for name, (use, line) in (PACKAGES | cuda).items()),
+        *_devices(),
+        Finding("cpu threads", f"{torch.get_num_threads()} of torch"),
+        _launcher(),
+        _backends(),
+        _mpirun(),
+    ]
+
+
+def table(findings: list[Finding]) -> Table:
+    """Lay the findings out for a terminal."""
+    colors = {"ok": "green", "absent": "yellow", "wrong": "red"}
+    grid = Table("", "found", "to add it", title="plait doctor", title_justify="left")
+    for finding in findings:  # Text, for rich would read the brackets of plait[mpi] as a style
+        value = Text(finding.value, style=colors[finding.state])
+        grid.add_row(Text(finding.topic), value, Text(finding.remedy))
+    return grid
+
+
+def _package(name: str, use: str, remedy: str) -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        return Finding(name, f"absent (for {use})" if use else "not installed", "absent", remedy)
+
+
+def _torch() -> Finding:
+    found = str(torch.__version__)
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    if numbers < OLDEST_TORCH:
+        return Finding("torch", f"{found}, too old", "wrong", "pip install 'torch>=2.11'")
+    return Finding("torch", f"{found} ({build})")
+
+
+def _devices() -> list[Finding]:
+    if not torch.cuda.is_available():
+        if shutil.which("nvidia-smi"):
+            remedy = "pip install --force-reinstall torch (a CUDA build), or mend the driver"
+            return [
+                Finding("devices", "CPU; a GPU is there that torch cannot use", "absent", remedy)
+            ]
+        return [Finding("devices", "CPU")]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        it = torch.cuda.get_device_properties(index)
+        found.append(
+            Finding(
+                f"cuda:{index}",
+                f"{it.name}, {it.total_memory / 2**30:.0f} GiB, sm_{it.major}{it.minor}",
+            )
+        )
+    return found
+
+
+def _launcher() -> Finding:
+    try:
+        launch = Launch.detect()
+    except LaunchError as error:
+        return Finding("launcher", str(error), "wrong", "unset the variables it names")
+    if launch.launcher == "alone":
+        return Finding(
+            "launcher", "none: a world of one (torchrun, mpirun and srun are recognised)"
+        )
+    return Finding("launcher", f"{launch.launcher}: rank {launch.rank} of {launch.world_size}")
+
+
+def _backends() -> Finding:
+    names = [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED]
+    return Finding("backends", ", ".join(name for name in names if dist.is_backend_available(name)))
+
+
+def _mpirun() -> Finding:
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        return Finding(
+            "mpirun", "absent (torchrun works without it)", "absent", "pip install 'plait[mpi]'"
+        )
+    try:
+        said = subprocess.run(
+            [found, "--version"], capture_output=True, text=True, timeout=20
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding(
+            "mpirun", f"{found} does not start: {error}", "wrong", "pip install 'plait[mpi]'"
+        )
+    first = said.strip().splitlines()[0] if said.strip() else "says no version"
+    return Finding("mpirun", f"{found}: {first}")

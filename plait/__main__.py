@@ -1,0 +1,5 @@
+"""`python -m plait` is the `plait` command."""
+
+from .parallel.cli import app
+
+app(prog_name="plait")
