@@ -133,6 +133,12 @@ def test_head_run_is_not_the_position_in_the_communicator() -> None:
     assert fold("kvp2 tp2").head_runs(range(4)) == (0, 2, 1, 3)
 
 
+def test_neighbours_are_previous_then_next() -> None:
+    folding = fold("kvp4 tp2 dp2 ep8")
+    assert folding.neighbours(0, "kvp") == (6, 2)
+    assert folding.neighbours(9, "ep") == (8, 10)
+
+
 def test_communicators_are_shared_by_both_sides() -> None:
     made = fold("kvp4 tp2 ep4 etp2").communicators()
     assert made[0, 1] == ["tp", "etp"]

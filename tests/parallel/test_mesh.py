@@ -85,6 +85,13 @@ def test_neighbours_go_round(mesh: Mesh, data: st.DataObject) -> None:
     assert sorted(ring) == list(mesh.group(rank, axis))
 
 
+def test_neighbours_are_previous_then_next() -> None:
+    mesh = Mesh((("tp", 2), ("cp", 4)))
+    assert mesh.neighbours(2, "cp") == (0, 4)
+    assert mesh.neighbours(7, "cp") == (5, 1)
+    assert mesh.neighbours(0, "tp") == (1, 1)
+
+
 def test_the_order_of_axes_matters() -> None:
     """Negative control: with the axes the other way round the tables are different."""
     right, wrong = Mesh((("tp", 2), ("cp", 4))), Mesh((("cp", 4), ("tp", 2)))
