@@ -49,8 +49,11 @@ class HelixState:
         if mode == "auto":
             rows = batch * length if valid is None else int(valid.sum())
             mode = self.layers[0].cheaper(rows, rows + sum(past))
-        self.step = make_step(batch, length, past, valid, mode, self.rule, device)
-        self.cache = cache
+        step = make_step(batch, length, past, valid, mode, self.rule, device)
+        if mode == "kv" and min(step.rows_of_rank) == 0:
+            # A module cannot reshape zero rows into heads; few rows are the case for partials anyway.
+            step = make_step(batch, length, past, valid, "partials", self.rule, device)
+        self.step, self.cache = step, cache
 
     def running(self) -> Step:
         """The step of the forward that runs."""
