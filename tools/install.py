@@ -2,7 +2,7 @@
 
 Needs only Python. On Linux the torch of the default index brings gigabytes of CUDA packages, so on a
 machine without an NVIDIA GPU this asks pip first what it would bring, and if that is a CUDA build it
-takes the CPU build instead. docs/decisions/002-cpu-torch.md tells why it is done this way.
+takes the CPU build instead. docs/decisions/004-cpu-torch.md tells why it is done this way.
 
 Environment:
     TORCH   what to install as torch, in pip's words (default: the version in constraints.txt)
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,11 +119,8 @@ def cuda_packages(report: dict[str, Any]) -> list[str]:
     needs = [
         need for item in report["install"] for need in item["metadata"].get("requires_dist", [])
     ]
-    return [
-        need.split()[0].split("=")[0]
-        for need in needs
-        if need.startswith(CUDA_PREFIXES) and "extra ==" not in need
-    ]
+    wanted = [need for need in needs if need.startswith(CUDA_PREFIXES) and "extra ==" not in need]
+    return [re.split(r"[^\w.-]", need)[0] for need in wanted]
 
 
 def install_cpu_build(python: Path, requirement: str, packages: list[str], target: str) -> None:
