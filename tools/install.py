@@ -2,7 +2,7 @@
 
 Needs only Python. On Linux the torch of the default index brings gigabytes of CUDA packages, so on a
 machine without an NVIDIA GPU this asks pip first what it would bring, and if that is a CUDA build it
-takes the CPU build instead. docs/decisions/004-cpu-torch.md tells why it is done this way.
+takes the CPU build instead. docs/decisions/005-cpu-torch.md tells why it is done this way.
 
 Environment:
     TORCH   what to install as torch, in pip's words (default: the version in constraints.txt)
