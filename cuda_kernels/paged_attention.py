@@ -113,7 +113,7 @@ def _bend(s, n, head, pos, softcap, slopes, q_pos):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _soften(s, e, n, acc, tops, sums, i, lo, hi, token):
+def _soften(s, n, acc, tops, sums, i, lo, hi, token):
     """Online softmax of one query over a chunk: scores become weights, acc is rescaled."""
     top = tops[i]
     for j in range(n):
@@ -125,7 +125,12 @@ def _soften(s, e, n, acc, tops, sums, i, lo, hi, token):
         for j in range(n):
             s[j] = 0
         return
-    total = exp_rows(s, e, n, top)
+    if top != top:  # a NaN score must reach the output, whatever the fast exp makes of it
+        for j in range(n):
+            s[j] = top
+        total = top
+    else:
+        total = exp_rows(s, n, top)
     if top != tops[i]:
         keep = np.exp(tops[i] - top)
         sums[i] *= keep
@@ -138,7 +143,7 @@ def _soften(s, e, n, acc, tops, sums, i, lo, hi, token):
 @njit(nogil=True, cache=True, error_model="numpy")
 def _attend_rows(
     q, acc, tops, sums, k, v, pages, page_tokens, kv_heads, k_width, v_width, lo, hi, first, stop,
-    s, e, softcap, slopes, q_pos, run, shards, shard,
+    s, softcap, slopes, q_pos, run, shards, shard,
 ):  # fmt: skip
     """Attend for all rows of one sequence over its tokens `[first, stop)`.
 
@@ -148,7 +153,7 @@ def _attend_rows(
     fours = queries // 4 * 4
     group = queries // lo.shape[0]
     pos = np.empty(CHUNK_TOKENS, np.int64)
-    slot = np.zeros(CHUNK_TOKENS, np.int64)
+    slot = np.empty(CHUNK_TOKENS, np.int64)
     for token in range(first, stop, CHUNK_TOKENS):
         n = min(CHUNK_TOKENS, stop - token)
         for j in range(n):
@@ -165,7 +170,7 @@ def _attend_rows(
         for i in range(q.shape[0]):
             r = (i % queries) // group
             _bend(s[i], n, i // queries * group + i % group, pos, softcap, slopes, q_pos[r])
-            _soften(s[i], e, n, acc[i], tops, sums, i, lo[r], hi[r], token)
+            _soften(s[i], n, acc[i], tops, sums, i, lo[r], hi[r], token)
             for j in range(n, (n + 3) // 4 * 4):  # the tail of the last four weighs nothing
                 s[i, j] = 0
         for j in range(n, (n + 3) // 4 * 4):
@@ -197,7 +202,6 @@ def _attend_span(
     """
     heads, head_dim, value_dim = q.shape[1], q.shape[2], o.shape[2]
     group = heads // kv_heads
-    e = np.empty(CHUNK_TOKENS, np.int32)
     for n in range(q_indptr.shape[0] - 1):
         r0, rows = q_indptr[n], q_indptr[n + 1] - q_indptr[n]
         low = np.int64(1) << 62
@@ -209,21 +213,27 @@ def _attend_span(
         for r in range(rows):
             for h in range(heads):
                 lse[r0 + r, h] = NEG_INF
-                o[r0 + r, h, :] = 0
+                for x in range(value_dim):
+                    o[r0 + r, h, x] = 0
         if starts[n + 1] == starts[n] or stop <= first:
             continue
         flat = np.empty((heads * rows, head_dim), q.dtype)
-        acc = np.zeros((heads * rows, value_dim), q.dtype)
+        acc = np.empty((heads * rows, value_dim), q.dtype)
+        s = np.empty((heads * rows, CHUNK_TOKENS), q.dtype)
+        tops = np.empty(heads * rows, q.dtype)
+        sums = np.empty(heads * rows, q.dtype)
         for r in range(rows):
             for h in range(heads):
-                flat[(h // group) * rows * group + r * group + h % group] = q[r0 + r, h]
-        tops = np.full(heads * rows, NEG_INF, q.dtype)
-        sums = np.zeros(heads * rows, q.dtype)
-        s = np.zeros((heads * rows, CHUNK_TOKENS), q.dtype)
+                i = (h // group) * rows * group + r * group + h % group
+                tops[i], sums[i] = NEG_INF, 0
+                for x in range(head_dim):
+                    flat[i, x] = q[r0 + r, h, x]
+                for x in range(value_dim):
+                    acc[i, x] = 0
         _attend_rows(
             flat, acc, tops, sums, k, v, kv_indices[kv_indptr[n] : kv_indptr[n + 1]], page_tokens,
             kv_heads, head_dim, value_stride, lo[r0 : r0 + rows], hi[r0 : r0 + rows], first, stop,
-            s, e, softcap, slopes, q_pos[r0 : r0 + rows], run, shards, shard,
+            s, softcap, slopes, q_pos[r0 : r0 + rows], run, shards, shard,
         )  # fmt: skip
         for r in range(rows):
             for h in range(heads):

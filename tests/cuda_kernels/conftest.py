@@ -8,9 +8,7 @@ import pytest
 import torch
 
 
-def brute_force(
-    q, k, v, lo, hi, scale, softcap=None, slopes=None, q_pos=(), key_pos=(), sink=None
-):
+def brute_force(q, k, v, lo, hi, scale, softcap=None, slopes=None, q_pos=(), key_pos=(), sink=None):
     """One row, one head, one key at a time; shares nothing with the library."""
     rows, heads, _ = q.shape
     group = heads // k.shape[1]

@@ -95,7 +95,8 @@ def test_paged_equals_brute_force(shape, option, brute, assert_close) -> None:
     want_o, want_lse = batch.answer(brute, **oracle)
     assert_close(o, want_o)
     assert_close(lse, want_lse)
-    assert o[6].eq(0).all() and lse[6].eq(-math.inf).all()
+    assert o[6].eq(0).all()
+    assert lse[6].eq(-math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -103,9 +104,30 @@ def test_paged_storage_types(dtype, brute, assert_close) -> None:
     batch = Batch("gqa", dtype)
     o, lse = batch.paged()
     want_o, want_lse = batch.answer(brute)
-    assert o.dtype == dtype and lse.dtype == torch.float32
+    assert o.dtype == dtype
+    assert lse.dtype == torch.float32
     assert_close(lse, want_lse, 2e-6)  # sums are float32 whatever the pages hold
     assert_close(o, want_o, {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_keys_are_not_hidden(dtype) -> None:
+    batch = Batch("gqa", dtype)
+    batch.k_pages[batch.kv_indices[12]] = math.nan  # the third sequence only
+    o, lse = batch.paged()
+    assert o[:3].isfinite().all()
+    assert o[3].isnan().all()
+    assert lse[3].isnan().all()
+
+
+def test_scores_of_any_size_are_exact_in_float32(brute, assert_close) -> None:
+    batch = Batch("gqa", torch.float32)
+    batch.q *= torch.tensor([1e-6, 1.0, 30.0, 100.0, 1e3, 1e4, 1.0])[:, None, None]
+    o, lse = batch.paged()
+    want_o, want_lse = batch.answer(brute)
+    assert_close(lse, want_lse, 1e-5)
+    assert_close(o[:4], want_o[:4], 1e-4)
+    assert o.isfinite().all()
 
 
 def test_half_values_widen_exactly() -> None:
@@ -319,4 +341,6 @@ def test_meta_tensors_flow() -> None:
     q, k = torch.zeros(2, 4, 8, device="meta"), torch.zeros(5, 2, 8, device="meta")
     two = torch.zeros(2, dtype=torch.int64, device="meta")
     o, lse = dense_attention(q, k, k, two, two, 1.0)
-    assert o.shape == (2, 4, 8) and lse.shape == (2, 4) and o.is_meta
+    assert o.shape == (2, 4, 8)
+    assert lse.shape == (2, 4)
+    assert o.is_meta

@@ -94,7 +94,8 @@ def test_all_empty_rows_are_zero_and_minus_inf() -> None:
     lse = torch.full((3, 2, 2), -INF)
     for count in (1, 3):
         got, got_lse = merge_states(o[:count], lse[:count])
-        assert torch.equal(got, torch.zeros(2, 2, 4)) and torch.equal(
+        assert torch.equal(got, torch.zeros(2, 2, 4))
+        assert torch.equal(
             got_lse, torch.full((2, 2), -INF)
         )
     got, got_lse = merge_states(o, lse, SINK.float())
@@ -115,7 +116,8 @@ def test_gradients_through_o_lse_and_sink() -> None:
     assert torch.autograd.gradcheck(merged, inputs, atol=1e-8)
     poisoned = torch.where(torch.isinf(lse)[..., None], math.nan, o.detach()).requires_grad_()
     merge_states(poisoned, lse)[0].sum().backward()
-    assert poisoned.grad is not None and poisoned.grad.isfinite().all()
+    assert poisoned.grad is not None
+    assert poisoned.grad.isfinite().all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,6 +146,7 @@ def test_bad_shapes_are_refused_and_meta_works() -> None:
     o, lse = merge_states(
         torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 3, 4, device="meta")
     )
-    assert o.shape == (3, 4, 5) and lse.shape == (3, 4)
+    assert o.shape == (3, 4, 5)
+    assert lse.shape == (3, 4)
     o, lse = torch.randn(2, 3, 4, 5).bfloat16(), torch.randn(2, 3, 4)
     assert merge_states(o, lse)[0].dtype == torch.bfloat16
