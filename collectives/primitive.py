@@ -24,6 +24,13 @@ def chunk_sizes(length: int, ranks: int) -> list[int]:
     return [max(0, min(step, length - step * r)) for r in range(ranks)]
 
 
+def message_device(group: Group) -> torch.device:
+    """The device on which small host messages travel in this group: the CPU if it can, else this rank's GPU."""
+    if group is None or any(device.type == "cpu" for device in group._device_types):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Sum a tensor over the group, in place.
 
@@ -47,7 +54,9 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int] | None = None, dim:
     n = group.size()
     sizes = [x.shape[dim]] * n if sizes is None else list(sizes)
     if x.shape[dim] != sizes[group.rank()]:
-        raise ValueError(f"all_gather: this rank holds {x.shape[dim]} rows of dim {dim}, sizes say {sizes}")
+        raise ValueError(
+            f"all_gather: this rank holds {x.shape[dim]} rows of dim {dim}, sizes say {sizes}"
+        )
     rows = x.movedim(dim, 0)
     most = max(sizes)
     if rows.shape[0] != most:

@@ -20,7 +20,7 @@ class RanksDisagree(PlanError):
     """The ranks were given different plans, models or inputs."""
 
 
-def agree(group: Group, facts: dict[str, str], failure: BaseException | None, device: torch.device) -> None:
+def agree(group: Group, facts: dict[str, str], failure: BaseException | None = None) -> None:
     """Compare facts over the group and share a failure.
 
     Collective: all ranks; one all-gather of 4 KiB.
@@ -33,7 +33,7 @@ def agree(group: Group, facts: dict[str, str], failure: BaseException | None, de
         if failure is not None:
             raise failure
         return
-    reports = _exchange(group, facts, failure, device)
+    reports = _exchange(group, facts, failure)
     failed = {rank: text for rank, (_, text) in enumerate(reports) if text}
     for name in facts if not failed else ():
         _compare(name, [values.get(name, "") for values, _ in reports])
@@ -45,14 +45,14 @@ def agree(group: Group, facts: dict[str, str], failure: BaseException | None, de
 
 
 def _exchange(
-    group: dist.ProcessGroup, facts: dict[str, str], failure: BaseException | None, device: torch.device
+    group: dist.ProcessGroup, facts: dict[str, str], failure: BaseException | None
 ) -> list[tuple[dict[str, str], str]]:
     text = "" if failure is None else f"{type(failure).__name__}: {failure}"
     lines = [f"{name}={value}" for name, value in facts.items()]
     raw = "\n".join([*lines, f"!{text}"]).encode()[:_MESSAGE_BYTES]
     buffer = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     buffer[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    every = primitive.all_gather(buffer.to(device), group).cpu().view(group.size(), -1)
+    every = primitive.all_gather(buffer.to(primitive.message_device(group)), group).cpu().view(group.size(), -1)
     return [_parse(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")) for row in every]
 
 

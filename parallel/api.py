@@ -73,15 +73,14 @@ def parallelize(
     except Exception as error:
         failure = error
     world = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-    device = _device()
     facts = {"plan": str(plan), "model": model_digest(structure(model)), "rules": _rules_text(rules)}
-    agree(world, facts, failure, device)
+    agree(world, facts, failure)
     assert groups is not None
     try:
         prepared = prepare(model, plan, groups, rules=rules, weights=weights, store=store)
     except Exception as error:
         failure = error
-    agree(world, {}, failure, device)
+    agree(world, {}, failure)
     assert prepared is not None
     return commit(model, *prepared)
 
@@ -207,12 +206,6 @@ def gather_whole(parameter: CutParameter, ranks: ModelRanks) -> torch.Tensor:
 def shape_of(model: nn.Module) -> ModelShape:
     """The numbers of a model that legality needs; unknown for modules that are not transformers'."""
     return ModelShape.from_config(model.config) if is_transformers(model) else ModelShape()
-
-
-def _device() -> torch.device:
-    if dist.is_initialized() and "nccl" in dist.get_backend():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _rules_text(rules: Rules | None) -> str:

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..collectives import autograd
+from ..collectives.primitive import message_device
 from ..kvstore import KVSpec, KVStore
 from .agreement import agree, tensor_digest
 from .attention.cache import HelixCache, refuse_cache
@@ -42,7 +43,7 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
             return
         tensors = [t for t in (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask")))]
         digest = tensor_digest(*(t for t in tensors if isinstance(t, Tensor)))
-        agree(ranks.all, {"input": digest}, None, device)
+        agree(ranks.all, {"input": digest}, None)
 
     original = model.generate if hasattr(model, "generate") else None
 
@@ -65,15 +66,13 @@ def share_random_state(ranks: ModelRanks) -> None:
     """
     if ranks.all is None:
         return
-    on_cuda = "nccl" in torch.distributed.get_backend(ranks.all)
-    state = torch.get_rng_state()
-    state = state.cuda() if on_cuda else state
-    torch.distributed.broadcast(state, src=ranks.members[0], group=ranks.all)
-    torch.set_rng_state(state.cpu())
-    if on_cuda:
-        device_state = torch.cuda.get_rng_state().cuda()
-        torch.distributed.broadcast(device_state, src=ranks.members[0], group=ranks.all)
-        torch.cuda.set_rng_state(device_state.cpu())
+    generators = [(torch.get_rng_state, torch.set_rng_state)]
+    if torch.cuda.is_available():
+        generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
+    for read, write in generators:
+        state = read().to(message_device(ranks.all))
+        torch.distributed.broadcast(state, src=ranks.members[0], group=ranks.all)
+        write(state.cpu())
 
 
 class HelixBinding:

@@ -1,1 +1,38 @@
-"""plait: one language model over many ranks, and a home for its keys and values."""
+"""plait: run one large language model over many ranks, and keep its keys and values."""
+
+from .collectives import World, init
+from .parallel import (
+    Attention,
+    Helix,
+    Mla,
+    Pipeline,
+    Plan,
+    PlanError,
+    Replicate,
+    Ring,
+    Shard,
+    Tensor,
+    Ulysses,
+    parallelize,
+    unparallelize,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "Helix",
+    "Mla",
+    "Pipeline",
+    "Plan",
+    "PlanError",
+    "Replicate",
+    "Ring",
+    "Shard",
+    "Tensor",
+    "Ulysses",
+    "World",
+    "init",
+    "parallelize",
+    "unparallelize",
+]
