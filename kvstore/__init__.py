@@ -3,8 +3,9 @@
 from .errors import IntegrityError, PoolExhausted, SequenceClosed, StepError, StoreError
 from .page import LEGAL_MOVES, PageState
 from .pool import PagePool
-from .sequence import Sequence, Step
+from .sequence import Sequence
 from .spec import KVSpec
+from .step import Step
 from .store import KVStore
 from .table import PageTable
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..cuda_kernels import Interleave, dense_attention, merge_states, paged_attention
 from .pool import PagePool
+from .step import Step
 from .table import PageTable, consecutive
 
 DENSE_ROWS = 16  # from here on matrix multiplication over contiguous keys beats paged dot products
@@ -109,3 +111,35 @@ def _attend_dense(
 def with_sink(o: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Count a sink once, after all keys."""
     return (o, lse) if sink is None else merge_states(o[None], lse[None], sink)
+
+
+def row_pointers(
+    seqs: int, q: Tensor, q_indptr: Tensor | Listing[int] | None, step: Step | None
+) -> np.ndarray:
+    """Say which rows belong to which sequence: as given, else by the rules of `KVStore.attend`."""
+    if q_indptr is not None:
+        given = q_indptr.cpu().numpy() if isinstance(q_indptr, Tensor) else q_indptr
+        indptr = np.asarray(given, np.int64)
+    elif seqs == 1:
+        indptr = np.array([0, q.shape[0]], np.int64)
+    elif step is not None and len(step.seqs) == seqs:
+        indptr = np.concatenate([[0], np.cumsum(step.counts)])
+    else:
+        indptr = np.arange(seqs + 1, dtype=np.int64)
+    if (
+        len(indptr) != seqs + 1
+        or indptr[0] != 0
+        or indptr[-1] != q.shape[0]
+        or (np.diff(indptr) < 0).any()
+    ):
+        raise ValueError(
+            f"attend: q_indptr {indptr.tolist()} does not cut {q.shape[0]} rows over {seqs} sequences"
+        )
+    return indptr
+
+
+def causal_bounds(indptr: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The last row of each sequence sees all of it, the one before it one token less, ..."""
+    rows = np.diff(indptr)
+    left = np.repeat(indptr[1:], rows) - 1 - np.arange(indptr[-1])
+    return np.maximum(np.repeat(lengths, rows) - left, 0)

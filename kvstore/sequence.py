@@ -1,16 +1,15 @@
-"""Handles: a sequence of the store, and one step of writing to some sequences."""
+"""The handle of a sequence in the store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listing
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from .errors import SequenceClosed, StepError
-from .table import PageTable
+from .errors import SequenceClosed
 
 if TYPE_CHECKING:
+    from .step import Step
     from .store import KVStore
 
 
@@ -64,74 +63,3 @@ class Sequence:
         """
         if self.closed:
             raise SequenceClosed(f"sequence {self.number} is closed; open or fork a new one")
-
-
-class Step:
-    """Room for some more tokens of some sequences, reserved once and written layer by layer.
-
-    Between `reserve` and `commit` its tokens are visible only through the step itself.
-
-    State: open -> committed | aborted. One open step per sequence.
-
-    Attributes:
-        seqs: the sequences, in the order of the ragged rows of `append`.
-        counts: new tokens of each sequence, `[seqs]`.
-        bases: committed length of each before the step, `[seqs]`.
-        table: pages of the sequences including this step's, lengths including its tokens.
-    """
-
-    def __init__(
-        self, seqs: Listing[Sequence], counts: np.ndarray, bases: np.ndarray, table: PageTable,
-        fresh: list[np.ndarray], copied: list[tuple[int, int, int] | None],
-    ) -> None:  # fmt: skip
-        self.seqs = tuple(seqs)
-        self.counts = counts
-        self.bases = bases
-        self.table = table
-        self.fresh = fresh  # new pages per sequence
-        self.copied = copied  # per sequence (place, shared page, private copy), or None
-        self.slots = table.slots(bases, counts)
-        self.runs = _runs(self.slots)
-        self.written: set[int] = set()
-        self.state = "open"
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences in this step."""
-        return len(self.slots)
-
-    @property
-    def pages(self) -> np.ndarray:
-        """Pages this step holds in its own name: the new ones and the private copies."""
-        copies = np.array([c[2] for c in self.copied if c is not None], np.int32)
-        return np.concatenate([*self.fresh, copies]).astype(np.int32, copy=False)
-
-    def require_open(self) -> None:
-        """Raise if the step was committed or aborted.
-
-        Raises:
-            StepError: saying which.
-        """
-        if self.state != "open":
-            raise StepError(f"this step is already {self.state}; reserve a new one")
-
-    def find(self, seq: Sequence) -> int:
-        """Give the place of a sequence in this step.
-
-        Raises:
-            StepError: if it is not part of it.
-        """
-        for at, mine in enumerate(self.seqs):
-            if mine is seq:
-                return at
-        raise StepError(f"sequence {seq.number} is not part of this step; reserve it together")
-
-
-def _runs(slots: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cut slots into pieces that are consecutive in memory: (row, slot, tokens)."""
-    if not len(slots):
-        return []
-    cuts = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
-    starts = np.concatenate([[0], cuts])
-    stops = np.concatenate([cuts, [len(slots)]])
-    return [(int(a), int(slots[a]), int(b - a)) for a, b in zip(starts, stops, strict=True)]

@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from ..cuda_kernels import Interleave
-from .attention import ScoreOptions, attend_pages, gather, with_sink
-from .errors import IntegrityError, PoolExhausted, StepError
-from .page import PageState
+from .attention import (
+    ScoreOptions,
+    attend_pages,
+    causal_bounds,
+    gather,
+    row_pointers,
+    with_sink,
+)
+from .audit import check_holders
+from .errors import PoolExhausted, StepError
 from .pool import PagePool
-from .sequence import Sequence, Step
+from .sequence import Sequence
 from .spec import KVSpec, parse_bytes
+from .step import Step, make_step
 from .table import PageTable
 
 FIRST_PAGES = 64  # a growing store starts this small and doubles
@@ -199,36 +207,10 @@ class KVStore:
                     raise _busy(seq)
             if len({seq.number for seq in seqs}) < len(seqs):
                 raise StepError("reserve: a sequence is named twice; give each once")
-            step = self._make_step(seqs, counts)
+            step = make_step(self.pool, seqs, counts, self._allocate)
             for seq in seqs:
                 seq.step = step
             return step
-
-    def _make_step(self, seqs: Listing[Sequence], counts: np.ndarray) -> Step:
-        size = self.spec.page_tokens
-        bases = np.fromiter((seq.length for seq in seqs), np.int64, len(seqs))
-        held = np.fromiter((len(seq.pages) for seq in seqs), np.int64, len(seqs))
-        more = -(-(bases + counts) // size) - held
-        lasts = np.fromiter(
-            (seq.pages[-1] if len(seq.pages) else 0 for seq in seqs), np.int64, len(seqs)
-        )
-        copy = (bases % size != 0) & (counts > 0) & (self.pool.refcounts[lasts] > 1)
-        after = int(lasts[0]) if len(seqs) == 1 and held[0] and not copy[0] else -1
-        pages = self._allocate(int(more.sum() + copy.sum()), after)
-        private, fresh = pages[: copy.sum()], pages[copy.sum() :]
-        self.pool.copy(lasts[copy], private)
-        cuts = np.cumsum(more)[:-1]
-        parts = np.split(fresh, cuts) if len(seqs) else []
-        copied: list[tuple[int, int, int] | None] = [None] * len(seqs)
-        tables = []
-        for at, seq in enumerate(seqs):
-            mine = np.concatenate([seq.pages, parts[at]])
-            if copy[at]:
-                target = int(private[copy[:at].sum()])
-                copied[at] = (int(held[at]) - 1, int(lasts[at]), target)
-                mine[held[at] - 1] = target
-            tables.append(mine)
-        return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
 
     def _allocate(self, count: int, after: int) -> np.ndarray:
         short = count - self.pool.free_pages
@@ -395,9 +377,9 @@ class KVStore:
         if isinstance(seqs, Sequence) and step is None:
             step = seqs.step_alone()
         table = self.page_table(seqs, step)
-        indptr = _row_pointers(len(table.lengths), q, q_indptr, step)
+        indptr = row_pointers(len(table.lengths), q, q_indptr, step)
         if hi is None:
-            hi = torch.from_numpy(_causal(indptr, table.lengths)).to(q.device)
+            hi = torch.from_numpy(causal_bounds(indptr, table.lengths)).to(q.device)
         elif hi.numel() and bool((hi > self._limits(indptr, table, hi)).any()):
             raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
         lo = torch.zeros_like(hi) if lo is None else lo.clamp(min=0)
@@ -450,21 +432,7 @@ class KVStore:
             IntegrityError: naming what does not hold.
         """
         with self._lock:
-            holders = np.zeros(self.pool.capacity, np.int32)
-            steps = {id(s.step): s.step for s in self._sequences.values() if s.step is not None}
-            for seq in self._sequences.values():
-                np.add.at(holders, seq.pages, 1)
-                if len(np.unique(seq.pages)) != len(seq.pages):
-                    raise IntegrityError(f"sequence {seq.number} holds a page twice")
-                if len(seq.pages) != -(-seq.length // self.spec.page_tokens):
-                    raise IntegrityError(f"{seq!r} does not fit its pages")
-                if (self.pool.states[seq.pages] != PageState.LIVE).any():
-                    raise IntegrityError(f"{seq!r} holds a page that is not LIVE")
-            for step in steps.values():
-                np.add.at(holders, step.pages, 1)
-                if (self.pool.states[step.pages] != PageState.RESERVED).any():
-                    raise IntegrityError("an open step holds a page that is not RESERVED")
-            self.pool.check_integrity(holders)
+            check_holders(self.pool, list(self._sequences.values()))
 
     def _own(self, seq: Sequence) -> None:
         seq.require_open()
@@ -486,34 +454,3 @@ def _listed(seqs: Sequence | Iterable[Sequence]) -> list[Sequence]:
 
 def _busy(seq: Sequence) -> StepError:
     return StepError(f"sequence {seq.number} has an open step; commit or abort it first")
-
-
-def _row_pointers(
-    seqs: int, q: Tensor, q_indptr: Tensor | Listing[int] | None, step: Step | None
-) -> np.ndarray:
-    if q_indptr is not None:
-        given = q_indptr.cpu().numpy() if isinstance(q_indptr, Tensor) else q_indptr
-        indptr = np.asarray(given, np.int64)
-    elif seqs == 1:
-        indptr = np.array([0, q.shape[0]], np.int64)
-    elif step is not None and len(step.seqs) == seqs:
-        indptr = np.concatenate([[0], np.cumsum(step.counts)])
-    else:
-        indptr = np.arange(seqs + 1, dtype=np.int64)
-    if (
-        len(indptr) != seqs + 1
-        or indptr[0] != 0
-        or indptr[-1] != q.shape[0]
-        or (np.diff(indptr) < 0).any()
-    ):
-        raise ValueError(
-            f"attend: q_indptr {indptr.tolist()} does not cut {q.shape[0]} rows over {seqs} sequences"
-        )
-    return indptr
-
-
-def _causal(indptr: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The last row of each sequence sees all of it, the one before it one token less, ..."""
-    rows = np.diff(indptr)
-    left = np.repeat(indptr[1:], rows) - 1 - np.arange(indptr[-1])
-    return np.maximum(np.repeat(lengths, rows) - left, 0)

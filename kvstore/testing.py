@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..cuda_kernels import attention_reference
 from .errors import PoolExhausted, SequenceClosed
-from .sequence import Sequence, Step
+from .sequence import Sequence
 from .spec import KVSpec
+from .step import Step
 from .store import KVStore
 
 
@@ -92,7 +93,8 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             step = self.store.reserve(seqs, counts)
         except PoolExhausted as full:
-            assert full.needed > full.free
+            if full.needed <= full.free:
+                raise AssertionError("the pool refused although it had room") from full
             assert self.store.counters()["pages_free"] == before
             return
         self.pending = {seq: self.model[seq].copy() for seq in seqs}

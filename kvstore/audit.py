@@ -1,0 +1,35 @@
+"""The proof that a store's sequences, steps and pool tell one story."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+
+import numpy as np
+
+from .errors import IntegrityError
+from .page import PageState
+from .pool import PagePool
+from .sequence import Sequence
+
+
+def check_holders(pool: PagePool, sequences: Listing[Sequence]) -> None:
+    """Count who holds each page and compare with the pool.
+
+    Raises:
+        IntegrityError: naming what does not hold.
+    """
+    holders = np.zeros(pool.capacity, np.int32)
+    steps = {id(seq.step): seq.step for seq in sequences if seq.step is not None}
+    for seq in sequences:
+        np.add.at(holders, seq.pages, 1)
+        if len(np.unique(seq.pages)) != len(seq.pages):
+            raise IntegrityError(f"sequence {seq.number} holds a page twice")
+        if len(seq.pages) != -(-seq.length // pool.spec.page_tokens):
+            raise IntegrityError(f"{seq!r} does not fit its pages")
+        if (pool.states[seq.pages] != PageState.LIVE).any():
+            raise IntegrityError(f"{seq!r} holds a page that is not LIVE")
+    for step in steps.values():
+        np.add.at(holders, step.pages, 1)
+        if (pool.states[step.pages] != PageState.RESERVED).any():
+            raise IntegrityError("an open step holds a page that is not RESERVED")
+    pool.check_integrity(holders)
