@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+FIRST_PAGES = 64  # a growing store starts this small and doubles
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
 
@@ -105,3 +106,28 @@ def parse_bytes(text: int | str) -> int:
             f"{text!r} is no size; use a number of bytes or text such as '4GiB', '512MB'"
         )
     return int(number * _UNITS[unit])
+
+
+def plan_pages(
+    spec: KVSpec, device_bytes: int | str | None, num_pages: int | None, grow: bool
+) -> tuple[int, int | None]:
+    """Decide how many pages a store starts with and may grow to (None: no limit).
+
+    Raises:
+        ValueError: if the wishes contradict each other.
+    """
+    limit = None if device_bytes is None else parse_bytes(device_bytes) // spec.bytes_per_page
+    if limit is not None and limit < 1:
+        raise ValueError(
+            f"device_bytes={device_bytes} holds no page of {spec.bytes_per_page} bytes; "
+            "give more bytes or fewer page_tokens"
+        )
+    if num_pages is None:
+        if limit is None and not grow:
+            raise ValueError("grow=False needs num_pages or device_bytes to size the store")
+        first = FIRST_PAGES if limit is None else min(limit, FIRST_PAGES)
+        num_pages = first if grow or limit is None else limit
+    if num_pages < 1 or (limit is not None and num_pages > limit):
+        most = "" if limit is None else f" and at most {limit}, which fit {device_bytes}"
+        raise ValueError(f"num_pages={num_pages} must be at least 1{most}")
+    return num_pages, limit if grow else num_pages

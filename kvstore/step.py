@@ -6,10 +6,13 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .errors import StepError
 from .pool import PagePool
 from .sequence import Sequence
+from .spec import KVSpec
 from .table import PageTable
 
 
@@ -61,6 +64,18 @@ class Step:
         """
         if self.state != "open":
             raise StepError(f"this step is already {self.state}; reserve a new one")
+
+    def scatter(self, region: Tensor, rows: Tensor) -> None:
+        """Write the step's rows into one layer's region, by runs where they are long.
+
+        Shape: region `[pages, page_tokens, kv_heads, d]`, rows `[tokens, kv_heads, d]`.
+        """
+        flat = region.flatten(0, 1)
+        if len(self.runs) <= 4 or len(self.runs) * 8 <= self.num_tokens:
+            for row, slot, count in self.runs:
+                flat[slot : slot + count] = rows[row : row + count]
+        else:
+            flat.index_copy_(0, torch.from_numpy(self.slots).to(rows.device), rows)
 
     def find(self, seq: Sequence) -> int:
         """Give the place of a sequence in this step.
@@ -118,3 +133,27 @@ def make_step(
             mine[held[at] - 1] = target
         tables.append(mine)
     return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
+
+
+def check_rows(spec: KVSpec, step: Step, layer: int, k: Tensor, v: Tensor | None) -> list[Tensor]:
+    """Give the tensors to write, or refuse a wrong layer, shape, dtype or device."""
+    if not 0 <= layer < spec.layers:
+        raise ValueError(f"layer {layer} must be in [0, {spec.layers})")
+    if (v is None) != spec.shared_kv:
+        raise ValueError(
+            "this store keeps K only (shared_kv): give v=None" if spec.shared_kv
+            else "v is missing; only a shared_kv store takes k alone"
+        )  # fmt: skip
+    pieces = [t.detach() for t in (k, v) if t is not None]
+    for name, rows, width in zip("kv", pieces, spec.widths, strict=False):
+        want = (step.num_tokens, spec.kv_heads, width)
+        if tuple(rows.shape) != want:
+            raise ValueError(
+                f"append: {name} {list(rows.shape)} must be [tokens, kv_heads, d] = {list(want)}"
+            )
+        if rows.dtype != spec.dtype or rows.device.type != torch.device(spec.device).type:
+            raise ValueError(
+                f"append: {name} is {rows.dtype} on {rows.device}, the store keeps {spec.dtype} "
+                f"on {spec.device}; convert it, or make the KVSpec with its dtype and device"
+            )
+    return pieces
