@@ -33,7 +33,7 @@ class Block(torch.nn.Module):
 torch.manual_seed(0)
 model, x = Block(), torch.randn(2, 8)
 expected = model(x)
-model = parallelize(model, Plan(), rules={"up": "column", "down": "row"})
+model = parallelize(model, Plan(), rules={"up": "colwise", "down": "rowwise"})
 torch.testing.assert_close(model(x), expected)
 world.print("the wheel works:", where.parent)
 world.close()
