@@ -255,21 +255,23 @@ def _flat(pages: Tensor) -> np.ndarray:
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     """Give one dtype and layout to the compiler: each other combination is one more compilation."""
-    return tensor.detach().to(dtype).contiguous().numpy()
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        tensor = tensor.to(dtype).contiguous()
+    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
-def _starts(q_indptr: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+@njit(nogil=True, cache=True)
+def _starts(q_indptr, lo, hi):
     """Lay the visible tokens of all sequences end to end; return where each begins."""
-    seen = hi > lo
-    low = np.where(seen, lo, np.iinfo(np.int64).max)
-    high = np.where(seen, hi, 0)
-    counts = np.zeros(q_indptr.shape[0] - 1, np.int64)
-    full = np.flatnonzero(np.diff(q_indptr) > 0)  # reduceat cannot take empty runs
-    if full.size:
-        first = np.minimum.reduceat(low, q_indptr[full])
-        last = np.maximum.reduceat(high, q_indptr[full])
-        counts[full] = np.maximum(last - np.minimum(first, last), 0)
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    starts = np.empty(q_indptr.shape[0], np.int64)
+    starts[0] = 0
+    for n in range(q_indptr.shape[0] - 1):
+        low, high = np.int64(1) << 62, np.int64(0)
+        for r in range(q_indptr[n], q_indptr[n + 1]):
+            if hi[r] > lo[r]:
+                low, high = min(low, lo[r]), max(high, hi[r])
+        starts[n + 1] = starts[n] + max(high - low, 0)
+    return starts
 
 
 def _attend_cpu(
@@ -280,7 +282,7 @@ def _attend_cpu(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows, heads, _ = q.shape
     page_tokens, kv_heads = k_pages.shape[1], k_pages.shape[2]
-    scaled = (q.detach().to(work) * scale).contiguous().numpy()
+    scaled = _plain(q * scale if q.dtype == work else q.to(work) * scale, work)
     k, v = _flat(k_pages), _flat(v_pages)
     q_ptr, lows, highs = (_plain(t, torch.int64) for t in (q_indptr, lo, hi))
     starts = _starts(q_ptr, lows, highs)

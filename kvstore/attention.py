@@ -62,12 +62,12 @@ def attend_pages(
 
     Shape: q `[rows, heads, head_dim]` -> o `[rows, heads, value_dim]`, lse `[rows, heads]`
     """
-    rows = np.diff(q_indptr)
-    many = np.flatnonzero(rows > DENSE_ROWS)
-    if not many.size:
+    rows = q_indptr[1:] - q_indptr[:-1]
+    if len(rows) == 0 or rows.max() <= DENSE_ROWS:
         return _attend_paged(pool, table, layer, q, torch.from_numpy(q_indptr), lo, hi, options)
     if len(rows) == 1:
         return _attend_dense(pool, table, layer, 0, q, lo, hi, options)
+    many = np.flatnonzero(rows > DENSE_ROWS)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     o = q.new_empty(*q.shape[:2], pool.spec.v_dim)
     lse = q.new_empty(q.shape[:2], dtype=work)
@@ -130,7 +130,7 @@ def row_pointers(
         len(indptr) != seqs + 1
         or indptr[0] != 0
         or indptr[-1] != q.shape[0]
-        or (np.diff(indptr) < 0).any()
+        or (indptr[1:] < indptr[:-1]).any()
     ):
         raise ValueError(
             f"attend: q_indptr {indptr.tolist()} does not cut {q.shape[0]} rows over {seqs} sequences"
@@ -140,6 +140,13 @@ def row_pointers(
 
 def causal_bounds(indptr: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The last row of each sequence sees all of it, the one before it one token less, ..."""
-    rows = np.diff(indptr)
+    rows = indptr[1:] - indptr[:-1]
     left = np.repeat(indptr[1:], rows) - 1 - np.arange(indptr[-1])
     return np.maximum(np.repeat(lengths, rows) - left, 0)
+
+
+def past_end(hi: Tensor, indptr: np.ndarray, lengths: np.ndarray) -> bool:
+    """Say whether a row's bound lies beyond its sequence; a wrong shape is the kernel's to refuse."""
+    if hi.dim() != 1 or hi.numel() != indptr[-1]:
+        return False
+    return bool((hi.cpu().numpy() > np.repeat(lengths, indptr[1:] - indptr[:-1])).any())

@@ -16,6 +16,7 @@ from .attention import (
     attend_pages,
     causal_bounds,
     gather,
+    past_end,
     row_pointers,
     with_sink,
 )
@@ -331,7 +332,7 @@ class KVStore:
         indptr = row_pointers(len(table.lengths), q, q_indptr, step)
         if hi is None:
             hi = torch.from_numpy(causal_bounds(indptr, table.lengths)).to(q.device)
-        elif hi.numel() and hi.device.type != "meta" and bool((hi > self._limits(indptr, table, hi)).any()):
+        elif not hi.is_meta and past_end(hi, indptr, table.lengths):
             raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
         lo = torch.zeros_like(hi) if lo is None else lo.clamp(min=0)
         options = ScoreOptions(
@@ -343,10 +344,6 @@ class KVStore:
         )
         o, lse = attend_pages(self.pool, table, layer, q, indptr, lo, hi, options)
         return with_sink(o, lse, sink)
-
-    @staticmethod
-    def _limits(indptr: np.ndarray, table: PageTable, hi: Tensor) -> Tensor:
-        return torch.from_numpy(np.repeat(table.lengths, np.diff(indptr))).to(hi.device)
 
     # -- accounts ----------------------------------------------------------------------------
 
