@@ -44,6 +44,14 @@ def agree(group: Group, facts: dict[str, str], failure: BaseException | None = N
         raise PlanError(f"rank {rank} of {len(reports)}", f"failed: {text}", "nothing was changed on any rank")
 
 
+def announce(group: Group) -> None:
+    """Send what ``agree`` sends, where nothing can be compared: a run on meta tensors over fake groups.
+
+    Collective: all ranks; one all-gather of 4 KiB.
+    """
+    primitive.all_gather(torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8), group)
+
+
 def _exchange(
     group: dist.ProcessGroup, facts: dict[str, str], failure: BaseException | None
 ) -> list[tuple[dict[str, str], str]]:

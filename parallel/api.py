@@ -162,7 +162,7 @@ def commit(model: nn.Module, edits: list[Edit], done: Parallelized) -> nn.Module
     """Make the prepared changes."""
     from .checkpoint import state_dict_edits
 
-    done.edits.apply([*edits, *state_dict_edits([e for e in edits if isinstance(e, CutParameter)], done.ranks)])
+    done.edits.apply([*edits, *state_dict_edits(model, [e for e in edits if isinstance(e, CutParameter)], done.ranks)])
     for parameter in done.parameters():
         parameter.whole = None  # from here on the whole weights are gone; unparallelize gathers them
     model._plait = done  # type: ignore[assignment]

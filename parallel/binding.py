@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..collectives import autograd
 from ..collectives.primitive import message_device
 from ..kvstore import KVSpec, KVStore
-from .agreement import agree, tensor_digest
+from .agreement import agree, announce, tensor_digest
 from .attention.cache import HelixCache, refuse_cache
 from .attention.helix import HelixLayer, HelixState, helix_attention
 from .edits import AddHook, CutParameter, Edit, SetAttribute, SumGradient
@@ -39,7 +39,10 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        if device.type == "meta" or (cache is not None and cache.get_seq_length() > 0):
+        if cache is not None and cache.get_seq_length() > 0:
+            return
+        if device.type == "meta":  # a run for its collectives: there are no values to compare
+            announce(ranks.all)
             return
         tensors = [t for t in (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask")))]
         digest = tensor_digest(*(t for t in tensors if isinstance(t, Tensor)))

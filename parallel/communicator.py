@@ -1,12 +1,13 @@
 """Make and end single communicators: over torch.distributed, or of one process for tests and plans.
 
 `Groups` decides which communicators there are; a maker here knows how one is made. Every maker has
-``make(ranks) -> ProcessGroup`` and ``end(group)``, and numbers ranks in ascending order.
+``make(ranks) -> ProcessGroup`` and ``end(group)``, and numbers ranks in the order given.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +24,14 @@ from torch._C._distributed_c10d import (
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from .errors import PlanError
+
 
 class Communicators(Protocol):
     """Makes communicators for one rank of a world."""
 
     def make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """Make the communicator of these ranks, given in ascending order."""
+        """Make the communicator of these ranks, numbered in the order given (ascending but for `Groups.mesh_of`)."""
         ...
 
     def end(self, group: dist.ProcessGroup) -> None:
@@ -59,8 +62,13 @@ class TorchCommunicators:
         Collective: the members only, in one order. No data; gloo connects its members here, NCCL
         at the first collective.
         """
+        ordered = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
+        if ordered and "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+            raise PlanError(
+                f"a communicator of ranks in the order {list(ranks)}", f"needs a newer torch than {torch.__version__}", "use torch>=2.13"
+            )
         with _named(_fresh_name(ranks)):
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            group = dist.new_group(list(ranks), use_local_synchronization=True, **ordered)
         assert isinstance(group, dist.ProcessGroup), "called by a rank that is no member"
         return group
 

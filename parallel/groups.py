@@ -97,6 +97,18 @@ class Groups:
             raise PlanError(f"a group of ranks {list(ranks)}", why, "ask on its members only")
         return None if len(ranks) == 1 else self._of(ranks)
 
+    def mesh_of(self, ranks: tuple[int, ...], name: str, device_type: str | None = None) -> DeviceMesh:
+        """Build a DeviceMesh of one dim whose coordinates, and whose communicator, follow this order of ranks.
+
+        In ascending order the group that `of_ranks` gives is reused; any other order is a communicator of its own,
+        because DTensor trusts that a rank's place in the communicator is its coordinate.
+
+        Collective: all of these ranks, at first use of the order.
+        """
+        group = self._of(tuple(ranks))
+        device_type = device_type or ("cuda" if "nccl" in self._backend() else "cpu")
+        return self._maker.mesh([group], torch.tensor(ranks, dtype=torch.int), (name,), device_type)
+
     def prepare(self, *axis_sets: str | tuple[str, ...]) -> None:
         """Make several groups now, in the order given; all ranks must give the same order."""
         for axes in axis_sets:
@@ -145,6 +157,11 @@ class Groups:
         whole = self._maker.whole()
         return sum(group is not whole for group in self._made.values())
 
+    @property
+    def made(self) -> dict[tuple[int, ...], tuple[str, ...]]:
+        """The communicators in use so far: their ranks, and every axis set they serve."""
+        return {ranks: self.axes_of(group) for ranks, group in self._made.items()}
+
     def close(self) -> None:
         """End the communicators made here, newest first. No group can be asked for afterwards.
 
@@ -165,7 +182,8 @@ class Groups:
             raise RuntimeError("these groups are closed; make new ones with Groups.create(folding)")
         group = self._made.get(ranks)
         if group is None:
-            whole = self._maker.whole() if len(ranks) == self.folding.size else None
+            everyone = ranks == tuple(range(self.folding.size))
+            whole = self._maker.whole() if everyone else None
             group = whole or self._maker.make(ranks)
             self._made[ranks] = group
             names = self._names.get(ranks) or [f"ranks {','.join(map(str, ranks))}"]

@@ -1,136 +1,196 @@
-"""Where the local weights come from: a model in memory, or safetensors of which each rank reads only its slices."""
+"""Where the local weights come from: a model in memory, or safetensors of which each rank reads only its slices.
+
+Values take the dtype of the model's parameters, whatever the file holds: build the meta model in the dtype to run in. A
+one-byte float or an integer in the file is taken only by a parameter of that very dtype, for its scale is elsewhere.
+"""
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .buffers import computed_buffers
+from .conversion import by_model_names, unused
 from .edits import CutParameter, Edit, ReplaceTensor
-from .errors import PlanError, listed, suggestion
+from .errors import PlanError, listed
 from .ranks import ModelRanks
+from .stored import FileTensor, Stored, stored_tensors
 
 Weights = str | Path | Sequence[str | Path] | None
 
-
-class Safetensors:
-    """Tensors by name over one or more safetensors files, read slice by slice through the file's map."""
-
-    def __init__(self, weights: Any) -> None:
-        from safetensors import safe_open
-
-        self.files = {str(path): safe_open(path, framework="pt") for path in _files(weights)}
-        self.where = {name: path for path, file in self.files.items() for name in file.keys()}  # noqa: SIM118
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.where
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored tensor, from the header."""
-        return tuple(self.files[self.where[name]].get_slice(name).get_shape())
-
-    def slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Read a run of one dim; only these bytes are copied."""
-        index = (slice(None),) * dim + (slice(start, stop),)
-        return self.files[self.where[name]].get_slice(name)[index]
-
-    def tensor(self, name: str) -> Tensor:
-        """Read a whole tensor."""
-        return self.files[self.where[name]].get_tensor(name)
+PLAIN_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LISTED_NAMES = 6
 
 
 def load(model: nn.Module, edits: Iterable[Edit], ranks: ModelRanks, weights: Weights) -> list[Edit]:
     """Fill in the local part of every cut parameter, and return edits for the tensors that stay whole.
 
-    State: holds at most this rank's parts and one tensor more.
+    State: holds at most this rank's parts and one tensor more. The files stay mapped only while they are read.
 
     Raises:
-        PlanError: a tensor is missing, has another shape, holds NaN, or is on meta without ``weights``.
+        PlanError: the files are damaged; a tensor is missing, has another shape or dtype, or holds NaN.
     """
     cuts = [e for e in edits if isinstance(e, CutParameter)]
-    source = None if weights is None else Safetensors(weights)
-    aliases = _aliases(model)
+    if weights is None:
+        return _cut_in_memory(cuts, ranks)
+    loading = Loading.of(model, ranks, weights)
+    return loading.cut(cuts) + loading.whole(cuts) + loading.buffers()
+
+
+def _cut_in_memory(cuts: list[CutParameter], ranks: ModelRanks) -> list[Edit]:
     made: dict[int, nn.Parameter] = {}
     for edit in cuts:
         assert edit.whole is not None
-        key = id(edit.whole)
-        if key not in made:
-            made[key] = _local(edit, ranks, source, aliases[key])
-        edit.local = made[key]
-    if source is None:
+        if id(edit.whole) not in made:
+            local = edit.cut.take(edit.whole.detach(), ranks.index)
+            check_numbers(local, edit.path)
+            made[id(edit.whole)] = nn.Parameter(local, requires_grad=edit.whole.requires_grad)
+        edit.local = made[id(edit.whole)]
+    return []
+
+
+@dataclass
+class Loading:
+    """One reading of a checkpoint into a model: what is where, and what was read so far (tied tensors are read once)."""
+
+    model: nn.Module
+    ranks: ModelRanks
+    stored: dict[str, Stored]
+    names: dict[int, list[str]]
+    made: dict[int, nn.Parameter] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, ranks: ModelRanks, weights: Weights) -> Loading:
+        """Open the files and check every name, shape and dtype before anything is read."""
+        loading = cls(model, ranks, by_model_names(model, stored_tensors(weights)), _names(model))
+        loading._check_complete()
+        return loading
+
+    def cut(self, cuts: list[CutParameter]) -> list[Edit]:
+        """Read this rank's part of every cut parameter."""
+        for edit in cuts:
+            whole = edit.whole
+            assert whole is not None
+            if id(whole) not in self.made:
+                stored = self._stored(self.names[id(whole)])
+                local = edit.cut.read(lambda a, b, s=stored, d=edit.cut.dim: s.slice(d, a, b), self.ranks.index)
+                self._make(whole, local, edit.path)
+            edit.local = self.made[id(whole)]
         return []
-    return _whole_tensors(model, {id(e.whole) for e in cuts}, source, aliases)
+
+    def whole(self, cuts: list[CutParameter]) -> list[Edit]:
+        """Read the parameters that stay whole."""
+        cut = {id(e.whole) for e in cuts}
+        edits: list[Edit] = []
+        for module in self.model.modules():
+            for name, p in module._parameters.items():
+                if p is None or id(p) in cut:
+                    continue
+                if id(p) not in self.made:
+                    self._make(p, read_whole(self._stored(self.names[id(p)])), self.names[id(p)][0])
+                edits.append(ReplaceTensor(module, name, self.made[id(p)]))
+        return edits
+
+    def buffers(self) -> list[Edit]:
+        """Read the buffers a checkpoint keeps, and compute those on meta that it does not keep."""
+        edits: list[Edit] = []
+        for path, module in self.model.named_modules():
+            for name, buffer in _kept_buffers(module):
+                if (stored := self.stored.get(_join(path, name))) is not None:
+                    value = read_whole(stored).to(dtype=buffer.dtype, device=rank_device(buffer.device))
+                    check_numbers(value, _join(path, name))
+                    edits.append(ReplaceTensor(module, name, value))
+            for name, value in computed_buffers(self.model, path, module).items():
+                edits.append(ReplaceTensor(module, name, value.to(rank_device(module._buffers[name].device))))  # type: ignore[union-attr]
+        return edits
+
+    def _make(self, old: nn.Parameter, value: Tensor, name: str) -> None:
+        check_numbers(value, name)
+        value = value.to(dtype=old.dtype, device=rank_device(old.device))
+        self.made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
+
+    def _stored(self, names: list[str]) -> Stored:
+        return next(self.stored[n] for n in names if n in self.stored)
+
+    def _check_complete(self) -> None:
+        needed = {n: p for n, p in self.model.named_parameters(remove_duplicate=False)}
+        missing = [names[0] for names in self.names.values() if not any(n in self.stored for n in names)]
+        for path, module in self.model.named_modules():
+            kept = {_join(path, name): b for name, b in _kept_buffers(module)}
+            missing += [name for name, b in kept.items() if name not in self.stored and b.device.type == "meta"]
+            needed |= kept  # type: ignore[arg-type]
+        extra = unused(self.model, self.stored, set(needed))
+        if missing:
+            raise PlanError(
+                f"{_some(missing)} of the model", f"is not in the weights (which hold {_some(extra) or 'nothing'} besides)",
+                "use the config that belongs to these weights",
+            )
+        for name, tensor in needed.items():
+            if (stored := self.stored.get(name)) is not None:
+                check_fits(name, stored, tensor)
+        for names in self.names.values():
+            self._check_tied([n for n in names if n in self.stored])
+        if extra and self.ranks.groups.rank == 0:
+            warnings.warn(f"the weights hold tensors that the model does not use: {_some(extra)}", stacklevel=2)
+
+    def _check_tied(self, names: list[str]) -> None:
+        """A tied tensor that is stored twice must be stored twice the same."""
+        for other in names[1:]:
+            first, second = self.stored[names[0]], self.stored[other]
+            rows = first.shape[0]
+            if not all(torch.equal(first.slice(0, r, r + 1), second.slice(0, r, r + 1)) for r in range(rows)):
+                raise PlanError(
+                    f"{names[0]} and {other}, which the config ties,", "have different values in the weights", "set tie_word_embeddings=False"
+                )
 
 
-def _local(edit: CutParameter, ranks: ModelRanks, source: Safetensors | None, names: list[str]) -> nn.Parameter:
-    whole = edit.whole
-    assert whole is not None
-    if source is None:
-        local = edit.cut.take(whole.detach(), ranks.index)
-    else:
-        name = _find(source, names, tuple(whole.shape))
-        local = edit.cut.read(lambda a, b: source.slice(name, edit.cut.dim, a, b), ranks.index)
-        local = local.to(dtype=whole.dtype, device=_real(whole.device))
-    _check(local, names[0])
-    return nn.Parameter(local, requires_grad=whole.requires_grad)
+def read_whole(stored: Stored) -> Tensor:
+    """Read all of a tensor into memory of its own: a later change of the file must not reach the model."""
+    value = stored.slice(0, 0, stored.shape[0] if stored.shape else 1)
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(stored, FileTensor) else value
 
 
-def _whole_tensors(model: nn.Module, cut: set[int], source: Safetensors, aliases: dict[int, list[str]]) -> list[Edit]:
-    """Read what stays whole, and compute again the buffers that no file holds."""
-    edits: list[Edit] = []
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is None or id(p) in cut:
-                continue
-            if id(p) not in made:
-                value = source.tensor(_find(source, aliases[id(p)], tuple(p.shape)))
-                _check(value, aliases[id(p)][0])
-                made[id(p)] = nn.Parameter(value.to(dtype=p.dtype, device=_real(p.device)), requires_grad=p.requires_grad)
-            edits.append(ReplaceTensor(module, name, made[id(p)]))
-        for name, b in module._buffers.items():
-            if b is not None:
-                edits += _buffer(model, module, name, b, source)
-    return edits
-
-
-def _buffer(model: nn.Module, module: nn.Module, name: str, buffer: Tensor, source: Safetensors) -> list[Edit]:
-    full = next((n for n, b in model.named_buffers() if b is buffer), name)
-    if full in source:
-        return [ReplaceTensor(module, name, source.tensor(full).to(buffer.dtype))]
-    if buffer.device.type != "meta":
-        return []
-    return [ReplaceTensor(module, name, _computed(model, module, name, full))]
-
-
-def _computed(model: nn.Module, module: nn.Module, name: str, full: str) -> Tensor:
-    """Compute a buffer that transformers derives from the config (rotary frequencies)."""
-    config = getattr(module, "config", None)
-    if config is None:
-        raise PlanError(f"buffer {full}", "is on meta and in no weights file", "build the model with its buffers on a device")
-    with torch.device("cpu"):
-        fresh = type(module)(config=config)
-    return fresh.get_buffer(name)
-
-
-def _find(source: Safetensors, names: list[str], shape: tuple[int, ...]) -> str:
-    name = next((n for n in names if n in source), None)
-    if name is None:
-        raise PlanError(f"tensor {names[0]}", "is not in the weights", suggestion(names[0], source.where))
-    if source.shape(name) != shape:
+def check_fits(name: str, stored: Stored, tensor: Tensor) -> None:
+    """Refuse a stored tensor of another shape, or of a dtype that does not hold the values themselves."""
+    if stored.shape != tuple(tensor.shape):
         raise PlanError(
-            f"tensor {name} of shape {list(source.shape(name))} in the weights",
-            f"does not fit the model's {list(shape)}",
+            f"tensor {name} of shape {list(stored.shape)} in the weights",
+            f"does not fit the model's {list(tensor.shape)}",
             "use the config that belongs to these weights",
         )
-    return name
+    if tensor.is_floating_point() and stored.dtype not in PLAIN_FLOATS:
+        raise PlanError(
+            f"tensor {name} of dtype {stored.dtype} in the weights",
+            f"is quantised, the model holds {str(tensor.dtype).removeprefix('torch.')}",
+            f"give weights in one of {listed(PLAIN_FLOATS)}",
+        )
 
 
-def _aliases(model: nn.Module) -> dict[int, list[str]]:
+def check_numbers(value: Tensor, name: str) -> None:
+    """Refuse NaN, without a temporary of the tensor's size unless there is one."""
+    if value.device.type == "meta" or not value.is_floating_point():
+        return
+    if bool(torch.isnan(value.sum())) and bool(torch.isnan(value).any()):
+        raise PlanError(f"parameter {name}", "holds NaN", "repair or reload the weights; nothing was changed")
+
+
+def rank_device(device: torch.device) -> torch.device:
+    """Where a tensor of a meta model goes: this rank's GPU in an NCCL world, else the CPU; others stay where they are."""
+    if device.type != "meta":
+        return device
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
     """Every name of every parameter; tied parameters have several."""
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -138,26 +198,16 @@ def _aliases(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _check(value: Tensor, name: str) -> None:
-    if value.device.type != "meta" and value.is_floating_point() and bool(torch.isnan(value).any()):
-        raise PlanError(f"parameter {name}", "holds NaN", "repair or reload the weights; nothing was changed")
+def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that belong into a checkpoint."""
+    return [(n, b) for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
 
 
-def _real(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "meta" else device
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
-def _files(weights: Any) -> list[Path]:
-    if isinstance(weights, (list, tuple)):
-        return [path for item in weights for path in _files(item)]
-    path = Path(weights)
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else []
-        raise PlanError(f"weights={str(weights)!r}", f"holds no safetensors file (found {listed(there)})", "give a checkpoint directory")
-    return found
+def _some(names: Iterable[Any]) -> str:
+    names = list(names)
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(str(n) for n in names[:LISTED_NAMES]) + more

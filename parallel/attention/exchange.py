@@ -36,6 +36,19 @@ def exchange_partials(o: Tensor, lse: Tensor, group: Group, sink: Tensor | None 
     return merged.to(o.dtype)
 
 
+def connected(o: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Keep an empty shard in the autograd graph: its backward collectives have partners on other ranks, who wait.
+
+    Adds a zero that depends on every input; without autograd it returns ``o`` itself.
+    """
+    if not torch.is_grad_enabled():
+        return o
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            o = o + x.sum().to(o.dtype) * 0
+    return o
+
+
 def gather_keys(k: Tensor, v: Tensor | None, group: Group, step: Step) -> tuple[Tensor, Tensor | None]:
     """Gather every shard's keys and values and put them in order of (sequence, position).
 

@@ -22,7 +22,7 @@ from ..layout import Cut
 from ..ranks import ModelRanks
 from ..roles import row_edits
 from ..tensor import Link, RowLinear
-from .exchange import cheaper, exchange_partials, gather_keys, rows_to_heads
+from .exchange import cheaper, connected, exchange_partials, gather_keys, rows_to_heads
 from .step import Step, make_step
 
 
@@ -102,6 +102,8 @@ class HelixLayer:
         q = step.pick(rows[0])
         own = [step.pick(t).index_select(0, step.own) for t in rows[1:]]
         o, lse = self._local(q, own[0], own[1] if len(own) > 1 else None, scale, softcap)
+        if not sum(step.own_counts):
+            o = connected(o, q, *rows[1:])
         return step.place(self._exchange(o, lse, sink))
 
     def as_key(self, k: Tensor, v: Tensor) -> Tensor:

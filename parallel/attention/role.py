@@ -11,6 +11,7 @@ from torch import nn
 from ..edits import Edit, OverrideConfig, SetAttribute
 from ..errors import PlanError
 from ..layout import Cut
+from ..modules import key_split_edits
 from ..ranks import ModelRanks
 from ..roles import Region, Shared, column_edits, cut_parameter, linear_only, row_edits
 from ..tensor import Link
@@ -29,6 +30,10 @@ class Attention:
     ``counts`` names attributes of the module that hold ``"heads"``, ``"kv_heads"`` or ``"groups"`` and must become
     local; ``config_counts`` the same in the module's ``config``. ``window`` marks sliding-window layers, whose KV is
     short: under kvp it is kept whole on the ranks that read it instead of being cut along the sequence.
+
+    ``through`` says how Helix reaches the attention itself: ``"sdpa"`` (any module that calls
+    ``torch.nn.functional.scaled_dot_product_attention`` and shapes its heads by ``-1`` or by ``counts``) or
+    ``"transformers"`` (its attention registry and its cache).
     """
 
     heads: int
@@ -45,7 +50,7 @@ class Attention:
     counts: tuple[tuple[str, str], ...] = ()
     config_counts: tuple[tuple[str, str], ...] = ()
     window: bool = False
-    region: bool = True
+    through: str = "sdpa"
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
         """Prepare the cut of the projections; with kvp the KV heads are cut over tp and the tokens over kvp."""
@@ -60,15 +65,20 @@ class Attention:
         if self.sinks is not None:
             edits.append(cut_parameter(module, self.sinks, path, query_cut(self.heads, 1, count, order)))
         edits += held_gradient_edits(edits, ranks)
-        if self.region:
+        if self._is_region:
             edits += Region().edits(module, path, ranks)
         edits += dropout_edits(module, ranks)
         return edits + self._output_edits(module, path, ranks, helix)
 
+    @property
+    def _is_region(self) -> bool:
+        """Whether everything in the module reads one input and lies between the projections; known of transformers only."""
+        return self.through == "transformers"
+
     def _input_edits(
         self, module: nn.Module, path: str, ranks: ModelRanks, count: int, order: Sequence[int]
     ) -> list[Edit]:
-        link = Link(ranks.all, ranks.span, enters=not self.region)
+        link = Link(ranks.all, ranks.span, enters=not self._is_region)
         edits: list[Edit] = []
         for name, cut in self._input_cuts(count, order):
             linear = module.get_submodule(name)
@@ -92,6 +102,9 @@ class Attention:
         cut = query_cut(self.heads, self.head_dim, ranks.size, ranks.run_order, dim=1)
         if not helix or ranks.helix is None:
             return row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all, ranks.span))
+        if self.through == "sdpa":
+            edits = row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all))
+            return [*edits, *key_split_edits(module, ranks)]
         layer = HelixLayer(
             state=ranks.helix,
             number=len(ranks.helix.layers),

@@ -26,7 +26,7 @@ class Step:
 
     Shape:
         rows [num_rows] index into batch * length, or None when nothing is padded; own [own rows] index into rows;
-        lo, hi [num_rows] (partials: local key range; kv: of own rows, global key range); restore [num_rows];
+        indptr [batch + 1] on the host; lo, hi [num_rows] (partials: local key range; kv: of own rows, global key range); restore [num_rows];
         key_order [all keys]
     """
 
@@ -116,7 +116,7 @@ def make_step(
         rows=None if full else tensor(flat),
         own=tensor(own),
         own_flat=tensor(flat[own]),
-        indptr=tensor(np.concatenate([[0], np.cumsum(widths)])),
+        indptr=torch.from_numpy(np.concatenate([[0], np.cumsum(widths)]).astype(np.int64)),
         lo=tensor(np.zeros(len(shown))),
         hi=tensor(shown),
         rows_of_rank=tuple(int(n) for n in np.bincount(owner, minlength=rule.shards)),

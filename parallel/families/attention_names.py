@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from ..attention.mla import Mla
@@ -41,13 +43,12 @@ def role_of(module: nn.Module, shape: ModelShape, layer: int, helix: bool) -> At
         sinks="sinks" if "sinks" in module._parameters else None,
         counts=_COUNTS,
         window=window,
+        through="transformers",
     )
     return _with_inputs(role, names)
 
 
 def _with_inputs(role: Attention, names: dict[str, nn.Module]) -> Attention | None:
-    from dataclasses import replace
-
     if {"q_proj", "k_proj", "v_proj"} <= names.keys():
         return replace(role, q="q_proj", k="k_proj", v="v_proj")
     if "qkv_proj" in names:  # Phi-3 reads the head count from its config to find where k begins

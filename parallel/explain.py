@@ -1,0 +1,259 @@
+"""plan.explain(model): run the parallelised code on meta tensors over fake groups, and write down what it does."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives.trace import Trace
+from .api import commit, prepare, refuse_later_axes, shape_of
+from .by_shape import ByShape
+from .errors import PlanError
+from .families import is_transformers
+from .filling import empty_cache, fill, kv_bytes, shapes_of_one_token
+from .folding import Folding
+from .footprint import Footprint
+from .groups import Groups
+from .plan import Plan
+from .report import Communicator, Explanation, KeysAndValues, Traced, Weights
+from .rules import Rules
+from .scopes import Scopes
+from .twin import twin_of
+
+Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def explain(
+    plan: Plan,
+    model: Any,
+    *,
+    rank: int = 0,
+    batch: int = 1,
+    context: int = 1024,
+    rules: Rules | None = None,
+    backward: bool = False,
+    dtype: torch.dtype | None = None,
+    inputs: Inputs | None = None,
+) -> Explanation:
+    """Say what one rank would hold and send. Needs no ranks, no devices and no weights.
+
+    A meta twin of the model is cut by the same code as `parallelize` and run; collectives and bytes are those
+    of that run. The model, torch.distributed and the random state are left as they are.
+
+    Args:
+        model: a transformers model, its config, a checkpoint directory or config.json, a name of the
+            catalogue (``llama-405b``, ``deepseek-r1``), or any module with ``rules``.
+        rank: whose view; ranks of one axis differ in bytes by rounding only.
+        batch: requests in a decode step, and sequences in a training step.
+        context: tokens in the cache of each request before a decode step; tokens of a prefill.
+        backward: also a training step, forward and backward, of ``batch * context`` tokens.
+        dtype: of weights, activations and KV; default the model's own.
+        inputs: for a plain module, ``inputs(batch, tokens) -> (args, kwargs)`` on meta; default token ids.
+
+    Raises:
+        PlanError: the plan does not fit the model, or a size is not one.
+    """
+    for name, value in (("batch", batch), ("context", context)):
+        if value < 1:
+            raise PlanError(f"{name}={value}", "is not positive", f"use {name} >= 1")
+    twin = twin_of(model, dtype)
+    plan.validate(shape_of(twin))
+    run, left_out = executed(plan, rules)
+    folding = Folding.of(plan)
+    with torch.random.fork_rng(devices=[]), Groups.fake(folding, rank) as groups:
+        whole = sum(p.numel() * p.element_size() for p in twin.parameters())
+        edits, done = prepare(twin, run, groups, rules=rules)
+        commit(twin, edits, done)
+        runs = _Runs(twin, groups, batch, context, inputs)
+        with ByShape():
+            steps = runs.all(backward)
+        communicators = tuple(
+            Communicator(axes, ranks) for ranks, axes in groups.made.items()
+        )
+        return Explanation(
+            plan=str(plan),
+            executed=str(run),
+            model=_name(twin),
+            rank=rank,
+            world_size=plan.world_size,
+            batch=batch,
+            context=context,
+            dtype=str(next(twin.parameters()).dtype).removeprefix("torch."),
+            picture=folding.picture(),
+            attention=folding.attention.axes,
+            experts=folding.experts.axes,
+            communicators=communicators,
+            weights=_weights(twin, done, whole),
+            kv=runs.kv,
+            steps=steps,
+            left_out=left_out,
+            notes=runs.notes(),
+        )
+
+
+def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
+    """Take out of a plan what `parallelize` would refuse today, each part on its own; name those parts."""
+    parts: dict[str, tuple[dict[str, Any], str]] = {
+        "dp": ({"dp": plan.dp}, "batch is per replica, gradients are not reduced"),
+        "pp": ({"pp": plan.pp}, "every layer is counted on every rank"),
+        "ep": ({"ep": plan.ep, "etp": plan.etp}, "every expert is counted whole on every rank"),
+        "etp": ({"etp": plan.etp}, "every expert is counted whole on every rank"),
+        "cp": ({"cp": plan.cp}, "every token is counted on every rank"),
+        "kvp chunks": ({"kvp": plan.kvp}, "the batch is exchanged in one piece"),
+        "sp": ({"tp": plan.tp}, "norms are computed on all tokens"),
+    }
+    plain = Plan(tp=plan.tp.size, kvp=replace(plan.kvp, chunks=1))
+    values: dict[str, Any] = {"tp": plain.tp, "kvp": plain.kvp}
+    left_out: list[str] = []
+    for name, (part, means) in parts.items():
+        if all(getattr(plan, axis) == getattr(plain, axis) for axis in part):
+            continue
+        if name == "etp" and (plan.ep > 1 or "ep" in values):
+            continue
+        if name == "cp" and plan.kvp.size > 1:
+            values |= part
+            continue
+        if _refused(Plan(**{"tp": plain.tp, "kvp": plain.kvp, **part}), rules) or _refused(
+            Plan(**{**values, **part}), rules
+        ):
+            said = " ".join(w for w in str(plan).split() if w.startswith(tuple(part)))
+            left_out.append(f"{name} ({said}): {means}")
+        else:
+            values |= part
+    return Plan(**values), tuple(left_out)
+
+
+def _refused(plan: Plan, rules: Rules | None) -> bool:
+    try:
+        refuse_later_axes(plan, rules)
+    except PlanError:
+        return True
+    return False
+
+
+def _name(twin: nn.Module) -> str:
+    return type(twin).__name__
+
+
+def _weights(twin: nn.Module, done: Any, whole: int) -> Weights:
+    """Bytes of the cut twin's parameters; of the other ranks by their cuts, without running them."""
+    here = {id(p): p for p in twin.parameters()}
+    cuts = {id(c.local): c for c in done.parameters()}
+    common = sum(p.numel() * p.element_size() for key, p in here.items() if key not in cuts)
+    every = [common] * done.ranks.size
+    for cut in cuts.values():
+        for j in range(done.ranks.size):
+            every[j] += math.prod(cut.cut.local_shape(cut.shape, j)) * cut.local.element_size()
+    own = sum(p.numel() * p.element_size() for p in here.values())
+    return Weights(own, min(every), max(every), sum(every), whole)
+
+
+class _Runs:
+    """The runs of a cut twin: decode, prefill and training, each traced and weighed."""
+
+    def __init__(
+        self, twin: Any, groups: Groups, batch: int, context: int, inputs: Inputs | None
+    ) -> None:
+        self.twin, self.groups, self.batch, self.context = twin, groups, batch, context
+        self.decoder = is_transformers(twin)
+        self.inputs = inputs
+        self.kv: KeysAndValues | None = None
+
+    def all(self, backward: bool) -> tuple[Traced, ...]:
+        """Run what the model can do."""
+        steps = [self.decode()] if self.decoder else []
+        steps.append(self.prefill())
+        if backward:
+            steps.append(self.train())
+        return tuple(steps)
+
+    def decode(self) -> Traced:
+        """One token for each of ``batch`` requests whose caches hold ``context`` tokens."""
+        with torch.no_grad():
+            shapes = shapes_of_one_token(self.twin)
+            per_1024 = kv_bytes(fill(self.twin, shapes, 1, 1024))
+            with Footprint() as footprint:
+                cache = fill(self.twin, shapes, self.batch, self.context, room=1)
+                held = kv_bytes(cache)
+                self.kv = KeysAndValues(per_1024, held // self.batch, held)
+                return self._traced(
+                    "decode", footprint, self.batch, 1, cache,
+                    lambda: self._forward(self.batch, 1, past_key_values=cache, use_cache=True),
+                )  # fmt: skip
+
+    def prefill(self) -> Traced:
+        """One request of ``context`` tokens; only the last position's logits, as ``generate`` asks for."""
+        with torch.no_grad(), Footprint() as footprint:
+            options: dict[str, Any] = {}
+            cache = None
+            if self.decoder:
+                cache = empty_cache(self.twin, 1, self.context)
+                options = {"use_cache": True, "past_key_values": cache, **self._last_logits()}
+            return self._traced(
+                "prefill", footprint, 1, self.context, cache,
+                lambda: self._forward(1, self.context, **options),
+            )  # fmt: skip
+
+    def train(self) -> Traced:
+        """Forward and backward of ``batch`` sequences of ``context`` tokens, with all logits."""
+        options: dict[str, Any] = {"use_cache": False} if self.decoder else {}
+        with torch.enable_grad(), Footprint() as footprint:
+            try:
+                return self._traced(
+                    "training", footprint, self.batch, self.context, None,
+                    lambda: self._loss(self._forward(self.batch, self.context, **options)).backward(),
+                )  # fmt: skip
+            finally:
+                self.twin.zero_grad(set_to_none=True)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know about these runs."""
+        if not self.decoder:
+            return ("a plain module has no cache: no decode step",)
+        config = self.twin.config.get_text_config(decoder=True)
+        most = getattr(config, "max_position_embeddings", None)
+        if most is not None and self.context > most:
+            return (f"context {self.context:,} is beyond the {most:,} positions of the config",)
+        return ()
+
+    def _traced(
+        self, name: str, footprint: Footprint, batch: int, tokens: int, cache: Any, step: Callable[[], Any]
+    ) -> Traced:
+        held, start = kv_bytes(cache), footprint.mark()
+        trace = Trace(self.groups.axis_of)
+        with Scopes(self.twin, trace) as scopes, trace:
+            kept = step()
+        workspace = footprint.peak - start - (kv_bytes(cache) - held)
+        del kept
+        events = tuple(replace(event, seconds=0.0) for event in trace.events)
+        return Traced(name, batch, tokens, events, workspace, scopes.layers)
+
+    def _forward(self, batch: int, tokens: int, **options: Any) -> Any:
+        if self.inputs is not None:
+            args, kwargs = self.inputs(batch, tokens)
+            return self.twin(*args, **kwargs, **options)
+        if not self.decoder and not any(isinstance(m, nn.Embedding) for m in self.twin.modules()):
+            raise PlanError(
+                f"explaining {_name(self.twin)}",
+                "needs to know its inputs",
+                "give inputs=lambda batch, tokens: ((torch.empty(batch, tokens, width, device='meta'),), {})",
+            )
+        return self.twin(torch.zeros(batch, tokens, dtype=torch.long, device="meta"), **options)
+
+    def _last_logits(self) -> dict[str, Any]:
+        known = inspect.signature(self.twin.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+    @staticmethod
+    def _loss(output: Any) -> Tensor:
+        logits = getattr(output, "logits", None)
+        if logits is None:
+            logits = output if isinstance(output, Tensor) else output[0]
+        return logits.sum()
+

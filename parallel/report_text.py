@@ -1,0 +1,148 @@
+"""The text of an Explanation: plain lines that read well in a terminal and in an issue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..collectives.trace import Event
+from .report import Axes, Explanation, Traced, Unit
+
+
+def text(said: Explanation) -> str:
+    """Write an explanation for a person."""
+    blocks = [_head(said), _mesh(said), _communicators(said), _bytes(said)]
+    blocks += [_step(step, said) for step in said.steps]
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+def size(count: int) -> str:
+    """Write bytes with three or four digits, in powers of ten.
+
+    >>> size(131072), size(8_064_000_000)
+    ('131.1 kB', '8.06 GB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}" if count >= 100 * scale else f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write a set of numbers: ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(str(n) for n in run) for run in runs)
+
+
+def _head(said: Explanation) -> list[str]:
+    lines = [
+        f"{said.plan or 'one rank'}: {said.model} in {said.dtype} on {said.world_size:,} ranks, seen from rank {said.rank}"
+    ]
+    lines += [f"not executed yet, so not in any number below: {part}" for part in said.left_out]
+    return lines + [f"note: {note}" for note in said.notes]
+
+
+def _mesh(said: Explanation) -> list[str]:
+    return [
+        f"attention: {_formula(said.attention, said)}",
+        f"experts:   {_formula(said.experts, said)}",
+        said.picture,
+    ]
+
+
+def _formula(axes: Axes, said: Explanation) -> str:
+    names = {"cp": "kvp"} if "kvp" in said.plan else {}
+    sizes = " ".join(f"{names.get(axis, axis)}{count}" for axis, count in axes)
+    inner = ""
+    for axis, count in reversed(axes):
+        if count > 1:
+            term = names.get(axis, axis)
+            inner = f"{term} + {count} * ({inner})" if " " in inner else f"{term} + {count} * {inner}" if inner else term
+    return f"{sizes}; rank = {inner or '0'}"
+
+
+def _communicators(said: Explanation) -> list[str]:
+    lines = [f"communicators made on this rank: {len(said.communicators)}"]
+    for group in said.communicators:
+        some = ", ".join(str(rank) for rank in group.ranks[:8])
+        more = f", ... {group.ranks[-1]}" if len(group.ranks) > 8 else ""
+        lines.append(f"  {' = '.join(group.axes):<16} {len(group.ranks):>4} ranks  {some}{more}")
+    return lines
+
+
+def _bytes(said: Explanation) -> list[str]:
+    held = said.weights
+    lines = [
+        f"bytes on rank {said.rank}",
+        f"  weights    {size(held.bytes):>9}  ({size(held.least)} to {size(held.most)} over the ranks; "
+        f"whole model {size(held.whole)}, one copy over its ranks {size(held.copy_total)})",
+    ]
+    if said.kv is not None:
+        lines += [
+            f"  KV         {size(said.kv.bytes_per_1024):>9}  per 1024 tokens of one request",
+            f"             {size(said.kv.request_bytes):>9}  one request of {said.context:,} tokens",
+            f"             {size(said.kv.batch_bytes):>9}  {said.batch} of them",
+        ]
+    for step in said.steps:
+        what = "activations and gradients" if step.name == "training" else "activations"
+        lines.append(f"  workspace  {size(step.workspace_bytes):>9}  most alive at once in {step.name} ({what})")
+    return lines
+
+
+def _title(step: Traced, context: int) -> str:
+    match step.name:
+        case "decode":
+            return f"decode: {step.batch} requests, 1 new token each, {context:,} cached"
+        case "prefill":
+            return f"prefill: 1 request of {step.tokens:,} tokens, logits of the last"
+    return f"{step.name}: forward and backward of {step.batch} x {step.tokens:,} tokens, all logits"
+
+
+def _step(step: Traced, said: Explanation) -> list[str]:
+    rows: list[tuple[str, ...]] = [("", "op", "axis", "ranks", "dtype", "shape", "payload", "sent")]
+    summaries: list[str] = []
+    for unit in step.units():
+        if unit.numbers:
+            label = f"{unit.path.rpartition('.')[2]} {ranges(unit.numbers)} (x{unit.times})"
+            rows.append((label,))
+            rows += [_row(f"  {event.scope}", event) for event in unit.events]
+            summaries.append(_per_layer(unit))
+        else:
+            rows += [_row(unit.path or "input check", event) for event in unit.events]
+    count = len(step.events)
+    total = f"  per step:  {count} collectives, this rank sends {size(step.sent_bytes)}"
+    return [_title(step, said.context), *_table(rows), *summaries, total]
+
+
+def _per_layer(unit: Unit) -> str:
+    ops: dict[str, int] = {}
+    for event in unit.events:
+        key = f"{event.op} over {event.axis}"
+        ops[key] = ops.get(key, 0) + 1
+    said = ", ".join(f"{n} {op}" for op, n in ops.items())
+    sent = size(sum(event.sent_bytes for event in unit.events))
+    return f"  per layer: {said}; sends {sent} (layers {ranges(unit.numbers)})"
+
+
+def _row(where: str, event: Event) -> tuple[str, ...]:
+    shape = "x".join(str(n) for n in event.shape)
+    return (
+        where, event.op, event.axis, str(event.ranks), event.dtype, shape,
+        size(event.payload_bytes), size(event.sent_bytes),
+    )  # fmt: skip
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    full = [row for row in rows if len(row) > 1]
+    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
+    right = {3, 6, 7}
+    lines = []
+    for row in rows:
+        cells = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
