@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..collectives.primitive import Group
-from .layout import Cut
+from .layout import Cut, Run
 from .tensor import sum_gradient
 
 
@@ -85,15 +85,17 @@ class AddHook:
 
 @dataclass
 class SumGradient:
-    """Sum the gradient of a parameter that several ranks hold alike over those ranks."""
+    """Sum the gradient of a parameter, or of ``parts`` of one dim of it, over the ranks that hold the same."""
 
     module: nn.Module
     name: str
     group: Group
+    dim: int = 0
+    parts: tuple[Run, ...] = ()
     _handle: Any = None
 
     def apply(self) -> None:
-        self._handle = sum_gradient(self.module.get_parameter(self.name), self.group)
+        self._handle = sum_gradient(self.module.get_parameter(self.name), self.group, self.dim, self.parts)
 
     def undo(self) -> None:
         self._handle.remove()

@@ -89,6 +89,20 @@ class Cut:
         """Ranks that hold exactly the same runs as ``rank``, itself included: their gradients are partial."""
         return tuple(r for r, runs in enumerate(self.runs) if runs == self.runs[rank])
 
+    def shared(self, rank: int) -> dict[tuple[int, ...], tuple[Run, ...]]:
+        """Local ranges of ``dim`` by the ranks that hold them, where these are several: their gradients are partial.
+
+        Parts of one tensor can differ in this: in a fused projection with copied KV heads, q rows have one holder.
+        """
+        found: dict[tuple[int, ...], tuple[Run, ...]] = {}
+        offset = 0
+        for start, stop in self.runs[rank]:
+            holders = tuple(r for r, runs in enumerate(self.runs) if (start, stop) in runs)
+            if len(holders) > 1 and start < stop:
+                found[holders] = (*found.get(holders, ()), (offset, offset + stop - start))
+            offset += stop - start
+        return found
+
     def offset_of(self, rank: int, start: int, stop: int) -> int | None:
         """Local offset of ``[start, stop)`` if this rank holds it in one piece, else None."""
         offset = 0

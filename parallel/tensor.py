@@ -6,6 +6,7 @@ A *region* is what lies between ``enter`` (replicated -> partial gradients) and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..collectives import autograd, primitive
 from ..collectives.primitive import Group
+from .layout import Run
 
 
 @dataclass
@@ -147,9 +149,25 @@ def gather_parts(local: Tensor, here: Vocabulary) -> Tensor:
     return torch.cat([by_rank[here.order.index(c)] for c in range(len(by_rank))], dim)
 
 
-def sum_gradient(parameter: nn.Parameter, group: Group) -> Any:
+def sum_gradient(parameter: nn.Parameter, group: Group, dim: int = 0, parts: Sequence[Run] = ()) -> Any:
     """Sum a partial gradient over the ranks that hold the same parameter; returns the hook's handle.
+
+    Args:
+        parts: ranges of ``dim`` that these ranks hold alike; none means the whole parameter.
 
     Collective: one all-reduce of the gradient in every backward that reaches the parameter.
     """
-    return parameter.register_hook(lambda grad: primitive.all_reduce(grad.contiguous().clone(), group))
+
+    def whole(grad: Tensor) -> Tensor:
+        return primitive.all_reduce(grad.contiguous().clone(), group)
+
+    def some(grad: Tensor) -> Tensor:
+        shared = torch.cat([grad.narrow(dim, start, stop - start) for start, stop in parts], dim)
+        shared = primitive.all_reduce(shared.contiguous(), group)
+        grad, at = grad.clone(), 0
+        for start, stop in parts:
+            grad.narrow(dim, start, stop - start).copy_(shared.narrow(dim, at, stop - start))
+            at += stop - start
+        return grad
+
+    return parameter.register_hook(some if parts else whole)

@@ -18,9 +18,10 @@ def held_gradient_edits(edits: Sequence[Edit], ranks: ModelRanks) -> list[Edit]:
     for edit in edits:
         if not isinstance(edit, CutParameter):
             continue
-        holders = edit.cut.holders(ranks.index)
-        if len(holders) > 1:
-            hooks.append(SumGradient(edit.module, edit.name, ranks.subset(holders)))
+        for holders, parts in edit.cut.shared(ranks.index).items():
+            all_of_it = sum(stop - start for start, stop in parts) == edit.cut.extent(ranks.index)
+            group = ranks.subset(holders)
+            hooks.append(SumGradient(edit.module, edit.name, group, edit.cut.dim, () if all_of_it else parts))
     return hooks
 
 
