@@ -148,7 +148,8 @@ class HelixLayer:
             )  # fmt: skip
         keys, values = self._held(k, v)
         sizes = [int(n) for n in step_local_lengths(step)]
-        return self._per_sequence(q, keys, values, sizes, scale, softcap, None)
+        o, lse = self._per_sequence(q, keys, values, sizes, scale, softcap, None)
+        return bound(o, q, k, v), lse
 
     def _own_rows(
         self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None, sink: Tensor | None
@@ -212,6 +213,17 @@ def step_local_lengths(step: Step) -> list[int]:
 def recorded(*tensors: Tensor | None) -> bool:
     """Say whether autograd records any of these."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def bound(o: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Make an output depend on all inputs in autograd's eyes, without changing it.
+
+    A rank without keys computes zeros out of nothing. Its backward must still take part in the exchange and in the sums
+    of its projections' gradients, or the other ranks would wait for ever.
+    """
+    if not recorded(*inputs):
+        return o
+    return o + sum(t.flatten()[:0].sum() for t in inputs if t is not None)
 
 
 def helix_attention(
