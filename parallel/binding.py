@@ -92,7 +92,9 @@ class HelixBinding:
         self.step_cache: HelixCache | None = None
 
     def edits(self) -> list[Edit]:
-        """Prepare all of it."""
+        """Prepare all of it; nothing for a model of window layers only, which run over all ranks without a cut cache."""
+        if not self.state.layers:
+            return []
         register()
         return [
             *self._config_edits(),
