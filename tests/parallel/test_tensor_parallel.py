@@ -33,7 +33,7 @@ CASES = [
     case("tp4", "gpt_oss"),
     case("tp4 etp4", "mixtral"),
     case("tp4", "deepseek"),
-    case("tp5", "llama", heads=5, kv_heads=5, vocab=11, ffn=6),
+    case("tp5", "llama", heads=5, kv_heads=5, hidden=40, vocab=11, ffn=6),
     case("tp8,replicate_kv=true", "llama"),
     case("tp8,replicate_kv=true", "qwen3"),
     case("tp8,replicate_kv=true", "phi3"),
