@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 
 from ..cuda_kernels import Interleave, dense_attention, merge_states, paged_attention
-from .pool import PagePool
 from .step import Step
 from .table import PageTable, consecutive
 
 DENSE_ROWS = 16  # from here on matrix multiplication over contiguous keys beats paged dot products
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """One layer's regions, taken together under the store's lock: a growing pool replaces both.
+
+    Shape: keys `[pages, page_tokens, kv_heads, head_dim]`, values likewise with `>= value_dim`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,12 @@ class ScoreOptions:
         )
 
 
-def gather(pool: PagePool, layer: int, pages: np.ndarray, tokens: int) -> tuple[Tensor, Tensor]:
+def gather(layer: LayerPages, pages: np.ndarray, tokens: int) -> tuple[Tensor, Tensor]:
     """Give one sequence's K and V in order: a view if its pages are consecutive, else a copy.
 
     Shape: -> `[tokens, kv_heads, head_dim]`, `[tokens, kv_heads, value_dim]`
     """
-    keys, values = pool.keys[layer], pool.values[layer]
+    keys, values = layer.keys, layer.values
     if len(pages) == 0:
         k, v = keys[:0].flatten(0, 1), values[:0].flatten(0, 1)
     elif consecutive(pages):
@@ -50,12 +61,13 @@ def gather(pool: PagePool, layer: int, pages: np.ndarray, tokens: int) -> tuple[
     else:
         index = torch.from_numpy(pages.astype(np.int64)).to(keys.device)
         k = keys.index_select(0, index).flatten(0, 1)
-        v = k if pool.spec.shared_kv else values.index_select(0, index).flatten(0, 1)
-    return k[:tokens], v[:tokens, :, : pool.spec.v_dim]
+        v = k if values is keys else values.index_select(0, index).flatten(0, 1)
+    return k[:tokens], v[:tokens, :, : layer.value_dim]
 
 
 def attend_pages(
-    pool: PagePool, table: PageTable, layer: int, q: Tensor, q_indptr: np.ndarray,
+    layer: LayerPages,
+    table: PageTable, q: Tensor, q_indptr: np.ndarray,
     lo: Tensor, hi: Tensor, options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with ragged rows: few rows per sequence in place, many over contiguous keys.
@@ -64,44 +76,46 @@ def attend_pages(
     """
     rows = q_indptr[1:] - q_indptr[:-1]
     if len(rows) == 0 or rows.max() <= DENSE_ROWS:
-        return _attend_paged(pool, table, layer, q, torch.from_numpy(q_indptr), lo, hi, options)
+        return _attend_paged(layer, table, q, torch.from_numpy(q_indptr), lo, hi, options)
     if len(rows) == 1:
-        return _attend_dense(pool, table, layer, 0, q, lo, hi, options)
+        return _attend_dense(layer, table, 0, q, lo, hi, options)
     many = np.flatnonzero(rows > DENSE_ROWS)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    o = q.new_empty(*q.shape[:2], pool.spec.v_dim)
+    o = q.new_empty(*q.shape[:2], layer.value_dim)
     lse = q.new_empty(q.shape[:2], dtype=work)
     for s in many:
         mine = slice(int(q_indptr[s]), int(q_indptr[s + 1]))
         o[mine], lse[mine] = _attend_dense(
-            pool, table, layer, int(s), q[mine], lo[mine], hi[mine], options.rows(mine)
+            layer, table, int(s), q[mine], lo[mine], hi[mine], options.rows(mine)
         )
     few = np.where(rows > DENSE_ROWS, 0, rows)
     if few.any():
         index = torch.from_numpy(np.flatnonzero(np.repeat(few > 0, rows))).to(q.device)
         few_ptr = torch.from_numpy(np.concatenate([[0], np.cumsum(few)]))
         o[index], lse[index] = _attend_paged(
-            pool, table, layer, q[index], few_ptr, lo[index], hi[index], options.rows(index)
+            layer, table, q[index], few_ptr, lo[index], hi[index], options.rows(index)
         )
     return o, lse
 
 
 def _attend_paged(
-    pool: PagePool, table: PageTable, layer: int, q: Tensor, q_indptr: Tensor,
+    layer: LayerPages,
+    table: PageTable, q: Tensor, q_indptr: Tensor,
     lo: Tensor, hi: Tensor, opt: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return paged_attention(
-        q, pool.keys[layer], pool.values[layer], q_indptr, table.kv_indptr, table.kv_indices,
+        q, layer.keys, layer.values, q_indptr, table.kv_indptr, table.kv_indices,
         lo, hi, opt.scale, opt.softcap, opt.alibi_slopes, opt.q_pos, opt.interleave,
-        pool.spec.v_dim,
+        layer.value_dim,
     )  # fmt: skip
 
 
 def _attend_dense(
-    pool: PagePool, table: PageTable, layer: int, at: int, q: Tensor, lo: Tensor, hi: Tensor,
+    layer: LayerPages,
+    table: PageTable, at: int, q: Tensor, lo: Tensor, hi: Tensor,
     opt: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    k, v = gather(pool, layer, table.pages(at), int(table.lengths[at]))
+    k, v = gather(layer, table.pages(at), int(table.lengths[at]))
     return dense_attention(
         q, k.to(q.dtype), v.to(q.dtype), lo, hi, opt.scale, opt.softcap, opt.alibi_slopes,
         opt.q_pos, opt.interleave,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cuda_kernels import Interleave
 from .attention import (
+    LayerPages,
     ScoreOptions,
     attend_pages,
     causal_bounds,
@@ -290,7 +291,7 @@ class KVStore:
         """
         table = self.page_table(seq, step if step is not None else seq.step_alone())
         with self._lock:
-            return gather(self.pool, layer, table.pages(0), int(table.lengths[0]))
+            return gather(self._layer(layer), table.pages(0), int(table.lengths[0]))
 
     def attend(
         self,
@@ -342,7 +343,7 @@ class KVStore:
             q_pos,
             interleave,
         )
-        o, lse = attend_pages(self.pool, table, layer, q, indptr, lo, hi, options)
+        o, lse = attend_pages(self._layer(layer), table, q, indptr, lo, hi, options)
         return with_sink(o, lse, sink)
 
     # -- accounts ----------------------------------------------------------------------------
@@ -381,6 +382,10 @@ class KVStore:
         """
         with self._lock:
             check_holders(self.pool, list(self._sequences.values()))
+
+    def _layer(self, layer: int) -> LayerPages:
+        with self._lock:  # not between the two halves of a growth
+            return LayerPages(self.pool.keys[layer], self.pool.values[layer], self.spec.v_dim)
 
     def _own(self, seq: Sequence) -> None:
         seq.require_open()

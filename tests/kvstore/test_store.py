@@ -416,3 +416,32 @@ def test_check_integrity_finds_what_was_broken() -> None:
     store.pool._free[0] = store.pool._free[1]
     with pytest.raises(IntegrityError, match="free list"):
         store.check_integrity()
+
+
+def test_reading_while_the_pool_grows_sees_both_halves_of_a_layer() -> None:
+    """Keys of the new region with values of the old one were once handed to the kernel."""
+    store = KVStore(SPEC, num_pages=2)
+    seq = store.open()
+    write(store, [seq], [5])
+    q = torch.randn(1, 4, 4, dtype=torch.float64)
+    step = store.reserve([seq], 1)
+    store.append(step, 1, *rows(1))
+    want, _ = store.attend(seq, 1, q, step=step)
+    half_grown, go_on = threading.Event(), threading.Event()
+    region, made = store.pool._region, []
+
+    def slow(pages: int, width: int) -> torch.Tensor:
+        made.append(width)
+        if len(made) == 4:  # the last of two layers' keys and values: layer 1's values
+            half_grown.set()
+            go_on.wait(0.2)
+        return region(pages, width)
+
+    store.pool._region = slow  # type: ignore[method-assign]
+    grower = threading.Thread(target=store.grow)
+    grower.start()
+    assert half_grown.wait(30)
+    got, _ = store.attend(seq, 1, q, step=step)
+    go_on.set()
+    grower.join(30)
+    assert torch.equal(got, want)
