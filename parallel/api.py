@@ -137,7 +137,8 @@ def binding(model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, 
         from .modules import module_edits
 
         return module_edits(model, ranks)
-    from .binding import HelixBinding, agreement_edits, sequence_edits
+    from .binding import HelixBinding, agreement_edits
+    from .sequence import sequence_edits
 
     edits = agreement_edits(model, ranks)
     if ranks.helix is not None:

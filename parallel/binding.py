@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..collectives import autograd
 from ..collectives.primitive import message_device
 from ..kvstore import KVSpec, KVStore
 from .agreement import agree, announce, tensor_digest
 from .attention.cache import HelixCache, refuse_cache
 from .attention.helix import HelixLayer, HelixState, helix_attention
-from .edits import AddHook, CutParameter, Edit, SetAttribute, SumGradient
+from .edits import AddHook, Edit, SetAttribute
 from .errors import PlanError
 from .families import decoder_layers
 from .ranks import ModelRanks
@@ -234,47 +231,3 @@ def helix_mask(*args: Any, mask_function: Any = causal_mask_function, config: An
     raise PlanError(
         "a mask other than causal and padding", "is not known to Helix attention", "use kvp=1 for packed or custom masks"
     )
-
-
-def attention_of(module: nn.Module, name: str) -> Any:
-    """Find transformers' attention function of this name for a module."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-
-def sequence_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]:
-    """Cut activations along the sequence between the first decoder layer and the final norm (Megatron's SP).
-
-    Collective: per block an all-gather and a reduce-scatter instead of an all-reduce: the same bytes.
-    """
-    span, group = ranks.span, ranks.all
-    handled = {(id(e.module), e.name) for e in roles if isinstance(e, (CutParameter, SumGradient))}
-    assert span is not None
-    path, layers = decoder_layers(model)
-    parent = model.get_submodule(path.rpartition(".")[0])
-    norm = next((m for n, m in parent.named_children() if "norm" in n and m is not layers), None)
-    if norm is None:
-        raise PlanError("tp:sp", "needs a final norm after the decoder layers", "use tp without :sp")
-
-    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        span.length = hidden.shape[1]
-        part = autograd.split(hidden, group, 1)
-        return ((part, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": part})
-
-    def whole(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        sizes = autograd.chunk_sizes(span.length, ranks.size)
-        return (autograd.gather(args[0], group, 1, sizes), *args[1:])
-
-    edits: list[Edit] = [
-        AddHook(lambda: layers[0].register_forward_pre_hook(cut, with_kwargs=True)),
-        AddHook(lambda: norm.register_forward_pre_hook(whole)),
-    ]
-    edits += [
-        SumGradient(module, name, group)
-        for layer in layers
-        for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (id(module), name) not in handled
-    ]
-    return edits

@@ -37,14 +37,15 @@ def cut_parameter(module: nn.Module, name: str, path: str, cut: Cut) -> CutParam
     return CutParameter(module, name, f"{path}.{name}" if path else name, cut, whole=parameter, shape=shape)
 
 
-def linear_only(module: nn.Module, path: str, kind: type = nn.Linear) -> None:
-    """Refuse a module whose class is not known to compute what the cut assumes."""
-    if not isinstance(module, kind) or type(module).forward is not kind.forward and kind is nn.Linear:
-        raise PlanError(
-            f"{path} ({type(module).__name__}) is to be cut as a {kind.__name__}",
-            "its class computes something else, so cutting its weight could change the result",
-            f"use torch.nn.{kind.__name__} there, or leave the path out of the rules to keep it whole on every rank",
-        )
+def plain_linear(module: nn.Module, path: str) -> nn.Linear:
+    """Return a linear layer, or refuse a module whose class may compute something else than its weight says."""
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return module
+    raise PlanError(
+        f"{path} ({type(module).__name__}) is to be cut as a linear layer",
+        "its class computes something else, so cutting its weight could change the result",
+        "use torch.nn.Linear there, or leave the path out of the rules to keep it whole on every rank",
+    )
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Column:
     enters: bool = True
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
-        linear_only(module, path)
-        cut = Cut.chunks(0, module.weight.shape[0], ranks.run_order, self.parts)  # type: ignore[arg-type, union-attr]
-        return column_edits(module, path, cut, Link(ranks.all, ranks.span, enters=self.enters))
+        linear = plain_linear(module, path)
+        cut = Cut.chunks(0, linear.weight.shape[0], ranks.run_order, self.parts)
+        return column_edits(linear, path, cut, Link(ranks.all, ranks.span, enters=self.enters))
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Row:
     """Cut the inputs of a linear layer and sum the outputs over the ranks."""
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
-        linear_only(module, path)
-        cut = Cut.chunks(1, module.weight.shape[1], ranks.run_order)  # type: ignore[arg-type, union-attr]
-        return row_edits(module, path, cut, Link(ranks.all, ranks.span))
+        linear = plain_linear(module, path)
+        cut = Cut.chunks(1, linear.weight.shape[1], ranks.run_order)
+        return row_edits(linear, path, cut, Link(ranks.all, ranks.span))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Embedding:
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
         if not isinstance(module, nn.Embedding):
-            linear_only(module, path, nn.Embedding)
+            raise PlanError(
+                f"{path} ({type(module).__name__}) is to be cut as an embedding", "is not a torch.nn.Embedding", "drop its rule"
+            )
         rows = module.num_embeddings
         here = vocabulary(rows, ranks)
         padding = module.padding_idx
@@ -96,8 +99,7 @@ class Head:
     mixin: type = VocabHead
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
-        linear_only(module, path)
-        rows: int = module.weight.shape[0]  # type: ignore[assignment, union-attr]
+        rows = plain_linear(module, path).weight.shape[0]
         cut = Cut.chunks(0, rows, ranks.run_order)
         edits: list[Edit] = [cut_parameter(module, "weight", path, cut)]
         if module.bias is not None:

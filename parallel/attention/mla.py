@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..edits import Edit, SetAttribute
 from ..layout import Cut
 from ..ranks import ModelRanks
-from ..roles import Region, Shared, column_edits, linear_only, row_edits
+from ..roles import Region, Shared, column_edits, plain_linear, row_edits
 from ..tensor import Link
 from .gradients import dropout_edits, held_gradient_edits
 from .heads import check_heads, query_cut
@@ -42,16 +42,14 @@ class Mla:
         check_heads(path, self.heads, self.heads, ranks.size, "kvp * tp" if ranks.kvp > 1 else "tp")
         edits: list[Edit] = []
         for name, width in ((self.q, self.nope_dim + self.rope_dim), (self.kv_b, self.nope_dim + self.value_dim)):
-            linear = module.get_submodule(name)
-            linear_only(linear, f"{path}.{name}")
+            linear = plain_linear(module.get_submodule(name), f"{path}.{name}")
             cut = query_cut(self.heads, width, ranks.tp, ranks.tp_order)
             edits += column_edits(linear, f"{path}.{name}", cut, Link(ranks.all))
         for name in self.shared:
             edits += Shared().edits(module.get_submodule(name), f"{path}.{name}", ranks)
         edits += held_gradient_edits(edits, ranks)
         edits += Region().edits(module, path, ranks) + dropout_edits(module, ranks)
-        linear = module.get_submodule(self.o)
-        linear_only(linear, f"{path}.{self.o}")
+        linear = plain_linear(module.get_submodule(self.o), f"{path}.{self.o}")
         cut = query_cut(self.heads, self.value_dim, ranks.size, ranks.run_order, dim=1)
         if ranks.helix is None:
             return edits + row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all, ranks.span))

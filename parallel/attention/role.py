@@ -13,7 +13,7 @@ from ..errors import PlanError
 from ..layout import Cut
 from ..modules import key_split_edits
 from ..ranks import ModelRanks
-from ..roles import Region, Shared, column_edits, cut_parameter, linear_only, row_edits
+from ..roles import Region, Shared, column_edits, cut_parameter, plain_linear, row_edits
 from ..tensor import Link
 from .gradients import dropout_edits, held_gradient_edits
 from .heads import check_heads, kv_cut, query_cut, stacked_cut
@@ -81,8 +81,7 @@ class Attention:
         link = Link(ranks.all, ranks.span, enters=not self._is_region)
         edits: list[Edit] = []
         for name, cut in self._input_cuts(count, order):
-            linear = module.get_submodule(name)
-            linear_only(linear, f"{path}.{name}")
+            linear = plain_linear(module.get_submodule(name), f"{path}.{name}")
             edits += column_edits(linear, f"{path}.{name}", cut, link)
         return edits
 
@@ -97,8 +96,7 @@ class Attention:
         return [(self.q, query_cut(self.heads, width, count, order)), (self.k, kv), (self.v, kv)]
 
     def _output_edits(self, module: nn.Module, path: str, ranks: ModelRanks, helix: bool) -> list[Edit]:
-        linear = module.get_submodule(self.o)
-        linear_only(linear, f"{path}.{self.o}")
+        linear = plain_linear(module.get_submodule(self.o), f"{path}.{self.o}")
         cut = query_cut(self.heads, self.head_dim, ranks.size, ranks.run_order, dim=1)
         if not helix or ranks.helix is None:
             return row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all, ranks.span))

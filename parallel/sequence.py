@@ -1,0 +1,51 @@
+"""Sequence parallel in Megatron's sense: norms and residuals are cut along the sequence over tp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..collectives import autograd
+from .edits import AddHook, CutParameter, Edit, SumGradient
+from .errors import PlanError
+from .families import decoder_layers
+from .ranks import ModelRanks
+
+
+def sequence_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]:
+    """Cut activations along the sequence between the first decoder layer and the final norm (Megatron's SP).
+
+    Collective: per block an all-gather and a reduce-scatter instead of an all-reduce: the same bytes.
+    """
+    span, group = ranks.span, ranks.all
+    handled = {(id(e.module), e.name) for e in roles if isinstance(e, (CutParameter, SumGradient))}
+    assert span is not None
+    path, layers = decoder_layers(model)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    norm = next((m for n, m in parent.named_children() if "norm" in n and m is not layers), None)
+    if norm is None:
+        raise PlanError("tp:sp", "needs a final norm after the decoder layers", "use tp without :sp")
+
+    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        span.length = hidden.shape[1]
+        part = autograd.split(hidden, group, 1)
+        return ((part, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": part})
+
+    def whole(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        sizes = autograd.chunk_sizes(span.length, ranks.size)
+        return (autograd.gather(args[0], group, 1, sizes), *args[1:])
+
+    edits: list[Edit] = [
+        AddHook(lambda: layers[0].register_forward_pre_hook(cut, with_kwargs=True)),
+        AddHook(lambda: norm.register_forward_pre_hook(whole)),
+    ]
+    edits += [
+        SumGradient(module, name, group)
+        for layer in layers
+        for module in layer.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (id(module), name) not in handled
+    ]
+    return edits
