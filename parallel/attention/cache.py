@@ -122,6 +122,7 @@ class HelixCache(Cache):
             self.store.commit(self.write_step)
             self.write_step = None
             self.valid = np.concatenate([self.valid, self._new], 1)
+        self.state.cache = None  # else the model would keep the pages of a cache that its owner dropped
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the history it chose; pages are shared, not copied."""
