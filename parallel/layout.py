@@ -85,10 +85,6 @@ class Cut:
                 offset += stop - start
         return whole
 
-    def holders(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold exactly the same runs as ``rank``, itself included: their gradients are partial."""
-        return tuple(r for r, runs in enumerate(self.runs) if runs == self.runs[rank])
-
     def shared(self, rank: int) -> dict[tuple[int, ...], tuple[Run, ...]]:
         """Local ranges of ``dim`` by the ranks that hold them, where these are several: their gradients are partial.
 
