@@ -6,6 +6,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class HelixBinding:
     """Makes a transformers decoder run Helix steps: one before each forward, its cache, masks and attention."""
 
     def __init__(self, model: Any, shape: ModelShape, state: HelixState, store: KVStore | None) -> None:
-        self.model, self.shape, self.state, self.given = model, shape, state, store
+        self.model, self.shape, self.state = model, shape, state
         self.base = model.base_model
         self.config = model.config.get_text_config(decoder=True)
         self.signature = inspect.signature(type(self.base).forward)
@@ -92,6 +93,7 @@ class HelixBinding:
         """Prepare all of it; nothing for a model of window layers only, which run over all ranks without a cut cache."""
         if not self.state.layers:
             return []
+        self._check_store()
         register()
         return [
             *self._config_edits(),
@@ -129,6 +131,14 @@ class HelixBinding:
             dtype=weight.dtype,
             device=str(weight.device),
         )
+
+    def _check_store(self) -> None:
+        """Refuse a given store that cannot hold this rank's keys and values."""
+        if self.store is None:
+            return
+        need, have = self.spec(), self.store.spec
+        if replace(have, page_tokens=need.page_tokens) != need:
+            raise PlanError(f"store of {have}", f"does not fit this rank, which keeps {need}", "make the store with that KVSpec")
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Open the step of a forward; give it a cache if it wants one and has none."""
