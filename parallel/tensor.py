@@ -170,4 +170,9 @@ def sum_gradient(parameter: nn.Parameter, group: Group, dim: int = 0, parts: Seq
             at += stop - start
         return grad
 
-    return parameter.register_hook(some if parts else whole)
+    # A frozen parameter takes no hook, but may be unfrozen later; the hook stays.
+    wanted = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle = parameter.register_hook(some if parts else whole)
+    parameter.requires_grad_(wanted)
+    return handle
