@@ -18,8 +18,8 @@ class ByShape(TorchFunctionMode):
     """Inside ``with ByShape()``, on meta tensors only:
 
     ``scaled_dot_product_attention`` has the memory of a fused kernel, which keeps no scores (torch spells it out as
-    matrix products on meta, and a million tokens squared would be counted); ``grouped_mm`` takes every dtype; a question
-    that transformers' mask code asks of position ids is answered. None of these sends anything.
+    matrix products on meta, and a million tokens squared would be counted); ``grouped_mm`` takes every dtype; a
+    question that transformers' mask code asks of position ids is answered. None of these sends anything.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

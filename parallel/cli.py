@@ -57,30 +57,33 @@ def doctor(
 @app.command()
 def explain(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face model name, or a directory with its config.json.")
+        str,
+        typer.Argument(
+            help="A checkpoint directory, a config.json, or a name we ship: llama-405b, deepseek-r1."
+        ),
     ],
     plan: Annotated[str, typer.Argument(help='For example "kvp8 tp8".')],
+    context: Annotated[
+        str,
+        typer.Option(help="Cached tokens of each request: 4096, 128k, 1M (thousands, millions)."),
+    ] = "1024",
+    batch: Annotated[int, typer.Option(help="Requests that decode together.")] = 1,
+    rank: Annotated[int, typer.Option(help="Whose view.")] = 0,
+    backward: Annotated[bool, typer.Option("--backward", help="Also a training step.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON for a program to read.")
+    ] = False,
 ) -> None:
     """Show the mesh, the bytes of each rank and every collective of MODEL under PLAN; no ranks are started."""
     from .errors import PlanError
+    from .explain import token_count
     from .plan import Plan
 
     try:
-        typer.echo(Plan.parse(plan).explain(_meta_model(model)))
+        said = Plan.parse(plan).explain(
+            model, context=token_count(context), batch=batch, rank=rank, backward=backward
+        )
     except (PlanError, OSError) as error:
         typer.echo(f"plait: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _meta_model(name: str):
-    """Build the model of a config without memory for its weights."""
-    import torch
-
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        typer.echo("plait: a model by name needs transformers: pip install 'plait[hf]'", err=True)
-        raise typer.Exit(2) from None
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    typer.echo(said.to_json() if as_json else str(said))

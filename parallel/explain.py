@@ -73,9 +73,7 @@ def explain(
         runs = _Runs(twin, groups, batch, context, inputs)
         with ByShape():
             steps = runs.all(backward)
-        communicators = tuple(
-            Communicator(axes, ranks) for ranks, axes in groups.made.items()
-        )
+        communicators = tuple(Communicator(axes, ranks) for ranks, axes in groups.made.items())
         return Explanation(
             plan=str(plan),
             executed=str(run),
@@ -95,6 +93,22 @@ def explain(
             left_out=left_out,
             notes=runs.notes(),
         )
+
+
+def token_count(text: str) -> int:
+    """Read a number of tokens: ``4096``, ``128k``, ``1M``; k and M are thousands and millions.
+
+    >>> token_count("128k"), token_count("1.5M")
+    (128000, 1500000)
+    """
+    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower(), 0)
+    try:
+        count = float(text[:-1]) * scale if scale else float(text)
+    except ValueError:
+        count = 0.5
+    if count != int(count):
+        raise PlanError(f"context={text!r}", "is no number of tokens", "use e.g. 4096, 128k or 1M")
+    return int(count)
 
 
 def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
@@ -223,7 +237,13 @@ class _Runs:
         return ()
 
     def _traced(
-        self, name: str, footprint: Footprint, batch: int, tokens: int, cache: Any, step: Callable[[], Any]
+        self,
+        name: str,
+        footprint: Footprint,
+        batch: int,
+        tokens: int,
+        cache: Any,
+        step: Callable[[], Any],
     ) -> Traced:
         held, start = kv_bytes(cache), footprint.mark()
         trace = Trace(self.groups.axis_of)
@@ -256,4 +276,3 @@ class _Runs:
         if logits is None:
             logits = output if isinstance(output, Tensor) else output[0]
         return logits.sum()
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 from ..collectives.trace import Event
@@ -102,8 +102,6 @@ class Traced:
 
 
 def _relative(event: Event, path: str) -> Event:
-    from dataclasses import replace
-
     mark = "backward:" if event.scope.startswith("backward:") else ""
     inner = event.scope.removeprefix("backward:").removeprefix(path).removeprefix(".")
     return replace(event, scope=f"{mark}{inner}")
@@ -132,7 +130,13 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def step(self, name: str) -> Traced:
-        """Return one of the runs: ``decode``, ``prefill`` or ``training``."""
+        """Return one of the runs: ``decode``, ``prefill`` or ``training``.
+
+        Raises:
+            KeyError: naming the runs there are.
+        """
+        if name not in (names := [step.name for step in self.steps]):
+            raise KeyError(f"{name!r} is not among the runs {names}; ask for it with backward=True")
         return next(step for step in self.steps if step.name == name)
 
     def to_json(self, indent: int | None = 2) -> str:

@@ -23,7 +23,11 @@ def size(count: int) -> str:
     """
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
-            return f"{count / scale:.1f} {unit}" if count >= 100 * scale else f"{count / scale:.2f} {unit}"
+            return (
+                f"{count / scale:.1f} {unit}"
+                if count >= 100 * scale
+                else f"{count / scale:.2f} {unit}"
+            )
     return f"{count} B"
 
 
@@ -39,10 +43,9 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _head(said: Explanation) -> list[str]:
-    lines = [
-        f"{said.plan or 'one rank'}: {said.model} in {said.dtype} on {said.world_size:,} ranks, seen from rank {said.rank}"
-    ]
-    lines += [f"not executed yet, so not in any number below: {part}" for part in said.left_out]
+    where = f"{said.world_size:,} ranks, seen from rank {said.rank}"
+    lines = [f"{said.plan or 'no axis'}: {said.model} in {said.dtype} on {where}"]
+    lines += [f"not executed yet, so not in the numbers below: {part}" for part in said.left_out]
     return lines + [f"note: {note}" for note in said.notes]
 
 
@@ -60,8 +63,14 @@ def _formula(axes: Axes, said: Explanation) -> str:
     inner = ""
     for axis, count in reversed(axes):
         if count > 1:
-            term = names.get(axis, axis)
-            inner = f"{term} + {count} * ({inner})" if " " in inner else f"{term} + {count} * {inner}" if inner else term
+            outer = (
+                f" + {count} * ({inner})"
+                if " " in inner
+                else f" + {count} * {inner}"
+                if inner
+                else ""
+            )
+            inner = names.get(axis, axis) + outer
     return f"{sizes}; rank = {inner or '0'}"
 
 
@@ -76,21 +85,25 @@ def _communicators(said: Explanation) -> list[str]:
 
 def _bytes(said: Explanation) -> list[str]:
     held = said.weights
-    lines = [
-        f"bytes on rank {said.rank}",
-        f"  weights    {size(held.bytes):>9}  ({size(held.least)} to {size(held.most)} over the ranks; "
-        f"whole model {size(held.whole)}, one copy over its ranks {size(held.copy_total)})",
-    ]
+    spread = f"{size(held.least)} to {size(held.most)} over the ranks"
+    times = f"{held.copy_total / max(1, held.whole):.2f} of a model that has {size(held.whole)}"
+    rows = [(held.bytes, "weights", f"{spread}; one copy's ranks hold {times}")]
     if said.kv is not None:
-        lines += [
-            f"  KV         {size(said.kv.bytes_per_1024):>9}  per 1024 tokens of one request",
-            f"             {size(said.kv.request_bytes):>9}  one request of {said.context:,} tokens",
-            f"             {size(said.kv.batch_bytes):>9}  {said.batch} of them",
+        rows += [
+            (said.kv.bytes_per_1024, "KV", "of 1024 tokens of one request"),
+            (said.kv.request_bytes, "KV", f"of one request of {said.context:,} tokens"),
+            (said.kv.batch_bytes, "KV", f"of {said.batch} of them"),
         ]
     for step in said.steps:
-        what = "activations and gradients" if step.name == "training" else "activations"
-        lines.append(f"  workspace  {size(step.workspace_bytes):>9}  most alive at once in {step.name} ({what})")
-    return lines
+        made = "activations and gradients" if step.name == "training" else "activations"
+        rows.append(
+            (step.workspace_bytes, "workspace", f"of {step.name}: most {made} alive at once")
+        )
+    if said.kv is not None:
+        total = held.bytes + said.kv.batch_bytes + said.step("decode").workspace_bytes
+        rows.append((total, "in all", f"for decoding {said.batch} of them"))
+    lines = [f"  {what:<10} {size(count):>9}  {of}" for count, what, of in rows]
+    return [f"bytes on rank {said.rank}", *lines]
 
 
 def _title(step: Traced, context: int) -> str:
@@ -143,6 +156,8 @@ def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     right = {3, 6, 7}
     lines = []
     for row in rows:
-        cells = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
+        cells = [
+            c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)
+        ]
         lines.append("  " + "  ".join(cells).rstrip())
     return lines

@@ -45,7 +45,8 @@ class Scopes:
         return hook
 
     def _leave(self, path: str) -> Any:
-        coarse = path in self.layers or path.rpartition(".")[0] in {*self.layers, ""} or not self.layers
+        parent = path.rpartition(".")[0]
+        coarse = path != "" and (parent in {"", *self.layers} or path in self.layers)
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()

@@ -63,7 +63,9 @@ def config_at(name: str | Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         first = str(error).strip().splitlines()[0][:200]
         raise PlanError(
-            f"model {str(name)!r}", f"has no config transformers can read ({first})", "check config.json"
+            f"model {str(name)!r}",
+            f"has no config transformers can read ({first})",
+            "check config.json",
         ) from None
 
 
