@@ -51,6 +51,8 @@ def roles_of(model: Any, shape: ModelShape, plan: Plan) -> dict[str, Role]:
             "has attention we do not recognise (no table entry and no known projection names)",
             "give rules, for example:\n" + snippet(model),
         )
+    if plan.etp > 1 and not any(isinstance(role, experts.PackedExperts) for role in roles.values()):
+        raise PlanError(f"etp={plan.etp}", f"finds no experts it knows how to cut in {type(model).__name__}", "use etp=1")
     return roles | _ends(model)
 
 
@@ -65,7 +67,7 @@ def _layer_roles(
         attention = attention_names.role_of(child, shape, number, plan.kvp.size > 1)
         if attention is not None:
             roles[f"{path}.{name}"] = attention
-        elif any(True for _ in child.parameters()) and any(isinstance(m, nn.Linear) for m in child.modules()):
+        elif any(True for _ in child.parameters()):  # packed experts have no nn.Linear
             roles |= _feed_forward(f"{path}.{name}", child, table, plan)
     return roles
 
