@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..collectives import primitive
 from ..kvstore import KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
@@ -161,7 +160,7 @@ def find_roles(model: nn.Module, shape: ModelShape, plan: Plan, rules: Rules | N
 
 def commit(model: nn.Module, edits: list[Edit], done: Parallelized) -> nn.Module:
     """Make the prepared changes."""
-    from .checkpoint import state_dict_edits
+    from .checkpoint import state_dict_edits  # DTensor takes a while to import
 
     done.edits.apply([*edits, *state_dict_edits(model, [e for e in edits if isinstance(e, CutParameter)], done.ranks)])
     for parameter in done.parameters():
@@ -197,11 +196,8 @@ def gather_whole(parameter: CutParameter, ranks: ModelRanks) -> torch.Tensor:
 
     Collective: all ranks of the model copy; an all-gather padded to the largest part.
     """
-    cut, local = parameter.cut, parameter.local
-    assert local is not None
-    sizes = [cut.extent(j) for j in range(ranks.size)]
-    whole = primitive.all_gather(local.detach(), ranks.all, sizes, cut.dim)
-    return cut.join(torch.split(whole, sizes, cut.dim))
+    assert parameter.local is not None
+    return ranks.gather(parameter.local.detach(), parameter.cut)
 
 
 def shape_of(model: nn.Module) -> ModelShape:

@@ -15,8 +15,8 @@ from .families import is_transformers
 def computed_buffers(model: nn.Module, path: str, module: nn.Module) -> dict[str, Tensor]:
     """Compute a module's non-persistent buffers that are on meta, with the model's own ``_init_weights``.
 
-    That is what ``from_pretrained`` does, so the values are its values, for every kind of rope. The module itself is not
-    touched: a stand-in with meta parameters and fresh buffers is initialised.
+    That is what ``from_pretrained`` does, so the values are its values, for every kind of rope. The module itself is
+    not touched: a stand-in with meta parameters and fresh buffers is initialised.
 
     Raises:
         PlanError: the model does not say how a buffer is computed.
@@ -25,9 +25,16 @@ def computed_buffers(model: nn.Module, path: str, module: nn.Module) -> dict[str
     if not names:
         return {}
     stand_in = copy.copy(module)
-    fresh = {n: torch.empty_like(b, device="cpu") for n, b in module._buffers.items() if n in names and b is not None}
+    fresh = {
+        n: torch.empty_like(b, device="cpu")
+        for n, b in module._buffers.items()
+        if n in names and b is not None
+    }
     stand_in._buffers = {**module._buffers, **fresh}
-    stand_in._parameters = {n: None if p is None else nn.Parameter(p.detach().to("meta")) for n, p in module._parameters.items()}
+    stand_in._parameters = {
+        n: None if p is None else nn.Parameter(p.detach().to("meta"))
+        for n, p in module._parameters.items()
+    }
     before = {n: b._version for n, b in fresh.items()}
     owner = _owner(model, path)
     if owner is not None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..collectives import primitive
 from ..collectives.primitive import chunk_sizes
 from .agreement import agree
 from .edits import AddHook, CutParameter, Edit
@@ -27,7 +26,9 @@ from .ranks import ModelRanks
 MESH_NAME = "ffn_tp"
 
 
-def state_dict_edits(model: nn.Module, cuts: Iterable[CutParameter], ranks: ModelRanks) -> list[Edit]:
+def state_dict_edits(
+    model: nn.Module, cuts: Iterable[CutParameter], ranks: ModelRanks
+) -> list[Edit]:
     """Edits that make ``state_dict()`` give DTensors and ``load_state_dict()`` take DTensors or whole tensors.
 
     Collective: none here; the hooks say what they send.
@@ -38,16 +39,24 @@ def state_dict_edits(model: nn.Module, cuts: Iterable[CutParameter], ranks: Mode
     if not by_module:
         return []
     hooks = [ModuleHooks(edits, ranks) for edits in by_module.values()]
-    edits: list[Edit] = [_hook(module.register_state_dict_post_hook, h.save) for module, h in zip(by_module, hooks, strict=True)]
+    edits: list[Edit] = [
+        _hook(module.register_state_dict_post_hook, h.save)
+        for module, h in zip(by_module, hooks, strict=True)
+    ]
     check = ModelCheck(model, {e.path: e for group in by_module.values() for e in group}, ranks)
     edits.append(_hook(model.register_load_state_dict_pre_hook, check))
     # after the check: a model whose own parameters are cut must be checked before they are taken apart
-    edits += [_hook(module.register_load_state_dict_pre_hook, h.load) for module, h in zip(by_module, hooks, strict=True)]
+    edits += [
+        _hook(module.register_load_state_dict_pre_hook, h.load)
+        for module, h in zip(by_module, hooks, strict=True)
+    ]
     return edits
 
 
 def _hook(register: Any, hook: Any) -> AddHook:
-    def call(*args: Any) -> None:  # torch marks the hook it is given, which a bound method does not allow
+    def call(
+        *args: Any,
+    ) -> None:  # torch marks the hook it is given, which a bound method does not allow
         hook(*args)
 
     return AddHook(lambda: register(call))
@@ -56,8 +65,8 @@ def _hook(register: Any, hook: Any) -> AddHook:
 class ModuleHooks:
     """The hooks of one module that has cut parameters.
 
-    Collective: all ranks of the model copy, for parameters in which some rank holds its chunk in several pieces or not at
-    all (fused projections, uneven heads): one all-gather of the parameter, padded to the largest part. Nothing otherwise.
+    Collective: all ranks of the model copy, for parameters in which some rank holds its chunk in several pieces or not
+    at all (fused projections, uneven heads): one all-gather of the parameter, padded to the largest part. Nothing else.
     """
 
     def __init__(self, edits: list[CutParameter], ranks: ModelRanks) -> None:
@@ -70,7 +79,9 @@ class ModuleHooks:
             if (local := state.get(prefix + edit.name)) is not None:
                 state[prefix + edit.name] = as_dtensor(local, edit.cut, edit.shape, self.ranks)
 
-    def load(self, module: nn.Module, state: dict[str, Any], prefix: str, meta: dict[str, Any], *_: Any) -> None:
+    def load(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, meta: dict[str, Any], *_: Any
+    ) -> None:
         """Put this rank's parts in place of DTensors or whole tensors."""
         for edit in self.edits:
             value = state.get(prefix + edit.name)
@@ -78,7 +89,9 @@ class ModuleHooks:
                 continue
             if meta.get("assign_to_params_buffers"):
                 raise PlanError(
-                    "load_state_dict(assign=True)", f"would replace {edit.path}, which is cut over the ranks", "use assign=False"
+                    "load_state_dict(assign=True)",
+                    f"would replace {edit.path}, which is cut over the ranks",
+                    "use assign=False",
                 )
             check_shape(edit.path, value, edit.shape)
             state[prefix + edit.name] = local_part(value, edit.cut, self.ranks)
@@ -99,14 +112,22 @@ class ModelCheck:
         shapes = {name: tuple(t.shape) for name, t in self._tensors()}
         shapes |= {path: edit.shape for path, edit in self.cuts.items()}
         failure: Exception | None = None
-        found = {name: state[prefix + name] for name in shapes if isinstance(state.get(prefix + name), Tensor)}
+        found = {
+            name: state[prefix + name]
+            for name in shapes
+            if isinstance(state.get(prefix + name), Tensor)
+        }
         try:
             for name, value in found.items():
                 check_shape(name, value, shapes[name])
         except PlanError as error:
             failure = error
         # a rank with a DTensor where another has a whole tensor would wait for it for ever
-        kinds = "/".join(f"{n}{v.placements}{v.device_mesh.mesh.tolist()}" for n, v in found.items() if isinstance(v, DTensor))
+        kinds = "/".join(
+            f"{n}{v.placements}{v.device_mesh.mesh.tolist()}"
+            for n, v in found.items()
+            if isinstance(v, DTensor)
+        )
         agree(self.ranks.all, {"state dict": _short(kinds)}, failure)
         for name in found.keys() - self.cuts.keys():
             if isinstance(state[prefix + name], DTensor):
@@ -117,73 +138,27 @@ class ModelCheck:
         yield from self.model.named_buffers(remove_duplicate=False)
 
 
-def track_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Make an optimizer's state dict follow the model's: moments of cut parameters become DTensors too.
-
-    Without it torch takes the local moments for replicated tensors and saves one rank's part as the whole. State that has
-    not its parameter's shape (factored moments) is refused.
-
-    Collective: as for the model's state dict, once per moment.
-    """
-    done = getattr(model, "_plait", None)
-    if done is None:
-        return optimizer
-    cuts = {id(e.module._parameters[e.name]): e for e in done.parameters()}
-
-    def save(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-        def shown(value: Tensor, edit: CutParameter) -> Tensor:
-            return as_dtensor(value, edit.cut, edit.shape, done.ranks)
-
-        return _with_state(optimizer, state, cuts, lambda e: e.cut.local_shape(e.shape, done.ranks.index), shown)
-
-    def load(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-        def taken(value: Tensor, edit: CutParameter) -> Tensor:
-            return local_part(value, edit.cut, done.ranks)
-
-        return _with_state(optimizer, state, cuts, lambda e: e.shape, taken)
-
-    optimizer.register_state_dict_post_hook(save)
-    optimizer.register_load_state_dict_pre_hook(load)
-    return optimizer
-
-
-def _with_state(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], cuts: dict[int, CutParameter], shape_of: Any, change: Any
-) -> dict[str, Any]:
-    """Copy an optimizer's state dict with every moment of a cut parameter changed."""
-    keys = [key for group in state["param_groups"] for key in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    edits = {key: cuts.get(id(p)) for key, p in zip(keys, parameters, strict=True)}
-    moments = dict(state["state"])
-    for key, values in moments.items():
-        edit = edits.get(key)
-        if edit is None:
-            continue
-        moments[key] = dict(values)
-        for name, value in values.items():
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                continue
-            check_shape(f"{name} of {edit.path}", value, shape_of(edit))
-            moments[key][name] = change(value, edit)
-    return {**state, "state": moments}
-
-
 def as_dtensor(local: Tensor, cut: Cut, shape: tuple[int, ...], ranks: ModelRanks) -> DTensor:
     """Show this rank's chunk of a cut tensor as a DTensor; a view of ``local`` where that holds the chunk.
 
     Shape: local as ``cut`` says -> DTensor of ``shape``, ``Shard(cut.dim)`` over the ranks in run order
-    Collective: all ranks of the model copy if `in_place` is false (one all-gather of the tensor), else none; at the first
-        call of a plan with tp > 1 and kvp > 1 the communicator in run order is made.
+    Collective: all ranks of the model copy if `in_place` is false (one all-gather of the tensor), else none; at the
+        first call of a plan with tp > 1 and kvp > 1 the communicator in run order is made.
     """
     start, stop = chunk_run(cut, ranks, ranks.index)
     if in_place(cut, ranks):
         offset = (cut.offset_of(ranks.index, start, stop) or 0) if start < stop else 0
         chunk = local.narrow(cut.dim, offset, stop - start)
     else:
-        chunk = gather_whole(local.detach(), cut, ranks).narrow(cut.dim, start, stop - start).clone()
+        chunk = ranks.gather(local.detach(), cut).narrow(cut.dim, start, stop - start).clone()
     whole = torch.empty(shape, device="meta")
     return DTensor.from_local(
-        chunk, run_mesh(ranks, local.device), [Shard(cut.dim)], run_check=False, shape=whole.shape, stride=whole.stride()
+        chunk,
+        run_mesh(ranks, local.device),
+        [Shard(cut.dim)],
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
     )
 
 
@@ -199,16 +174,6 @@ def local_part(value: Tensor, cut: Cut, ranks: ModelRanks) -> Tensor:
     return cut.take(value.detach().full_tensor(), ranks.index)
 
 
-def gather_whole(local: Tensor, cut: Cut, ranks: ModelRanks) -> Tensor:
-    """Put a cut tensor together on every rank.
-
-    Collective: all ranks of the model copy; an all-gather padded to the largest part.
-    """
-    sizes = [cut.extent(j) for j in range(ranks.size)]
-    whole = primitive.all_gather(local, ranks.all, sizes, cut.dim)
-    return cut.join(torch.split(whole, sizes, cut.dim))
-
-
 def chunk_run(cut: Cut, ranks: ModelRanks, index: int) -> Run:
     """The run of ``cut.dim`` that a rank's DTensor holds: chunk ``run_order[index]`` by torch.chunk's rule."""
     sizes = chunk_sizes(cut.length, ranks.size)
@@ -219,7 +184,10 @@ def chunk_run(cut: Cut, ranks: ModelRanks, index: int) -> Run:
 def in_place(cut: Cut, ranks: ModelRanks) -> bool:
     """Say whether every rank holds its DTensor chunk in one piece; the same on all ranks."""
     runs = [chunk_run(cut, ranks, j) for j in range(ranks.size)]
-    return all(start == stop or cut.offset_of(j, start, stop) is not None for j, (start, stop) in enumerate(runs))
+    return all(
+        start == stop or cut.offset_of(j, start, stop) is not None
+        for j, (start, stop) in enumerate(runs)
+    )
 
 
 def run_mesh(ranks: ModelRanks, device: torch.device) -> DeviceMesh:
@@ -249,7 +217,11 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 def _is_ours(value: DTensor, cut: Cut, ranks: ModelRanks) -> bool:
     """Say whether the DTensor's chunks are the parts themselves, on every rank."""
     same = all(cut.runs[j] == (chunk_run(cut, ranks, j),) for j in range(ranks.size))
-    return same and value.placements == (Shard(cut.dim),) and value.device_mesh == run_mesh(ranks, value.device)
+    return (
+        same
+        and value.placements == (Shard(cut.dim),)
+        and value.device_mesh == run_mesh(ranks, value.device)
+    )
 
 
 def _short(text: str) -> str:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -62,11 +62,11 @@ class TorchCommunicators:
         Collective: the members only, in one order. No data; gloo connects its members here, NCCL
         at the first collective.
         """
-        ordered = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
+        ordered: dict[str, Any] = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
         if ordered and "sort_ranks" not in inspect.signature(dist.new_group).parameters:
-            raise PlanError(
-                f"a communicator of ranks in the order {list(ranks)}", f"needs a newer torch than {torch.__version__}", "use torch>=2.13"
-            )
+            asked = f"a communicator of ranks in the order {list(ranks)}"
+            why = f"cannot be made by torch {torch.__version__}"
+            raise PlanError(asked, why, "use torch>=2.13, or a plan with tp=1 or kvp=1")
         with _named(_fresh_name(ranks)):
             group = dist.new_group(list(ranks), use_local_synchronization=True, **ordered)
         assert isinstance(group, dist.ProcessGroup), "called by a rank that is no member"

@@ -1,7 +1,8 @@
 """Which stored tensors make which parameter: names of a checkpoint against names of a transformers model.
 
-Transformers keeps this knowledge in its conversion mapping (renamed prefixes, experts stored one by one and held packed,
-a base model's checkpoint in a model with a head). We ask it for the names, and do its stacking and joining lazily.
+Transformers keeps this knowledge in its conversion mapping (renamed prefixes, experts stored one by one and held
+packed, a base model's checkpoint in a model with a head). We ask it for the names; its stacking and joining is done
+lazily.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ def by_model_names(model: nn.Module, stored: dict[str, Stored]) -> dict[str, Sto
     """
     if not is_transformers(model):
         return stored
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
 
-    own = model.state_dict()
+    own, prefix = model.state_dict(), str(model.base_model_prefix)
     transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -39,7 +45,7 @@ def by_model_names(model: nn.Module, stored: dict[str, Stored]) -> dict[str, Sto
     result: dict[str, Stored] = {}
     pieces: dict[str, Sources] = defaultdict(lambda: defaultdict(list))
     for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)  # type: ignore[arg-type]
+        target, pattern = rename_source_key(name, renamings, converters, prefix, own)
         if pattern is None:
             result[name if target not in own and name in own else target] = stored[name]
         else:
@@ -54,12 +60,24 @@ def converted(target: str, sources: Sources, converter: Any) -> Stored:
     """Apply a converter's operations to tensors that are not read yet."""
     if set(sources) != set(converter.source_patterns):
         missing = sorted(set(converter.source_patterns) - set(sources))
-        raise PlanError(f"tensor {target}", f"has no part {missing} in the weights", "download the checkpoint again")
+        raise PlanError(
+            f"tensor {target}",
+            f"has no part {missing} in the weights",
+            "download the checkpoint again",
+        )
     parts: list[list[Stored]] = [sources[pattern] for pattern in converter.source_patterns]
     for operation in converter.operations:
-        parts = [_apply(target, operation, parts)] if _joins(operation) else [[_stack(target, operation, p)] for p in parts]
+        parts = (
+            [_apply(target, operation, parts)]
+            if _joins(operation)
+            else [[_stack(target, operation, p)] for p in parts]
+        )
     if len(parts) != 1 or len(parts[0]) != 1:
-        raise PlanError(f"tensor {target}", f"is made by {converter.operations}, which gives several", _instead())
+        raise PlanError(
+            f"tensor {target}",
+            f"is made by {converter.operations}, which gives several",
+            _instead(),
+        )
     return parts[0][0]
 
 
@@ -70,7 +88,9 @@ def _joins(operation: Any) -> bool:
 def _stack(target: str, operation: Any, parts: list[Stored]) -> Stored:
     if type(operation).__name__ != "MergeModulelist":
         raise PlanError(
-            f"tensor {target}", f"is stored in another form, which needs {operation} and cannot be read in slices", _instead()
+            f"tensor {target}",
+            f"is stored in another form, which needs {operation} and cannot be read in slices",
+            _instead(),
         )
     _same_shapes(target, parts, range(len(parts[0].shape)))
     return Stacked(tuple(parts), operation.dim)
@@ -84,10 +104,14 @@ def _apply(target: str, operation: Any, parts: list[list[Stored]]) -> list[Store
 
 def _same_shapes(target: str, parts: list[Stored], dims: Iterable[int]) -> None:
     dims = list(dims)
-    shapes = {tuple(p.shape[d] for d in dims) for p in parts if len(p.shape) > max(dims, default=-1)}
+    shapes = {
+        tuple(p.shape[d] for d in dims) for p in parts if len(p.shape) > max(dims, default=-1)
+    }
     if len(shapes) != 1 or len({len(p.shape) for p in parts}) != 1:
         raise PlanError(
-            f"tensor {target}", f"is made of parts of shapes {sorted({p.shape for p in parts})}, which do not fit", "repair the weights"
+            f"tensor {target}",
+            f"is made of parts of shapes {sorted({p.shape for p in parts})}, which do not fit",
+            "repair the weights",
         )
 
 
@@ -99,4 +123,4 @@ def unused(model: nn.Module, names: Iterable[str], needed: set[str]) -> list[str
 
 
 def _instead() -> str:
-    return "load it with from_pretrained and call parallelize without weights=, or save_pretrained(save_original_format=False) once"
+    return "load it with from_pretrained and parallelize without weights=, or save it in the model's own form first"

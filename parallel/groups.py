@@ -31,6 +31,7 @@ class Groups:
         self.rank = rank
         self._maker: Communicators = maker
         self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._meshes: dict[tuple[int | str, ...], DeviceMesh] = {}
         self._names = folding.communicators(rank)
         self._axes: dict[str, tuple[str, ...]] = {}  # group name -> the axis sets it serves
         self._closed = False
@@ -107,7 +108,11 @@ class Groups:
         """
         group = self._of(tuple(ranks))
         device_type = device_type or ("cuda" if "nccl" in self._backend() else "cpu")
-        return self._maker.mesh([group], torch.tensor(ranks, dtype=torch.int), (name,), device_type)
+        key = (*ranks, name, device_type)
+        if key not in self._meshes:
+            order = torch.tensor(ranks, dtype=torch.int)
+            self._meshes[key] = self._maker.mesh([group], order, (name,), device_type)
+        return self._meshes[key]
 
     def prepare(self, *axis_sets: str | tuple[str, ...]) -> None:
         """Make several groups now, in the order given; all ranks must give the same order."""
@@ -172,6 +177,7 @@ class Groups:
             if group is not whole:
                 self._maker.end(group)
         self._made.clear()
+        self._meshes.clear()
         self._closed = True
 
     def _order(self, axis: str, rank: int) -> tuple[int, ...]:

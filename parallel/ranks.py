@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from ..collectives import primitive
 from ..collectives.primitive import Group
 from .groups import Groups
+from .layout import Cut
 from .plan import Plan
 from .tensor import SequenceSpan
 
@@ -19,8 +24,9 @@ if TYPE_CHECKING:
 class ModelRanks:
     """The tp * kvp ranks of one model copy; rank ``index`` is ``t + tp * k``.
 
-    ``tp_order[j]`` is the tp coordinate of rank j, ``run_order[j]`` the number ``t * kvp + k`` of the run of query heads
-    (and of FFN columns) that rank j keeps after Helix's all-to-all. Cuts are made by these orders, never by rank number.
+    ``tp_order[j]`` is the tp coordinate of rank j, ``run_order[j]`` the number ``t * kvp + k`` of the run of query
+    heads (and of FFN columns) that rank j keeps after Helix's all-to-all. Cuts are made by these orders, never by rank
+    number.
     """
 
     plan: Plan
@@ -90,3 +96,12 @@ class ModelRanks:
     def subset(self, indices: Sequence[int]) -> Group:
         """The group of some ranks of the model copy, named by index."""
         return self.groups.of_ranks(tuple(self.members[j] for j in indices))
+
+    def gather(self, local: Tensor, cut: Cut) -> Tensor:
+        """Put a cut tensor together on every rank.
+
+        Collective: all ranks of the model copy; an all-gather padded to the largest part.
+        """
+        sizes = [cut.extent(j) for j in range(self.size)]
+        whole = primitive.all_gather(local, self.all, sizes, cut.dim)
+        return cut.join(torch.split(whole, sizes, cut.dim))

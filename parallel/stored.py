@@ -77,7 +77,9 @@ class Stacked:
 
     def slice(self, dim: int, start: int, stop: int) -> Tensor:
         if dim == self.dim:
-            return torch.stack([p.slice(0, 0, p.shape[0]) for p in self.parts[start:stop]], self.dim)
+            return torch.stack(
+                [p.slice(0, 0, p.shape[0]) for p in self.parts[start:stop]], self.dim
+            )
         inner = dim - 1 if dim > self.dim else dim
         return torch.stack([p.slice(inner, start, stop) for p in self.parts], self.dim)
 
@@ -128,10 +130,16 @@ def stored_tensors(weights: Any) -> dict[str, Stored]:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise PlanError(f"weights file {path}", f"cannot be read ({error})", "download or save it again") from None
+            raise PlanError(
+                f"weights file {path}", f"cannot be read ({error})", "download or save it again"
+            ) from None
         for name in file.keys():  # noqa: SIM118
             if name in where:
-                raise PlanError(f"tensor {name}", f"is in two files, {where[name]} and {path}", "name the right one in weights=[...]")
+                raise PlanError(
+                    f"tensor {name}",
+                    f"is in two files, {where[name]} and {path}",
+                    "name the right one in weights=[...]",
+                )
             found[name], where[name] = FileTensor(file, name), path
     return found
 
@@ -152,10 +160,16 @@ def safetensors_files(weights: Any) -> list[Path]:
     if found := sorted(path.glob("*.safetensors")):
         return found
     if not path.is_dir():
-        raise PlanError(f"weights={str(weights)!r}", "is neither a directory nor a file here", "download the checkpoint and give its directory")
+        raise PlanError(
+            f"weights={str(weights)!r}",
+            "is neither a directory nor a file here",
+            "download the checkpoint and give its directory",
+        )
     there = sorted(p.name for p in path.iterdir())[:8]
     raise PlanError(
-        f"weights={str(weights)!r}", f"holds no safetensors file (found {listed(there)})", "give a directory with *.safetensors"
+        f"weights={str(weights)!r}",
+        f"holds no safetensors file (found {listed(there)})",
+        "give a directory with *.safetensors",
     )
 
 
@@ -163,8 +177,16 @@ def _indexed(index: Path) -> Iterator[Path]:
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise PlanError(f"weights index {index}", f"cannot be read ({type(error).__name__}: {error})", "download it again") from None
+        raise PlanError(
+            f"weights index {index}",
+            f"cannot be read ({type(error).__name__}: {error})",
+            "download it again",
+        ) from None
     for name in sorted(names):
         if not (index.parent / name).is_file():
-            raise PlanError(f"weights file {index.parent / name}", f"is named by {index.name} but is not there", "download it")
+            raise PlanError(
+                f"weights file {index.parent / name}",
+                f"is named by {index.name} but is not there",
+                "download it",
+            )
         yield index.parent / name

@@ -25,11 +25,19 @@ from .stored import FileTensor, Stored, stored_tensors
 
 Weights = str | Path | Sequence[str | Path] | None
 
-PLAIN_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 LISTED_NAMES = 6
+META = torch.device("meta")
 
 
-def load(model: nn.Module, edits: Iterable[Edit], ranks: ModelRanks, weights: Weights) -> list[Edit]:
+def load(
+    model: nn.Module, edits: Iterable[Edit], ranks: ModelRanks, weights: Weights
+) -> list[Edit]:
     """Fill in the local part of every cut parameter, and return edits for the tensors that stay whole.
 
     State: holds at most this rank's parts and one tensor more. The files stay mapped only while they are read.
@@ -58,7 +66,7 @@ def _cut_in_memory(cuts: list[CutParameter], ranks: ModelRanks) -> list[Edit]:
 
 @dataclass
 class Loading:
-    """One reading of a checkpoint into a model: what is where, and what was read so far (tied tensors are read once)."""
+    """One reading of a checkpoint into a model: what is where, and what was read (tied tensors once)."""
 
     model: nn.Module
     ranks: ModelRanks
@@ -80,7 +88,9 @@ class Loading:
             assert whole is not None
             if id(whole) not in self.made:
                 stored = self._stored(self.names[id(whole)])
-                local = edit.cut.read(lambda a, b, s=stored, d=edit.cut.dim: s.slice(d, a, b), self.ranks.index)
+                local = edit.cut.read(
+                    lambda a, b, s=stored, d=edit.cut.dim: s.slice(d, a, b), self.ranks.index
+                )
                 self._make(whole, local, edit.path)
             edit.local = self.made[id(whole)]
         return []
@@ -104,11 +114,13 @@ class Loading:
         for path, module in self.model.named_modules():
             for name, buffer in _kept_buffers(module):
                 if (stored := self.stored.get(_join(path, name))) is not None:
-                    value = read_whole(stored).to(dtype=buffer.dtype, device=rank_device(buffer.device))
+                    value = read_whole(stored).to(
+                        dtype=buffer.dtype, device=rank_device(buffer.device)
+                    )
                     check_numbers(value, _join(path, name))
                     edits.append(ReplaceTensor(module, name, value))
             for name, value in computed_buffers(self.model, path, module).items():
-                edits.append(ReplaceTensor(module, name, value.to(rank_device(module._buffers[name].device))))  # type: ignore[union-attr]
+                edits.append(ReplaceTensor(module, name, value.to(rank_device(META))))
         return edits
 
     def _make(self, old: nn.Parameter, value: Tensor, name: str) -> None:
@@ -120,16 +132,23 @@ class Loading:
         return next(self.stored[n] for n in names if n in self.stored)
 
     def _check_complete(self) -> None:
-        needed = {n: p for n, p in self.model.named_parameters(remove_duplicate=False)}
-        missing = [names[0] for names in self.names.values() if not any(n in self.stored for n in names)]
+        needed = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = [
+            names[0] for names in self.names.values() if not any(n in self.stored for n in names)
+        ]
         for path, module in self.model.named_modules():
             kept = {_join(path, name): b for name, b in _kept_buffers(module)}
-            missing += [name for name, b in kept.items() if name not in self.stored and b.device.type == "meta"]
+            missing += [
+                name
+                for name, b in kept.items()
+                if name not in self.stored and b.device.type == "meta"
+            ]
             needed |= kept  # type: ignore[arg-type]
         extra = unused(self.model, self.stored, set(needed))
         if missing:
             raise PlanError(
-                f"{_some(missing)} of the model", f"is not in the weights (which hold {_some(extra) or 'nothing'} besides)",
+                f"{_some(missing)} of the model",
+                f"is not in the weights (which hold {_some(extra) or 'nothing'} besides)",
                 "use the config that belongs to these weights",
             )
         for name, tensor in needed.items():
@@ -138,23 +157,35 @@ class Loading:
         for names in self.names.values():
             self._check_tied([n for n in names if n in self.stored])
         if extra and self.ranks.groups.rank == 0:
-            warnings.warn(f"the weights hold tensors that the model does not use: {_some(extra)}", stacklevel=2)
+            warnings.warn(
+                f"the weights hold tensors that the model does not use: {_some(extra)}",
+                stacklevel=2,
+            )
 
     def _check_tied(self, names: list[str]) -> None:
         """A tied tensor that is stored twice must be stored twice the same."""
         for other in names[1:]:
             first, second = self.stored[names[0]], self.stored[other]
             rows = first.shape[0]
-            if not all(torch.equal(first.slice(0, r, r + 1), second.slice(0, r, r + 1)) for r in range(rows)):
+            if not all(
+                torch.equal(first.slice(0, r, r + 1), second.slice(0, r, r + 1))
+                for r in range(rows)
+            ):
                 raise PlanError(
-                    f"{names[0]} and {other}, which the config ties,", "have different values in the weights", "set tie_word_embeddings=False"
+                    f"{names[0]} and {other}, which the config ties,",
+                    "have different values in the weights",
+                    "set tie_word_embeddings=False",
                 )
 
 
 def read_whole(stored: Stored) -> Tensor:
     """Read all of a tensor into memory of its own: a later change of the file must not reach the model."""
     value = stored.slice(0, 0, stored.shape[0] if stored.shape else 1)
-    return value.clone(memory_format=torch.contiguous_format) if isinstance(stored, FileTensor) else value
+    return (
+        value.clone(memory_format=torch.contiguous_format)
+        if isinstance(stored, FileTensor)
+        else value
+    )
 
 
 def check_fits(name: str, stored: Stored, tensor: Tensor) -> None:
@@ -178,11 +209,13 @@ def check_numbers(value: Tensor, name: str) -> None:
     if value.device.type == "meta" or not value.is_floating_point():
         return
     if bool(torch.isnan(value.sum())) and bool(torch.isnan(value).any()):
-        raise PlanError(f"parameter {name}", "holds NaN", "repair or reload the weights; nothing was changed")
+        raise PlanError(
+            f"parameter {name}", "holds NaN", "repair or reload the weights; nothing was changed"
+        )
 
 
 def rank_device(device: torch.device) -> torch.device:
-    """Where a tensor of a meta model goes: this rank's GPU in an NCCL world, else the CPU; others stay where they are."""
+    """Where a tensor of a meta model goes: this rank's GPU in an NCCL world, else the CPU. Others stay."""
     if device.type != "meta":
         return device
     if dist.is_initialized() and "nccl" in dist.get_backend():
@@ -200,7 +233,11 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
 
 def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that belong into a checkpoint."""
-    return [(n, b) for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
+    return [
+        (n, b)
+        for n, b in module._buffers.items()
+        if b is not None and n not in module._non_persistent_buffers_set
+    ]
 
 
 def _join(path: str, name: str) -> str:
