@@ -138,19 +138,23 @@ def table(title: str, contenders: Sequence[Contender], ours: str) -> str:
     base = next(c for c in contenders if c.name == ours)
     lines = [
         title,
-        f"{'':34} {'wall ms':>26} {'CPU ms a rank':>26} {'CPU ms':>8} {'wall':>6} {'CPU':>6} {'logits':>8}",
-        f"{'':34} {'min / median / max':>26} {'min / median / max':>26} {'sum':>8} "
-        f"{'ratio':>6} {'ratio':>6} {'differ':>8}",
+        columns("", "wall ms", "CPU ms a rank", "CPU ms", "wall", "CPU", "logits"),
+        columns("", *["min / median / max"] * 2, "sum", "ratio", "ratio", "differ"),
     ]
     for c in contenders:
         most = [max(r) for r in c.cpu_ms]
         total = [sum(r) for r in c.cpu_ms]
-        lines.append(
-            f"{c.name:34} {spread(c.wall_ms):>26} {spread(most):>26} "
-            f"{statistics.median(total):8.1f} {ratio(c.wall_ms, base.wall_ms):6.2f} "
-            f"{ratio(most, [max(r) for r in base.cpu_ms]):6.2f} {c.difference:8.0e}"
-        )
+        cells = [spread(c.wall_ms), spread(most), f"{statistics.median(total):.1f}"]
+        cells += [f"{ratio(c.wall_ms, base.wall_ms):.2f}"]
+        cells += [f"{ratio(most, [max(r) for r in base.cpu_ms]):.2f}", f"{c.difference:.0e}"]
+        lines.append(columns(c.name, *cells))
     return "\n".join(lines)
+
+
+def columns(name: str, *cells: str) -> str:
+    """One line of the table."""
+    widths = (26, 26, 9, 6, 6, 7)
+    return f"{name:28}" + "".join(f"{cell:>{w}} " for cell, w in zip(cells, widths, strict=True))
 
 
 def spread(values: Sequence[float]) -> str:

@@ -142,19 +142,9 @@ def two_ranks(args: argparse.Namespace) -> None:
         contenders = [Contender(name, getattr(r, phase), False, n) for name, n, r in alone]
         contenders += [Contender(name, getattr(r, phase)) for name, r in readers.items()]
         compete(contenders, rounds, warm=1 if phase == "prefill" else 3)
-        what = (
-            f"{phase} of {args.context} tokens"
-            if phase == "prefill"
-            else f"{phase} at {args.context} tokens"
-        )
-        say(
-            "\n"
-            + table(
-                f"{what}, {rounds} rounds; ratios to plait {args.plans[0]}",
-                contenders,
-                f"plait {args.plans[0]}",
-            )
-        )
+        what = f"{phase} {'of' if phase == 'prefill' else 'at'} {args.context} tokens"
+        ours = f"plait {args.plans[0]}"
+        say("\n" + table(f"{what}, {rounds} rounds; ratios to {ours}", contenders, ours))
     dist.destroy_process_group()
 
 
