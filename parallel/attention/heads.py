@@ -32,6 +32,13 @@ def check_heads(path: str, heads: int, kv_heads: int, count: int, axes: str) -> 
         )
 
 
+def check_runs(path: str, heads: int, count: int) -> None:
+    """Refuse ranks that cannot keep equal runs of query heads after Helix's all-to-all."""
+    if heads % count:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise PlanError(f"kvp * tp = {count}", f"does not divide the {heads} query heads of {path}", f"use one of {legal}")
+
+
 def scaled(runs: Sequence[Run], width: int, offset: int = 0) -> list[Run]:
     """Turn runs of heads into runs of rows of ``width`` rows a head, after ``offset`` rows."""
     return [(offset + start * width, offset + stop * width) for start, stop in runs]

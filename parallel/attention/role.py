@@ -16,7 +16,7 @@ from ..ranks import ModelRanks
 from ..roles import Region, Shared, column_edits, cut_parameter, plain_linear, row_edits
 from ..tensor import Link
 from .gradients import dropout_edits, held_gradient_edits
-from .heads import check_heads, kv_cut, query_cut, stacked_cut
+from .heads import check_heads, check_runs, kv_cut, query_cut, stacked_cut
 from .helix import HelixLayer, helix_edits
 
 
@@ -57,6 +57,7 @@ class Attention:
         helix = ranks.helix is not None and not self.window
         count, order = (ranks.tp, ranks.tp_order) if helix else (ranks.size, ranks.run_order)
         check_heads(path, self.heads, self.kv_heads, count, "tp" if helix or ranks.kvp == 1 else "kvp * tp")
+        check_runs(path, self.heads, ranks.size)
         edits: list[Edit] = self._input_edits(module, path, ranks, count, order)
         edits += self._count_edits(module, count)
         for name in self.norms:
