@@ -28,7 +28,7 @@ class Footprint(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
-                self._add(leaf)
+                self._see(leaf, (args, kwargs))
         return result
 
     def mark(self) -> int:
@@ -36,12 +36,14 @@ class Footprint(TorchDispatchMode):
         self.peak = self.live
         return self.live
 
-    def _add(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, inputs: Any) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:
             return
-        size = storage.nbytes()
+        given = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        # A view of, or a write into, something made before we looked (a weight): not made here.
+        size = 0 if any(t.untyped_storage()._cdata == key for t in given) else storage.nbytes()
 
         def dead(_: Any) -> None:
             self.live -= size

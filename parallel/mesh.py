@@ -111,17 +111,17 @@ class Mesh:
         ring, at = self.group(rank, axis), self.index(rank, axis)
         return ring[at - 1], ring[(at + 1) % len(ring)]
 
-    def picture(self, most: int = 128) -> str:
+    def picture(self, most: int = 128, widest: int = 16) -> str:
         """Draw the ranks: fastest axis across, next one down, the others as titles.
 
-        Axes of size 1 are left out. Beyond `most` ranks the rest is counted, not drawn.
+        Axes of size 1 are left out; rows of more than `widest` ranks are broken. Beyond `most` ranks the rest is
+        counted, not drawn.
         """
         axes = [(name, size) for name, size in self.axes if size > 1] or [self.axes[0]]
         (across, columns), *rest = axes
         (down, rows), *outer = rest or [("", 1)]
         width = max(len(str(self.size - 1)), len(f"{across}{columns - 1}"))
         left = len(f"{down}{rows - 1}") if down else 0
-        header = " " * left + "".join(f"  {across + str(c):>{width}}" for c in range(columns))
         lines, drawn = [], 0
         for first in range(0, self.size, rows * columns):
             if drawn >= most:
@@ -130,11 +130,15 @@ class Mesh:
             coords = self.coords(first)
             title = " ".join(f"{name}{coords[name]}" for name, _ in reversed(outer))
             lines += [title] if title else []
-            lines.append(header)
-            for row in range(rows):
-                label = f"{down}{row}" if down else ""
-                cells = (first + row * columns + column for column in range(columns))
-                lines.append(f"{label:<{left}}" + "".join(f"  {cell:>{width}}" for cell in cells))
+            for start in range(0, columns, widest):
+                part = range(start, min(columns, start + widest))
+                lines.append(" " * left + "".join(f"  {across + str(c):>{width}}" for c in part))
+                for row in range(rows):
+                    label = f"{down}{row}" if down else ""
+                    cells = (first + row * columns + column for column in part)
+                    lines.append(
+                        f"{label:<{left}}" + "".join(f"  {cell:>{width}}" for cell in cells)
+                    )
             drawn += rows * columns
         return "\n".join(lines)
 

@@ -85,9 +85,14 @@ def _communicators(said: Explanation) -> list[str]:
 
 def _bytes(said: Explanation) -> list[str]:
     held = said.weights
-    spread = f"{size(held.least)} to {size(held.most)} over the ranks"
-    times = f"{held.copy_total / max(1, held.whole):.2f} of a model that has {size(held.whole)}"
-    rows = [(held.bytes, "weights", f"{spread}; one copy's ranks hold {times}")]
+    same = held.least == held.most
+    spread = (
+        "the same on all ranks"
+        if same
+        else f"{size(held.least)} to {size(held.most)} over the ranks"
+    )
+    times = f"{held.copy_total / max(1, held.whole):.2f} x the model's {size(held.whole)}"
+    rows = [(held.bytes, "weights", f"{spread}; the ranks of one copy hold {times}")]
     if said.kv is not None:
         rows += [
             (said.kv.bytes_per_1024, "KV", "of 1024 tokens of one request"),
@@ -97,7 +102,7 @@ def _bytes(said: Explanation) -> list[str]:
     for step in said.steps:
         made = "activations and gradients" if step.name == "training" else "activations"
         rows.append(
-            (step.workspace_bytes, "workspace", f"of {step.name}: most {made} alive at once")
+            (step.workspace_bytes, "workspace", f"of {step.name}: the most {made} alive at once")
         )
     if said.kv is not None:
         total = held.bytes + said.kv.batch_bytes + said.step("decode").workspace_bytes

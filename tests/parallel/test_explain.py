@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from plait.collectives.trace import Trace
 from plait.parallel import Attention, Plan, PlanError, parallelize
 from plait.parallel.cli import app
+from plait.parallel.filling import kv_bytes
 from plait.parallel.footprint import Footprint
 from plait.parallel.report_text import ranges, size
 from plait.parallel.scopes import Scopes
@@ -62,6 +63,7 @@ def real_lists(plan: str, family: str, extra: bool = False) -> dict[str, Any]:
     with torch.no_grad():
         _, prefill = watched(model, lambda: model(ids[:1, :-1], use_cache=True, logits_to_keep=1))
         cache = model(ids[:, :-1], use_cache=True).past_key_values
+        kept = kv_bytes(cache)
         _, decode = watched(
             model, lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True)
         )
@@ -69,7 +71,7 @@ def real_lists(plan: str, family: str, extra: bool = False) -> dict[str, Any]:
         model, lambda: model(ids[:, :-1], use_cache=False).logits.sum().backward()
     )
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"decode": decode, "prefill": prefill, "training": training, "weights": held}
+    return {"decode": decode, "prefill": prefill, "training": training, "weights": held, "kv": kept}
 
 
 REAL = [
@@ -95,6 +97,7 @@ def test_real_ranks_do_exactly_what_was_explained(plan: str, family: str) -> Non
     for rank, real in enumerate(real_world(Plan.parse(plan).world_size)[plan, family]):
         said = explain(plan, tiny(family), rank=rank, batch=BATCH, context=CONTEXT, backward=True)
         assert real["weights"] == said.weights.bytes
+        assert real["kv"] == said.kv.batch_bytes
         for name in ("decode", "prefill", "training"):
             assert real[name], "an empty list would prove nothing"
             assert real[name] == plain(said.step(name).events), f"{name} on rank {rank}"
@@ -149,6 +152,8 @@ def test_helix_decode_of_405b(context: int, batch: int) -> None:
     for event in sums:
         assert event.payload_bytes == batch * 16384 * 2
         assert event.sent_bytes == round(2 * 63 / 64 * event.payload_bytes)
+    logits = 128256 * batch * 2
+    assert logits < said.step("decode").workspace_bytes < 3 * logits  # gathered, then transposed
     per_token = 2 * 3 * 8 * 128 * 2  # k and v, layers, kv heads, head dim, bf16
     assert said.kv.bytes_per_1024 == per_token * 1024 // 64
     here = context // 128 * 16 + min(context % 128, 16)  # rank 0's share with runs of 16 tokens
@@ -218,6 +223,7 @@ def test_a_long_prefill_needs_little_memory_here() -> None:
 
 
 def test_footprint_counts_what_is_alive() -> None:
+    weight = torch.empty(100, 1000, device="meta")
     with Footprint() as footprint:
         a = torch.empty(1000, device="meta")
         start = footprint.mark()
@@ -226,7 +232,9 @@ def test_footprint_counts_what_is_alive() -> None:
         c = b.sum()
         assert footprint.peak - start == 2 * 4000
         assert footprint.live - start == 4000 + 4
-        del a, b, c
+        d = a @ weight.t()  # the weight was there before: neither it nor a view of it is made here
+        assert footprint.live - start == 4000 + 4 + 400
+        del a, b, c, d
     assert footprint.live == 0
 
 

@@ -137,3 +137,11 @@ def test_picture() -> None:
     many = Mesh((("tp", 8), ("cp", 8), ("dp", 64))).picture()
     assert "... and 3968 more ranks" in many
     assert len(many.splitlines()) < 30
+
+
+def test_picture_breaks_long_rows() -> None:
+    lines = Mesh((("ep", 20),)).picture().split("\n")
+    assert [line.split() for line in lines] == [
+        [f"ep{i}" for i in range(16)], [str(i) for i in range(16)],
+        ["ep16", "ep17", "ep18", "ep19"], ["16", "17", "18", "19"],
+    ]  # fmt: skip
