@@ -19,7 +19,7 @@ from ..collectives.primitive import message_device
 from ..kvstore import KVSpec, KVStore
 from .agreement import agree, announce, tensor_digest
 from .attention.cache import HelixCache, refuse_cache
-from .attention.helix import HelixLayer, HelixState, helix_attention
+from .attention.helix import RUNNING, HelixLayer, HelixState, helix_attention
 from .edits import AddHook, Edit, SetAttribute
 from .errors import PlanError
 from .families import decoder_layers
@@ -162,6 +162,8 @@ class HelixBinding:
             self.state.begin(batch, length, [0] * batch, new, None, tokens.device)
         else:
             cache.begin(batch, length, mask, tokens.device)
+        if any(p.kind is p.VAR_KEYWORD for p in self.signature.parameters.values()):
+            values[RUNNING] = (self.state.step, cache)
         return (), values
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:

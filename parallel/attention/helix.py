@@ -26,6 +26,10 @@ from .exchange import cheaper, connected, exchange_partials, gather_keys, rows_t
 from .step import Step, make_step
 
 
+RUNNING = "plait_step"
+"""Name of the keyword in which transformers models hand a forward's step down to their attention modules."""
+
+
 @dataclass
 class HelixState:
     """What the Helix layers of one model share: their ranks, and the step that runs.
@@ -253,6 +257,8 @@ def helix_edits(module: nn.Module, linear: nn.Module, path: str, cut: Cut, layer
     state = layer.state
 
     def own_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if RUNNING in kwargs:  # recomputation (gradient checkpointing) comes when later forwards may have begun
+            state.step, state.cache = kwargs.pop(RUNNING)
         step = state.running()
         if step.mode == "partials":
             return args, kwargs
