@@ -68,6 +68,7 @@ def parallelize(
     failure: Exception | None = None
     plan, groups, prepared = Plan.parse(plan) if isinstance(plan, str) else plan, None, None
     try:
+        refuse_empty(model, weights)
         groups = open_groups(model, plan, rules)
     except Exception as error:
         failure = error
@@ -94,6 +95,12 @@ def open_groups(model: nn.Module, plan: Plan, rules: Rules | None) -> Groups:
         plan.validate(shape_of(model))
     refuse_later_axes(plan, rules)
     return Groups.create(Folding.of(plan))
+
+
+def refuse_empty(model: nn.Module, weights: Any) -> None:
+    """Refuse a meta model without weights to fill it from."""
+    if weights is None and any(p.device.type == "meta" for p in model.parameters()):
+        raise PlanError("parallelize", "was given a model on meta and no weights", "pass weights=, a directory with safetensors")
 
 
 def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:

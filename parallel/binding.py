@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
@@ -57,7 +58,35 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
     edits: list[Edit] = [AddHook(lambda: model.register_forward_pre_hook(compare, with_kwargs=True))]
     if original is not None:
         edits.append(SetAttribute(model, "generate", types.MethodType(generate, model)))
-    return edits
+    return [*edits, SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model))]
+
+
+def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
+    """Make a ``save_pretrained`` for a cut model: what it writes is a plain checkpoint of the whole model."""
+    original, config = model.save_pretrained, model.config
+
+    def save_pretrained(self: Any, directory: Any, **options: Any) -> None:
+        """Write the whole model as transformers does.
+
+        Collective: all ranks of the model copy; an all-gather per cut parameter. The first rank holds the whole and writes.
+        """
+        whole: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if ranks.index == 0:
+                whole[name] = full
+        failure: Exception | None = None
+        private, self.config = self.config, config
+        try:
+            if ranks.index == 0:
+                original(directory, state_dict=whole, **options)
+        except Exception as error:
+            failure = error
+        finally:
+            self.config = private
+        agree(ranks.all, {}, failure)  # nobody goes on before the files are there, or knows why they are not
+
+    return save_pretrained
 
 
 def share_random_state(ranks: ModelRanks) -> None:

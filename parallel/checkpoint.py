@@ -1,7 +1,7 @@
 """State dicts of a cut model: DTensors under the model's own names, so that any plan reads what another wrote.
 
 Each cut parameter appears with its whole shape, cut like ``torch.chunk`` over one 1-D mesh of all ranks of the model
-copy in *run order* (see docs/decisions/005-state-dicts.md), whatever runs of it the ranks hold in the model.
+copy in *run order* (see docs/decisions/009-state-dicts.md), whatever runs of it the ranks hold in the model.
 """
 
 from __future__ import annotations
