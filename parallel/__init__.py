@@ -4,6 +4,7 @@ from .api import parallelize, unparallelize
 from .attention.mla import Mla
 from .attention.role import Attention
 from .axes import Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
+from .checkpoint import track_optimizer
 from .errors import PlanError
 from .plan import Plan
 
@@ -20,5 +21,6 @@ __all__ = [
     "Tensor",
     "Ulysses",
     "parallelize",
+    "track_optimizer",
     "unparallelize",
 ]

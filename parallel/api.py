@@ -12,6 +12,7 @@ from torch import nn
 from ..kvstore import KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
+from .checkpoint.weights import load
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
 from .families import is_transformers, roles_of
@@ -22,7 +23,6 @@ from .ranks import ModelRanks
 from .roles import Role
 from .rules import Rules, match, snippet
 from .shape import ModelShape
-from .weights import load
 
 
 @dataclass
@@ -167,7 +167,7 @@ def find_roles(model: nn.Module, shape: ModelShape, plan: Plan, rules: Rules | N
 
 def commit(model: nn.Module, edits: list[Edit], done: Parallelized) -> nn.Module:
     """Make the prepared changes."""
-    from .checkpoint import state_dict_edits  # DTensor takes a while to import
+    from .checkpoint.state_dict import state_dict_edits  # DTensor takes a while to import
 
     done.edits.apply([*edits, *state_dict_edits(model, [e for e in edits if isinstance(e, CutParameter)], done.ranks)])
     for parameter in done.parameters():

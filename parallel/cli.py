@@ -76,7 +76,7 @@ def explain(
 ) -> None:
     """Show the mesh, the bytes of each rank and every collective of MODEL under PLAN; no ranks are started."""
     from .errors import PlanError
-    from .explain import token_count
+    from .explain.run import token_count
     from .plan import Plan
 
     try:

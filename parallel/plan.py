@@ -131,7 +131,7 @@ class Plan:
 
     def explain(self, model: Any, **options: Any) -> Any:
         """Say what each rank would hold and send; needs no ranks."""
-        from .explain import explain  # type: ignore[import-not-found]
+        from .explain import explain
 
         return explain(self, model, **options)
 

@@ -12,7 +12,15 @@ from .edits import AddHook, CutParameter, Edit, SetAttribute, SumGradient, SwapC
 from .errors import PlanError
 from .layout import Cut
 from .ranks import ModelRanks
-from .tensor import ColumnLinear, GatheredLinear, Link, RowLinear, VocabEmbedding, VocabHead, Vocabulary
+from .tensor import (
+    ColumnLinear,
+    GatheredLinear,
+    Link,
+    RowLinear,
+    VocabEmbedding,
+    VocabHead,
+    Vocabulary,
+)
 
 
 class Role(Protocol):

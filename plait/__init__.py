@@ -14,6 +14,7 @@ from .parallel import (
     Tensor,
     Ulysses,
     parallelize,
+    track_optimizer,
     unparallelize,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "World",
     "init",
     "parallelize",
+    "track_optimizer",
     "unparallelize",
 ]

@@ -25,7 +25,6 @@ from ..tensor import Link, RowLinear
 from .exchange import cheaper, connected, exchange_partials, gather_keys, rows_to_heads
 from .step import Step, make_step
 
-
 RUNNING = "plait_step"
 """Name of the keyword in which transformers models hand a forward's step down to their attention modules."""
 

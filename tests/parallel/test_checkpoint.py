@@ -19,10 +19,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from plait.collectives import primitive
-from plait.parallel import checkpoint, parallelize, unparallelize
-from plait.parallel.checkpoint import in_place
+from plait.parallel import parallelize, unparallelize
+from plait.parallel.checkpoint import state_dict as checkpoint
+from plait.parallel.checkpoint.moments import track_optimizer
+from plait.parallel.checkpoint.state_dict import in_place
 from plait.parallel.edits import CutParameter
-from plait.parallel.moments import track_optimizer
 from world import RankError, run_world
 
 pytestmark = pytest.mark.filterwarnings(

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 from plait.collectives.trace import Trace
 from plait.parallel import Attention, Plan, PlanError, parallelize
 from plait.parallel.cli import app
-from plait.parallel.filling import kv_bytes
-from plait.parallel.footprint import Footprint
-from plait.parallel.report_text import ranges, size
-from plait.parallel.scopes import Scopes
-from plait.parallel.twin import config_at
+from plait.parallel.explain.filling import kv_bytes
+from plait.parallel.explain.footprint import Footprint
+from plait.parallel.explain.scopes import Scopes
+from plait.parallel.explain.text import ranges, size
+from plait.parallel.explain.twin import config_at
 from world import run_world
 
 

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plait.parallel import Plan, parallelize, weights
+from plait.parallel import Plan, parallelize
+from plait.parallel.checkpoint import weights
+from plait.parallel.checkpoint.stored import Joined, Stacked
 from plait.parallel.errors import PlanError
-from plait.parallel.stored import Joined, Stacked
 from world import run_world
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

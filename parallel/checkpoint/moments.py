@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import as_dtensor, check_shape, local_part
-from .edits import CutParameter
+from ..edits import CutParameter
+from .state_dict import as_dtensor, check_shape, local_part
 
 
 def track_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

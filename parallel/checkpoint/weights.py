@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..edits import CutParameter, Edit, ReplaceTensor
+from ..errors import PlanError, listed
+from ..ranks import ModelRanks
 from .buffers import computed_buffers
 from .conversion import by_model_names, unused
-from .edits import CutParameter, Edit, ReplaceTensor
-from .errors import PlanError, listed
-from .ranks import ModelRanks
 from .stored import FileTensor, Stored, stored_tensors
 
 Weights = str | Path | Sequence[str | Path] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..collectives.trace import Event
+from ...collectives.trace import Event
 from .report import Axes, Explanation, Traced, Unit
 
 

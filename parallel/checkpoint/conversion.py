@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import PlanError
-from .families import is_transformers
+from ..errors import PlanError
+from ..families import is_transformers
 from .stored import Joined, Stacked, Stored
 
 Sources = dict[str, list[Stored]]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import PlanError, suggestion
+from ..families import is_transformers
 from .catalogue import CATALOGUE
-from .errors import PlanError, suggestion
-from .families import is_transformers
 
 
 def twin_of(model: Any, dtype: torch.dtype | None = None) -> nn.Module:

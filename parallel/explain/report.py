@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
-from ..collectives.trace import Event
+from ...collectives.trace import Event
 
 Axes = tuple[tuple[str, int], ...]
 
@@ -153,6 +153,6 @@ class Explanation:
         return json.dumps(data, indent=indent)
 
     def __str__(self) -> str:
-        from .report_text import text
+        from .text import text
 
         return text(self)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..collectives.primitive import chunk_sizes
-from .agreement import agree
-from .edits import AddHook, CutParameter, Edit
-from .errors import PlanError
-from .layout import Cut, Run
-from .ranks import ModelRanks
+from ...collectives.primitive import chunk_sizes
+from ..agreement import agree
+from ..edits import AddHook, CutParameter, Edit
+from ..errors import PlanError
+from ..layout import Cut, Run
+from ..ranks import ModelRanks
 
 MESH_NAME = "ffn_tp"
 

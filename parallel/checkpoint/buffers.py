@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError
-from .families import is_transformers
+from ..errors import PlanError
+from ..families import is_transformers
 
 
 def computed_buffers(model: nn.Module, path: str, module: nn.Module) -> dict[str, Tensor]:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collectives.trace import Trace
-from .api import commit, prepare, refuse_later_axes, shape_of
+from ...collectives.trace import Trace
+from ..api import commit, prepare, refuse_later_axes, shape_of
+from ..errors import PlanError
+from ..families import is_transformers
+from ..folding import Folding
+from ..groups import Groups
+from ..plan import Plan
+from ..rules import Rules
 from .by_shape import ByShape
-from .errors import PlanError
-from .families import is_transformers
 from .filling import empty_cache, fill, kv_bytes, shapes_of_one_token
-from .folding import Folding
 from .footprint import Footprint
-from .groups import Groups
-from .plan import Plan
 from .report import Communicator, Explanation, KeysAndValues, Traced, Weights
-from .rules import Rules
 from .scopes import Scopes
 from .twin import twin_of
 

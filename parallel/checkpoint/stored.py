@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .errors import PlanError, listed
+from ..errors import PlanError, listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..collectives.trace import Trace
+from ...collectives.trace import Trace
 
 
 class Scopes:
