@@ -6,7 +6,7 @@ from collections.abc import Sequence as Listing
 
 import numpy as np
 
-from .errors import IntegrityError
+from .errors import IntegrityError, StepError
 from .page import PageState
 from .pool import PagePool
 from .sequence import Sequence
@@ -33,3 +33,25 @@ def check_holders(pool: PagePool, sequences: Listing[Sequence]) -> None:
         if (pool.states[step.pages] != PageState.RESERVED).any():
             raise IntegrityError("an open step holds a page that is not RESERVED")
     pool.check_integrity(holders)
+
+
+def totals(pool: PagePool, sequences: int) -> dict[str, int]:
+    """Count pages and bytes of a pool since it was made."""
+    counters = pool.counters
+    return {
+        "pages": pool.capacity,
+        "pages_free": pool.free_pages,
+        "pages_allocated": counters.allocated,
+        "pages_freed": counters.freed,
+        "pages_shared": counters.shared,
+        "pages_copied": counters.copied,
+        "times_grown": counters.grown,
+        "bytes_used": pool.used_bytes,
+        "bytes_held": pool.capacity * pool.spec.bytes_per_page,
+        "sequences": sequences,
+    }
+
+
+def busy(seq: Sequence) -> StepError:
+    """Say that a sequence is in the middle of a step."""
+    return StepError(f"sequence {seq.number} has an open step; commit or abort it first")

@@ -21,7 +21,7 @@ from .attention import (
     row_pointers,
     with_sink,
 )
-from .audit import check_holders
+from .audit import busy, check_holders, totals
 from .errors import PoolExhausted, StepError
 from .pool import PagePool
 from .sequence import Sequence
@@ -101,7 +101,7 @@ class KVStore:
             for seq in _listed(seqs):
                 seq.require_open()
                 if seq.step is not None and len(seq.step.seqs) > 1:
-                    raise _busy(seq)
+                    raise busy(seq)
                 if seq.step is not None:
                     self.abort(seq.step)
                 self.pool.release(seq.pages)
@@ -134,7 +134,7 @@ class KVStore:
             for seq in seqs:
                 seq.require_open()
                 if seq.step is not None:
-                    raise _busy(seq)
+                    raise busy(seq)
             if any(not 0 <= i < len(seqs) for i in order):
                 raise IndexError(f"reorder: indices {order} must be in [0, {len(seqs)})")
             used: set[int] = set()
@@ -154,7 +154,7 @@ class KVStore:
         with self._lock:
             seq.require_open()
             if seq.step is not None:
-                raise _busy(seq)
+                raise busy(seq)
             if not 0 <= length <= seq.length:
                 raise ValueError(
                     f"truncate to {length}: sequence {seq.number} has {seq.length} tokens"
@@ -185,7 +185,7 @@ class KVStore:
             for seq in seqs:
                 self._own(seq)
                 if seq.step is not None:
-                    raise _busy(seq)
+                    raise busy(seq)
             if len({seq.number for seq in seqs}) < len(seqs):
                 raise StepError("reserve: a sequence is named twice; give each once")
             step = make_step(self.pool, seqs, counts, self._allocate)
@@ -364,15 +364,7 @@ class KVStore:
     def counters(self) -> dict[str, int]:
         """Count pages, bytes and sequences since the store was made."""
         with self._lock:
-            pool = self.pool
-            return {
-                "pages": pool.capacity, "pages_free": pool.free_pages,
-                "pages_allocated": pool.counters.allocated, "pages_freed": pool.counters.freed,
-                "pages_shared": pool.counters.shared, "pages_copied": pool.counters.copied,
-                "times_grown": pool.counters.grown, "bytes_used": pool.used_bytes,
-                "bytes_held": pool.capacity * self.spec.bytes_per_page,
-                "sequences": len(self._sequences),
-            }  # fmt: skip
+            return totals(self.pool, len(self._sequences))
 
     def check_integrity(self) -> None:
         """Prove the store's invariants: counts, states, free list, lengths.
@@ -403,7 +395,3 @@ class KVStore:
 
 def _listed(seqs: Sequence | Iterable[Sequence]) -> list[Sequence]:
     return [seqs] if isinstance(seqs, Sequence) else list(seqs)
-
-
-def _busy(seq: Sequence) -> StepError:
-    return StepError(f"sequence {seq.number} has an open step; commit or abort it first")
