@@ -59,9 +59,7 @@ def explain(
     Raises:
         PlanError: the plan does not fit the model, or a size is not one.
     """
-    for name, value in (("batch", batch), ("context", context)):
-        if value < 1:
-            raise PlanError(f"{name}={value}", "is not positive", f"use {name} >= 1")
+    _positive(batch=batch, context=context)
     twin = twin_of(model, dtype)
     plan.validate(shape_of(twin))
     run, left_out = executed(plan, rules)
@@ -69,11 +67,9 @@ def explain(
     with torch.random.fork_rng(devices=[]), Groups.fake(folding, rank) as groups:
         whole = sum(p.numel() * p.element_size() for p in twin.parameters())
         edits, done = prepare(twin, run, groups, rules=rules)
-        commit(twin, edits, done)
-        runs = _Runs(twin, groups, batch, context, inputs)
+        runs = _Runs(commit(twin, edits, done), groups, batch, context, inputs)
         with ByShape():
             steps = runs.all(backward)
-        communicators = tuple(Communicator(axes, ranks) for ranks, axes in groups.made.items())
         return Explanation(
             plan=str(plan),
             executed=str(run),
@@ -86,13 +82,19 @@ def explain(
             picture=folding.picture(),
             attention=folding.attention.axes,
             experts=folding.experts.axes,
-            communicators=communicators,
+            communicators=tuple(Communicator(axes, ranks) for ranks, axes in groups.made.items()),
             weights=_weights(twin, done, whole),
             kv=runs.kv,
             steps=steps,
             left_out=left_out,
             notes=runs.notes(),
         )
+
+
+def _positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise PlanError(f"{name}={value}", "is not positive", f"use {name} >= 1")
 
 
 def token_count(text: str) -> int:
