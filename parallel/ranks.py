@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,12 +84,12 @@ class ModelRanks:
         """The run of query heads this rank keeps."""
         return self.run_order[self.index]
 
-    @property
+    @cached_property
     def all(self) -> Group:
         """The group of all ranks of the model copy (``ffn_tp``), in order of index."""
         return self.groups.group("tp", "kvp")
 
-    @property
+    @cached_property
     def kvp_group(self) -> Group:
         """The group along which the KV cache is cut, in order of k."""
         return self.groups.group("kvp")
