@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from models import tiny, tokens
 from torch import Tensor
 
-from models import tiny, tokens
 from plait.collectives import primitive
 from plait.parallel import parallelize, unparallelize
 from world import run_world
@@ -68,7 +68,9 @@ def far(found: Tensor, expected: Tensor) -> float:
     """Relative error; infinite where the shapes differ, and where something is not finite."""
     if found.shape != expected.shape:
         return float("inf")
-    error = (found.detach() - expected.detach()).abs().max() / expected.detach().abs().max().clamp_min(1e-30)
+    error = (
+        found.detach() - expected.detach()
+    ).abs().max() / expected.detach().abs().max().clamp_min(1e-30)
     return float(error) if bool(torch.isfinite(error)) else float("inf")
 
 
@@ -79,8 +81,12 @@ def mask_of(batch: int = 3) -> Tensor:
 
 def loss_of(logits: Tensor, mask: Tensor) -> Tensor:
     """A loss that every logit of every real token moves, in its own direction, in the logits' own dtype."""
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5), dtype=logits.dtype)
-    return ((weights * logits + 0.05 * logits.square()) * mask[..., None].to(logits.dtype)).sum() / mask.sum()
+    weights = torch.randn(
+        logits.shape, generator=torch.Generator().manual_seed(5), dtype=logits.dtype
+    )
+    return (
+        (weights * logits + 0.05 * logits.square()) * mask[..., None].to(logits.dtype)
+    ).sum() / mask.sum()
 
 
 def train(pair: Pair) -> dict[str, float]:
@@ -103,7 +109,9 @@ def train(pair: Pair) -> dict[str, float]:
 def gradient_errors(pair: Pair) -> dict[str, float]:
     """Error of each parameter's gradient; cut ones are joined from all ranks."""
     expected = dict(pair.reference.named_parameters())
-    return {name: gradient_error(pair, p, expected[name]) for name, p in pair.model.named_parameters()}
+    return {
+        name: gradient_error(pair, p, expected[name]) for name, p in pair.model.named_parameters()
+    }
 
 
 def gradient_error(pair: Pair, found: Any, expected: Any) -> float:
@@ -114,9 +122,13 @@ def gradient_error(pair: Pair, found: Any, expected: Any) -> float:
     grad = torch.zeros_like(found) if found.grad is None else found.grad
     if cut is not None:
         sizes = [cut.extent(j) for j in range(ranks.size)]
-        every = torch.split(primitive.all_gather(grad.contiguous(), ranks.all, sizes, cut.dim), sizes, cut.dim)
+        every = torch.split(
+            primitive.all_gather(grad.contiguous(), ranks.all, sizes, cut.dim), sizes, cut.dim
+        )
         # a run that several ranks hold must have the same gradient on each of them
-        rejoined = [far(cut.take(cut.join(every), j), part) for j, part in enumerate(every) if part.numel()]
+        rejoined = [
+            far(cut.take(cut.join(every), j), part) for j, part in enumerate(every) if part.numel()
+        ]
         return max(far(cut.join(every), expected.grad), *rejoined)
     return far(grad, expected.grad)
 
@@ -176,7 +188,10 @@ def undo(pair: Pair) -> dict[str, float]:
     unparallelize(pair.model)
     expected = dict(pair.reference.state_dict())
     found = dict(pair.model.state_dict())
-    weights = max([same(found[n], expected[n]) for n in expected] + [0.0 if found.keys() == expected.keys() else 9.0])
+    weights = max(
+        [same(found[n], expected[n]) for n in expected]
+        + [0.0 if found.keys() == expected.keys() else 9.0]
+    )
     ids = tokens(2, 9, pair.reference.config.vocab_size)
     with torch.no_grad():
         outputs = same(pair.model(ids).logits, pair.reference(ids).logits)
@@ -191,7 +206,9 @@ PARTS: dict[str, Callable[[Pair], dict[str, float]]] = {
 }
 
 
-def measure(each: Case, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> dict[str, float]:
+def measure(
+    each: Case, around: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> dict[str, float]:
     """All errors of one case on this rank. ``around`` is a mutation that a negative control brings."""
     with around():
         pair = Pair.of(each)
@@ -208,7 +225,9 @@ def measure_all(cases: Sequence[Case]) -> list[dict[str, float] | str]:
         try:
             answers.append(measure(each))
         except Exception as error:
-            error.add_note(f"in {each.name}, rank {dist.get_rank() if dist.is_initialized() else 0}")
+            error.add_note(
+                f"in {each.name}, rank {dist.get_rank() if dist.is_initialized() else 0}"
+            )
             answers.append("".join(traceback.format_exception(error)))
     return answers
 

@@ -22,7 +22,11 @@ SIZES: dict[str, Any] = {
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # name: (config class, model class, what differs from SIZES; None removes)
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"hidden_size": 64, "head_dim": None}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 7}),
@@ -36,7 +40,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 8,
         },
     ),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"hidden_size": 64, "pad_token_id": 0, "head_dim": None}),
+    "phi3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {"hidden_size": 64, "pad_token_id": 0, "head_dim": None},
+    ),
     "gpt_neox": (
         "GPTNeoXConfig",
         "GPTNeoXForCausalLM",
@@ -61,7 +69,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "intermediate_size": 36}),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "intermediate_size": 36},
+    ),
     "gpt_oss": (
         "GptOssConfig",
         "GptOssForCausalLM",
@@ -73,7 +85,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
-}  # fmt: skip
+}
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -85,7 +97,9 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float64, **chang
     short = {"heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "layers": "num_hidden_layers",
              "hidden": "hidden_size", "ffn": "intermediate_size", "vocab": "vocab_size"}  # fmt: skip
     values = {**SIZES, **differs, **{short.get(k, k): v for k, v in changes.items()}}
-    config = getattr(transformers, config_name)(**{k: v for k, v in values.items() if v is not None})
+    config = getattr(transformers, config_name)(
+        **{k: v for k, v in values.items() if v is not None}
+    )
     config._experts_implementation = "eager"  # the grouped one has no float64
     model = getattr(transformers, model_name)(config).to(dtype).eval()
     fill(model, seed)

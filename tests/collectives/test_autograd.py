@@ -20,14 +20,18 @@ WORLD = 3
 
 def drawn(rank: int, *shape: int, seed: int = 0) -> Tensor:
     """A tensor that every rank can make for any rank."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + rank), dtype=torch.float64)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(1000 * seed + rank), dtype=torch.float64
+    )
 
 
 def group() -> Any:
     return dist.group.WORLD
 
 
-WRONG: list[str] = []  # collected, not raised at once: a rank that stops early would leave the others waiting
+WRONG: list[
+    str
+] = []  # collected, not raised at once: a rank that stops early would leave the others waiting
 
 
 def close(found: Tensor | None, expected: Tensor) -> None:
@@ -64,7 +68,10 @@ def every_primitive() -> None:
     receive = [send[k][r] for k in range(n)]
     expected = torch.cat([torch.split(rows[k], send[k])[r] for k in range(n)])
     close(primitive.all_to_all(rows[r], group(), send[r], receive), expected)
-    close(primitive.all_to_all(drawn(r, 3, 2), group()), torch.stack([drawn(k, 3, 2)[r] for k in range(n)]))
+    close(
+        primitive.all_to_all(drawn(r, 3, 2), group()),
+        torch.stack([drawn(k, 3, 2)[r] for k in range(n)]),
+    )
     with pytest.raises(ValueError, match="sizes say"):
         primitive.all_gather(x, group(), [1, 1, 1])
 
@@ -111,7 +118,9 @@ def gathers() -> None:
     ups = [drawn(k, 2, 5, seed=4) for k in range(n)]
     for partial in (False, True):
         x = parts[r].clone().requires_grad_()
-        autograd.gather(x, group(), 1, sizes, partial=partial).backward(ups[r] if partial else ups[0])
+        autograd.gather(x, group(), 1, sizes, partial=partial).backward(
+            ups[r] if partial else ups[0]
+        )
         whole = sum(ups) if partial else ups[0]
         close(x.grad, torch.split(whole, sizes, 1)[r])  # type: ignore[arg-type]
 

@@ -11,10 +11,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-
 from exactness import far
 from models import tiny, tokens
+from torch import nn
+
 from plait.parallel import Attention, Plan, PlanError, api, edits, parallelize, unparallelize
 from plait.parallel.agreement import RanksDisagree
 from world import run_world
@@ -22,14 +22,21 @@ from world import run_world
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Everything parallelize touches: parameters by identity, classes, hooks, own attributes, configs."""
-    found: dict[str, Any] = {f"parameter {n}": (id(p), p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, Any] = {
+        f"parameter {n}": (id(p), p.detach().clone())
+        for n, p in model.named_parameters(remove_duplicate=False)
+    }
     for name, module in model.named_modules():
         found[f"class {name}"] = type(module)
         for key, value in vars(module).items():
             if key.endswith("_hooks"):
                 found[f"{name}.{key}"] = len(value)
             elif key not in {"_parameters", "_buffers", "_modules"}:
-                found[f"{name}.{key}"] = id(value) if not isinstance(value, (int, float, str, bool, type(None))) else value
+                found[f"{name}.{key}"] = (
+                    id(value)
+                    if not isinstance(value, (int, float, str, bool, type(None)))
+                    else value
+                )
         config = getattr(module, "config", None)
         if config is not None:
             found[f"attention {name}"] = config._attn_implementation
@@ -69,7 +76,9 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"wq": nn.Linear(8, 8), "wo": nn.Linear(8, 8)}) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"wq": nn.Linear(8, 8), "wo": nn.Linear(8, 8)}) for _ in range(2)]
+        )
         self.head = nn.Linear(8, 11)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -137,8 +146,8 @@ def twice(model: Any) -> None:
 def restore_identity(model: Any) -> None:
     """Undo; the weights come back as new tensors, so the fingerprint is made to compare values only."""
     unparallelize(model)
-    fresh = {n: p for n, p in model.named_parameters()}
-    original = {n: p for n, p in ORIGINAL[0].items()}
+    fresh = dict(model.named_parameters())
+    original = dict(ORIGINAL[0])
     for name, p in fresh.items():
         assert torch.equal(p, original[name])
         module, _, last = name.rpartition(".")
@@ -169,35 +178,138 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
     # name: (model, call, kind of error, words in its text on every rank)
     "plan text": (llama, lambda m: parallelize(m, "tq2"), "PlanError", ("tq",)),
     "plan option": (llama, lambda m: parallelize(m, "tp2:spp"), "PlanError", ("spp",)),
-    "world too small": (llama, lambda m: parallelize(m, "tp4"), "PlanError", ("world_size=2", "4 ranks")),
-    "world too large": (llama, lambda m: parallelize(m, Plan()), "PlanError", ("world_size=2", "1 ranks")),
-    "heads": (lambda: tiny("llama", heads=3, kv_heads=3), lambda m: parallelize(m, "tp2"), "PlanError", ("tp=2", "kv_heads=3", "use tp in")),
-    "kv heads": (lambda: tiny("llama", heads=8, kv_heads=1), lambda m: parallelize(m, "tp2"), "PlanError", ("tp=2", "kv_heads=1", "replicate_kv=true")),
-    "kvp heads": (lambda: tiny("llama", heads=3, kv_heads=1), lambda m: parallelize(m, "kvp2"), "PlanError", ("heads=3",)),
+    "world too small": (
+        llama,
+        lambda m: parallelize(m, "tp4"),
+        "PlanError",
+        ("world_size=2", "4 ranks"),
+    ),
+    "world too large": (
+        llama,
+        lambda m: parallelize(m, Plan()),
+        "PlanError",
+        ("world_size=2", "1 ranks"),
+    ),
+    "heads": (
+        lambda: tiny("llama", heads=3, kv_heads=3),
+        lambda m: parallelize(m, "tp2"),
+        "PlanError",
+        ("tp=2", "kv_heads=3", "use tp in"),
+    ),
+    "kv heads": (
+        lambda: tiny("llama", heads=8, kv_heads=1),
+        lambda m: parallelize(m, "tp2"),
+        "PlanError",
+        ("tp=2", "kv_heads=1", "replicate_kv=true"),
+    ),
+    "kvp heads": (
+        lambda: tiny("llama", heads=3, kv_heads=1),
+        lambda m: parallelize(m, "kvp2"),
+        "PlanError",
+        ("heads=3",),
+    ),
     "sp and kvp": (llama, lambda m: parallelize(m, "tp2:sp kvp2"), "PlanError", ("sp", "kvp")),
     "dp": (llama, lambda m: parallelize(m, "dp2"), "PlanError", ("dp=2", "not executed yet")),
     "pp": (llama, lambda m: parallelize(m, "pp2"), "PlanError", ("pp=2", "not executed yet")),
     "cp": (llama, lambda m: parallelize(m, "cp2"), "PlanError", ("cp=2", "not executed yet")),
-    "ulysses": (llama, lambda m: parallelize(m, "cp2:ulysses"), "PlanError", ("cp=2", "not executed yet")),
-    "ep": (lambda: tiny("mixtral"), lambda m: parallelize(m, "tp2 ep2"), "PlanError", ("ep=2", "not executed yet")),
-    "ep without experts": (llama, lambda m: parallelize(m, "tp2 ep2"), "PlanError", ("ep=2", "none")),
-    "chunks": (llama, lambda m: parallelize(m, "kvp2,chunks=2"), "PlanError", ("chunks=2", "not executed yet")),
-    "etp of biased experts": (lambda: tiny("gpt_oss"), lambda m: parallelize(m, "tp2 etp2"), "PlanError", ("etp=2",)),
-    "unknown model": (Plain, lambda m: parallelize(m, "tp2"), "PlanError", ("Plain", "rules", '"blocks.*.wq": "colwise"')),
-    "rule without a match": (Plain, lambda m: parallelize(m, "tp2", rules={"blocks.*.wk": "colwise"}), "PlanError", ("blocks.*.wk", "matches no module", "blocks.*.wq")),
-    "rule of a wrong style": (Plain, lambda m: parallelize(m, "tp2", rules={"blocks.*.wq": "colwize"}), "PlanError", ("colwize", "colwise")),
-    "rule of wrong heads": (Plain, lambda m: parallelize(m, "tp2", rules={"blocks.*": Attention(heads=4, kv_heads=4, head_dim=3, q="wq", k="wq", v="wq", o="wo")}), "PlanError", ("wq.weight has shape [8, 8]",)),
-    "rule of no linear": (Plain, lambda m: parallelize(m, "tp2", rules={"blocks.*": "colwise"}), "PlanError", ("ModuleDict", "Linear")),
-    "NaN on all": (lambda: with_nan(None), lambda m: parallelize(m, "tp2"), "PlanError", ("NaN", "up_proj")),
-    "missing weights": (llama, lambda m: parallelize(m, "tp2", weights="/no/such/folder"), "PlanError", ("/no/such/folder",)),
+    "ulysses": (
+        llama,
+        lambda m: parallelize(m, "cp2:ulysses"),
+        "PlanError",
+        ("cp=2", "not executed yet"),
+    ),
+    "ep": (
+        lambda: tiny("mixtral"),
+        lambda m: parallelize(m, "tp2 ep2"),
+        "PlanError",
+        ("ep=2", "not executed yet"),
+    ),
+    "ep without experts": (
+        llama,
+        lambda m: parallelize(m, "tp2 ep2"),
+        "PlanError",
+        ("ep=2", "none"),
+    ),
+    "chunks": (
+        llama,
+        lambda m: parallelize(m, "kvp2,chunks=2"),
+        "PlanError",
+        ("chunks=2", "not executed yet"),
+    ),
+    "etp of biased experts": (
+        lambda: tiny("gpt_oss"),
+        lambda m: parallelize(m, "tp2 etp2"),
+        "PlanError",
+        ("etp=2",),
+    ),
+    "unknown model": (
+        Plain,
+        lambda m: parallelize(m, "tp2"),
+        "PlanError",
+        ("Plain", "rules", '"blocks.*.wq": "colwise"'),
+    ),
+    "rule without a match": (
+        Plain,
+        lambda m: parallelize(m, "tp2", rules={"blocks.*.wk": "colwise"}),
+        "PlanError",
+        ("blocks.*.wk", "matches no module", "blocks.*.wq"),
+    ),
+    "rule of a wrong style": (
+        Plain,
+        lambda m: parallelize(m, "tp2", rules={"blocks.*.wq": "colwize"}),
+        "PlanError",
+        ("colwize", "colwise"),
+    ),
+    "rule of wrong heads": (
+        Plain,
+        lambda m: parallelize(
+            m,
+            "tp2",
+            rules={
+                "blocks.*": Attention(
+                    heads=4, kv_heads=4, head_dim=3, q="wq", k="wq", v="wq", o="wo"
+                )
+            },
+        ),
+        "PlanError",
+        ("wq.weight has shape [8, 8]",),
+    ),
+    "rule of no linear": (
+        Plain,
+        lambda m: parallelize(m, "tp2", rules={"blocks.*": "colwise"}),
+        "PlanError",
+        ("ModuleDict", "Linear"),
+    ),
+    "NaN on all": (
+        lambda: with_nan(None),
+        lambda m: parallelize(m, "tp2"),
+        "PlanError",
+        ("NaN", "up_proj"),
+    ),
+    "missing weights": (
+        llama,
+        lambda m: parallelize(m, "tp2", weights="/no/such/folder"),
+        "PlanError",
+        ("/no/such/folder",),
+    ),
     "other plans": (llama, plans, "RanksDisagree", ("plan", "tp2", "kvp2")),
     "one plan fails": (llama, one_plan_fails, "PlanError", ("tp=3", "use tp in {1, 2, 4}")),
-    "other weights": (other_weights, lambda m: parallelize(m, "tp2"), "RanksDisagree", ("model", "rank")),
-    "other shapes": (other_shape, lambda m: parallelize(m, "tp2"), "RanksDisagree", ("model", "rank")),
+    "other weights": (
+        other_weights,
+        lambda m: parallelize(m, "tp2"),
+        "RanksDisagree",
+        ("model", "rank"),
+    ),
+    "other shapes": (
+        other_shape,
+        lambda m: parallelize(m, "tp2"),
+        "RanksDisagree",
+        ("model", "rank"),
+    ),
     "twice": (remembered, twice, "PlanError", ("was called before", "tp2", "unparallelize")),
     "late failure": (llama, commit_fails, "ValueError", ("late failure",)),
     "undo of nothing": (llama, unparallelize, "PlanError", ("unparallelize", "no plan")),
-}  # fmt: skip
+}
 
 
 def refusals(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -219,7 +331,10 @@ def test_refused_on_every_rank(name: str) -> None:
         assert got == kind
         for word in words:
             assert word in text
-    if name not in {"one plan fails", "NaN on all"}:  # there one rank fails, and the other is told so
+    if name not in {
+        "one plan fails",
+        "NaN on all",
+    }:  # there one rank fails, and the other is told so
         assert len(set(ANSWERS[name])) == 1, "the ranks were told different things"
 
 
@@ -232,7 +347,7 @@ def failures_on_one_rank() -> list[tuple[str, str]]:
     ):
         model = make()
         before = fingerprint(model)
-        with pytest.raises(Exception) as error:  # noqa: PT011
+        with pytest.raises(Exception) as error:
             call(model)
         assert not differences(before, fingerprint(model))
         found.append((type(error.value).__name__, str(error.value)))
@@ -262,17 +377,28 @@ def inputs(plan: str) -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "other tokens": lambda: model(ids + r),
         "other lengths": lambda: model(tokens(2, 7 + r)),
-        "other masks": lambda: model(ids, attention_mask=torch.ones(2, 7).index_fill(1, torch.tensor([0]), float(r)).long()),
+        "other masks": lambda: model(
+            ids, attention_mask=torch.ones(2, 7).index_fill(1, torch.tensor([0]), float(r)).long()
+        ),
         "other prompts": lambda: model.generate(ids + r, max_new_tokens=3, pad_token_id=0),
     }
     if cache is not None:
         full = torch.zeros(2, 1, 7, 7)
         calls |= {
-            "dynamic cache": lambda: model(ids, past_key_values=DynamicCache(config=reference.config)),
-            "static cache": lambda: model(ids, past_key_values=StaticCache(config=reference.config, max_cache_len=16)),
+            "dynamic cache": lambda: model(
+                ids, past_key_values=DynamicCache(config=reference.config)
+            ),
+            "static cache": lambda: model(
+                ids, past_key_values=StaticCache(config=reference.config, max_cache_len=16)
+            ),
             "mask of 4 dims": lambda: model(ids, attention_mask=full),
-            "mask too short": lambda: model(ids, attention_mask=torch.ones(2, 5).long(), past_key_values=cache),
-            "other batch": lambda: (model(ids, past_key_values=cache), model(ids[:1], past_key_values=cache)),
+            "mask too short": lambda: model(
+                ids, attention_mask=torch.ones(2, 5).long(), past_key_values=cache
+            ),
+            "other batch": lambda: (
+                model(ids, past_key_values=cache),
+                model(ids[:1], past_key_values=cache),
+            ),
             "attention dropout": lambda: with_dropout(model, ids),
         }
     said = {}
@@ -312,7 +438,11 @@ def test_bad_inputs_are_named(plan: str) -> None:
         "other batch": "2 requests",
         "attention dropout": "attention_dropout=0",
     }
-    expected = words if plan == "kvp2" else {n: w for n, w in words.items() if n.startswith("other ") and n != "other batch"}
+    expected = (
+        words
+        if plan == "kvp2"
+        else {n: w for n, w in words.items() if n.startswith("other ") and n != "other batch"}
+    )
     print(ranks[0])
     assert ranks[0].keys() == expected.keys()
     for name, word in expected.items():

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 from exactness import EXACT, Pair, case, check_cache, far, padded, same
 from models import tiny, tokens
+
 from plait.collectives import primitive
 from plait.parallel import PlanError, parallelize
 from world import run_world
+
 
 def ways(plan: str, family: str, names: tuple[str, ...]) -> dict[str, float]:
     """Several ways of generating; 0 where all tokens are those of the untouched model."""
@@ -31,7 +32,9 @@ def ways(plan: str, family: str, names: tuple[str, ...]) -> dict[str, float]:
     return answers
 
 
-def both(pair: Pair, ids: Any = None, mask: Any = None, seed: int | None = None, **options: Any) -> float:
+def both(
+    pair: Pair, ids: Any = None, mask: Any = None, seed: int | None = None, **options: Any
+) -> float:
     """Generate with both models from the same seed and compare every token."""
     if ids is None:
         ids, mask = padded(pair)
@@ -53,9 +56,13 @@ def unlike_seeds(pair: Pair) -> float:
     """Ranks with different generators draw rank 0's numbers."""
     ids, mask = padded(pair)
     torch.manual_seed(100 + dist.get_rank())
-    found = pair.model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=9, pad_token_id=0)
+    found = pair.model.generate(
+        ids, attention_mask=mask, do_sample=True, max_new_tokens=9, pad_token_id=0
+    )
     torch.manual_seed(100)
-    expected = pair.reference.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=9, pad_token_id=0)
+    expected = pair.reference.generate(
+        ids, attention_mask=mask, do_sample=True, max_new_tokens=9, pad_token_id=0
+    )
     return same(found, expected)
 
 
@@ -81,12 +88,19 @@ def assisted(pair: Pair) -> float:
     """A draft of another, untouched model, and one of the model itself, which is all accepted."""
     ids = tokens(1, 11, seed=8)
     mask = torch.ones_like(ids)
-    expected = pair.reference.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    expected = pair.reference.generate(
+        ids, attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0
+    )
     draft = tiny(FAMILY_OF[type(pair.reference).__name__], seed=1)
     worst = 0.0
     for assistant in (draft, copy.deepcopy(pair.reference)):
         found = pair.model.generate(
-            ids, attention_mask=mask, assistant_model=assistant, max_new_tokens=10, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=mask,
+            assistant_model=assistant,
+            max_new_tokens=10,
+            do_sample=False,
+            pad_token_id=0,
         )
         worst = max(worst, same(found, expected))
     return worst
@@ -113,11 +127,15 @@ def conversation(pair: Pair) -> float:
     cache = pair.model.helix_cache()
     first = tokens(1, 9, seed=12)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    turn = pair.model.generate(first, attention_mask=torch.ones_like(first), past_key_values=cache, **options)
+    turn = pair.model.generate(
+        first, attention_mask=torch.ones_like(first), past_key_values=cache, **options
+    )
     expected = pair.reference.generate(first, attention_mask=torch.ones_like(first), **options)
     second = torch.cat([turn, tokens(1, 5, seed=13)], 1)
     check_cache(cache)
-    again = pair.model.generate(second, attention_mask=torch.ones_like(second), past_key_values=cache, **options)
+    again = pair.model.generate(
+        second, attention_mask=torch.ones_like(second), past_key_values=cache, **options
+    )
     whole = pair.reference.generate(second, attention_mask=torch.ones_like(second), **options)
     check_cache(cache)
     assert cache.lengths[0] == again.shape[1] - 1
@@ -129,7 +147,9 @@ def scores(pair: Pair) -> float:
     ids, mask = padded(pair)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     made = [
-        m.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+        m.generate(
+            ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options
+        )
         for m in (pair.reference, pair.model)
     ]
     return max(far(f, e) for f, e in zip(made[1].logits, made[0].logits, strict=True))
@@ -137,8 +157,20 @@ def scores(pair: Pair) -> float:
 
 WAYS: dict[str, Callable[[Pair], float]] = {
     f.__name__: f
-    for f in (scores, sampling, unlike_seeds, beams, returned_beams, several, lookup, assisted, twice, without_cache, conversation)
-}  # fmt: skip
+    for f in (
+        scores,
+        sampling,
+        unlike_seeds,
+        beams,
+        returned_beams,
+        several,
+        lookup,
+        assisted,
+        twice,
+        without_cache,
+        conversation,
+    )
+}
 FEW = ("scores", "beams", "lookup", "conversation")
 CELLS = [(2, plan, "llama", tuple(WAYS)) for plan in ("tp2", "kvp2,interleave=2")] + [
     (2, "kvp2,interleave=2,exchange=kv", "llama", FEW),
@@ -149,8 +181,12 @@ CELLS = [(2, plan, "llama", tuple(WAYS)) for plan in ("tp2", "kvp2,interleave=2"
 ]
 
 
-@pytest.mark.parametrize(("size", "plan", "family", "names"), CELLS, ids=[f"{p}-{f}" for _, p, f, _ in CELLS])
-def test_generation_gives_the_same_tokens(size: int, plan: str, family: str, names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("size", "plan", "family", "names"), CELLS, ids=[f"{p}-{f}" for _, p, f, _ in CELLS]
+)
+def test_generation_gives_the_same_tokens(
+    size: int, plan: str, family: str, names: tuple[str, ...]
+) -> None:
     for rank, answers in enumerate(run_world(ways, size, plan, family, names, timeout=100)):
         print(rank, answers)
         assert answers.keys() == set(names)
@@ -180,7 +216,9 @@ def sampled_without_sharing() -> int:
     pair = Pair.of(case("tp2", "llama"))
     ids, mask = padded(pair)
     torch.manual_seed(100 + dist.get_rank())
-    found = pair.model.generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=9, pad_token_id=0)
+    found = pair.model.generate(
+        ids, attention_mask=mask, do_sample=True, max_new_tokens=9, pad_token_id=0
+    )
     every = primitive.all_gather(found[None], dist.group.WORLD)
     return every.flatten(1).unique(dim=0).shape[0]
 

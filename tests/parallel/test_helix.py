@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-
 from exactness import Case, Pair, Table, assert_exact, case, check_cache, far, world_of, worst
 from models import tiny, tokens
+
 from plait.collectives.trace import Trace
 from plait.kvstore import KVStore
 from plait.parallel import parallelize
@@ -87,7 +87,11 @@ def mixed_steps(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     found: list[list[torch.Tensor]] = [[], [], []]
     for counts in SCHEDULE:
         width = max(counts) + 2
-        new, ids, at = torch.zeros(3, width).long(), torch.zeros(3, width).long(), torch.zeros(3, width).long()
+        new, ids, at = (
+            torch.zeros(3, width).long(),
+            torch.zeros(3, width).long(),
+            torch.zeros(3, width).long(),
+        )
         for row, count in enumerate(counts):
             columns = torch.randperm(width, generator=generator)[:count].sort().values
             new[row, columns] = 1
@@ -95,7 +99,9 @@ def mixed_steps(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
             at[row, columns] = torch.arange(past[row], past[row] + count)
             past[row] += count
         mask = torch.cat([mask, new], 1)
-        logits = model(ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True).logits
+        logits = model(
+            ids, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True
+        ).logits
         for row in range(3):
             found[row].append(logits[row][new[row].bool()])
         check_cache(cache)
@@ -145,8 +151,13 @@ def over_pages(plan: str, family: str) -> dict[str, float]:
     spec = store.spec
     assert held["sequences"] == 2
     # what a rank holds is its share of the tokens, up to one interleave run a request, and a page's rounding
-    assert abs(cache.kv_bytes - 2 * 75 * spec.bytes_per_token / shards) <= 2 * cache.state.rule.run * spec.bytes_per_token
-    assert held["pages"] - held["pages_free"] == sum(-(-seq.length // spec.page_tokens) for seq in cache.seqs)
+    assert (
+        abs(cache.kv_bytes - 2 * 75 * spec.bytes_per_token / shards)
+        <= 2 * cache.state.rule.run * spec.bytes_per_token
+    )
+    assert held["pages"] - held["pages_free"] == sum(
+        -(-seq.length // spec.page_tokens) for seq in cache.seqs
+    )
     errors = {"pages": far(torch.cat([step.logits for step in found], 1), expected)}
     del cache, found
     gc.collect()
@@ -232,7 +243,9 @@ def interrupted() -> tuple[int, int]:
     model(ids[:, :6], past_key_values=(fresh := model.helix_cache()), use_cache=True)
     out = model(ids[:, 6:], past_key_values=fresh, use_cache=True).logits
     assert far(out, reference(ids).logits[:, 6:]) < 1e-9
-    out = model(tokens(1, 4), past_key_values=cache, use_cache=True).logits  # the broken step is dropped, not counted
+    out = model(
+        tokens(1, 4), past_key_values=cache, use_cache=True
+    ).logits  # the broken step is dropped, not counted
     whole = torch.cat([tokens(1, 6), tokens(1, 4)], 1)
     assert far(out, reference(whole).logits[:, 6:]) < 1e-9
     cache.release()

@@ -49,7 +49,10 @@ def test_join_is_the_inverse_of_take(cut: Cut) -> None:
     for rank, part in enumerate(parts):
         assert tuple(part.shape) == cut.local_shape(whole.shape, rank)
         assert part.shape[cut.dim] == cut.extent(rank)
-        assert part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or not part.numel()
+        assert (
+            part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+            or not part.numel()
+        )
 
 
 @PROPERTY
@@ -90,7 +93,9 @@ def test_shared_runs_are_those_that_others_hold_too(cut: Cut) -> None:
     flat = Cut(0, cut.length, cut.runs)
     held = [flat.take(positions, r).tolist() for r in range(len(cut.runs))]
     for rank, own in enumerate(held):
-        expected = [tuple(r for r, theirs in enumerate(held) if element in theirs) for element in own]
+        expected = [
+            tuple(r for r, theirs in enumerate(held) if element in theirs) for element in own
+        ]
         found: list[tuple[int, ...]] = [(rank,)] * len(own)
         for holders, parts in cut.shared(rank).items():
             for start, stop in parts:

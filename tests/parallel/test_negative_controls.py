@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import EXACT, Case, case, measure, world_of, worst
 from torch import Tensor
 
-from exactness import EXACT, Case, case, measure, world_of, worst
 from plait.collectives import autograd
 from plait.cuda_kernels.scores import Interleave
 from plait.parallel import layout, tensor
@@ -41,7 +41,9 @@ def shard_by_rank_number() -> Any:
 def lse_base_2() -> Any:
     """The exchange takes a base-2 lse for a natural one."""
     original = exchange.merge_states
-    return patch.object(exchange, "merge_states", lambda o, lse, sink: original(o, lse / math.log(2), sink))
+    return patch.object(
+        exchange, "merge_states", lambda o, lse, sink: original(o, lse / math.log(2), sink)
+    )
 
 
 def sink_on_every_shard() -> Any:
@@ -63,7 +65,9 @@ def unmasked_empty_shard() -> Any:
 
     def exchanged(self: Any, o: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor:
         empty = torch.isneginf(lse)
-        return original(self, o.masked_fill(empty.unsqueeze(-1), math.nan), lse.masked_fill(empty, 0.0), sink)
+        return original(
+            self, o.masked_fill(empty.unsqueeze(-1), math.nan), lse.masked_fill(empty, 0.0), sink
+        )
 
     return patch.object(helix.HelixLayer, "_exchange", exchanged)
 
@@ -82,20 +86,31 @@ def _bounds(bound: Callable[[Any, np.ndarray, np.ndarray, np.ndarray], np.ndarra
     """Replace every row's bound: ``bound(rule, position, number of the row from the last, last position)``."""
     original = helix.make_step
 
-    def made(batch: int, length: int, past: Any, valid: Any, mode: str, rule: Any, device: Any = "cpu") -> Any:
+    def made(
+        batch: int, length: int, past: Any, valid: Any, mode: str, rule: Any, device: Any = "cpu"
+    ) -> Any:
         right = original(batch, length, past, valid, mode, rule, device)
         assert mode == "partials"
-        position = np.concatenate([np.arange(p, p + c) for p, c in zip(right.past, right.counts, strict=True)])
+        position = np.concatenate(
+            [np.arange(p, p + c) for p, c in zip(right.past, right.counts, strict=True)]
+        )
         from_last = np.concatenate([np.arange(c)[::-1] for c in right.counts])
         last = position + from_last
-        return replace(right, hi=torch.from_numpy(np.minimum(bound(rule, position, from_last, last), right.hi.numpy() + 99)))
+        return replace(
+            right,
+            hi=torch.from_numpy(
+                np.minimum(bound(rule, position, from_last, last), right.hi.numpy() + 99)
+            ),
+        )
 
     return patch.object(helix, "make_step", made)
 
 
 def scalar_verify_bound() -> Any:
     """Row i of M sees len_r(last) - (M - 1 - i) local keys (FlashInfer #4323, vLLM #47181)."""
-    return _bounds(lambda rule, _, from_last, last: (step.local_lengths(last + 1, rule) - from_last).clip(0))
+    return _bounds(
+        lambda rule, _, from_last, last: (step.local_lengths(last + 1, rule) - from_last).clip(0)
+    )
 
 
 def bound_one_short() -> Any:
@@ -158,7 +173,11 @@ def gathered_keys_not_summed() -> Any:
     def gather(x: Tensor, group: Any, dim: int, sizes: Any, *, partial: bool = False) -> Tensor:
         return autograd.gather(x, group, dim, sizes, partial=False)
 
-    mutated = type("mutated", (), {"gather": staticmethod(gather), "all_to_all": staticmethod(autograd.all_to_all)})
+    mutated = type(
+        "mutated",
+        (),
+        {"gather": staticmethod(gather), "all_to_all": staticmethod(autograd.all_to_all)},
+    )
     return patch.object(exchange, "autograd", mutated)
 
 
@@ -166,7 +185,9 @@ def vocabulary_in_rank_order() -> Any:
     """The parts of the logits are put side by side as the ranks are numbered."""
 
     def gather(local: Tensor, here: Any) -> Tensor:
-        return autograd.gather(local, here.group, local.dim() - 1, [here.sizes[c] for c in here.order])
+        return autograd.gather(
+            local, here.group, local.dim() - 1, [here.sizes[c] for c in here.order]
+        )
 
     return patch.object(tensor, "gather_parts", gather)
 

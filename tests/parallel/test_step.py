@@ -38,7 +38,9 @@ def test_shards_differ_by_at_most_one_run() -> None:
     for shards in (2, 3, 5):
         for run in (1, 3, 16):
             lengths = np.arange(400)
-            held = np.stack([local_lengths(lengths, Interleave(run, shards, s)) for s in range(shards)])
+            held = np.stack(
+                [local_lengths(lengths, Interleave(run, shards, s)) for s in range(shards)]
+            )
             assert (held.sum(0) == lengths).all()
             assert (held.max(0) - held.min(0) <= run).all()
 
@@ -50,13 +52,23 @@ def batches(draw: Any) -> tuple[list[int], np.ndarray | None, int, int, int]:
     past = draw(st.lists(st.integers(0, 40), min_size=batch, max_size=batch))
     valid = None
     if draw(st.booleans()):
-        valid = np.array(draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch)))
+        valid = np.array(
+            draw(
+                st.lists(
+                    st.lists(st.booleans(), min_size=length, max_size=length),
+                    min_size=batch,
+                    max_size=batch,
+                )
+            )
+        )
     return past, valid, length, draw(st.sampled_from([1, 2, 3, 16])), draw(st.integers(1, 5))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(batches())
-def test_a_step_against_brute_force(drawn: tuple[list[int], np.ndarray | None, int, int, int]) -> None:
+def test_a_step_against_brute_force(
+    drawn: tuple[list[int], np.ndarray | None, int, int, int],
+) -> None:
     past, valid, length, run, shards = drawn
     batch = len(past)
     shown = np.ones((batch, length), bool) if valid is None else valid
@@ -75,7 +87,9 @@ def test_a_step_against_brute_force(drawn: tuple[list[int], np.ndarray | None, i
             assert step.own_counts == tuple(sum(rows[i][0] == s for i in own) for s in range(batch))
             assert step.lengths == tuple(lengths)
             assert step.rows_of_rank[shard] == len(own)
-            assert step.keys_of_rank[shard] == sum(owners(n, run, shards).count(shard) for n in lengths)
+            assert step.keys_of_rank[shard] == sum(
+                owners(n, run, shards).count(shard) for n in lengths
+            )
             attending = rows if mode == "partials" else [rows[i] for i in own]
             if mode == "partials":  # a row sees the local keys at its position or before
                 expected = [owners(p + 1, run, shards).count(shard) for _, p in attending]
@@ -83,19 +97,31 @@ def test_a_step_against_brute_force(drawn: tuple[list[int], np.ndarray | None, i
                 expected = [p + 1 for _, p in attending]
             assert step.hi.tolist() == expected
             assert not step.lo.any()
-            assert step.indptr.tolist() == [sum(s < n for s, _ in attending) for n in range(batch + 1)]
+            assert step.indptr.tolist() == [
+                sum(s < n for s, _ in attending) for n in range(batch + 1)
+            ]
             check_orders(step, rows, lengths, run, shards)
             check_places(step, shown)
         assert sorted(seen) == list(range(len(rows)))
 
 
-def check_orders(step: Any, rows: list[tuple[int, int]], lengths: list[int], run: int, shards: int) -> None:
+def check_orders(
+    step: Any, rows: list[tuple[int, int]], lengths: list[int], run: int, shards: int
+) -> None:
     """``restore`` sorts rows that arrive by owner; ``key_order`` sorts keys that arrive by shard."""
     arrived = sorted(range(len(rows)), key=lambda i: (rows[i][1] // run % shards, i))
     assert [arrived[i] for i in step.restore.tolist()] == list(range(len(rows)))
     if step.mode == "kv":
-        held = [(s, p) for shard in range(shards) for s, n in enumerate(lengths) for p in range(n) if p // run % shards == shard]
-        assert [held[i] for i in step.key_order.tolist()] == [(s, p) for s, n in enumerate(lengths) for p in range(n)]
+        held = [
+            (s, p)
+            for shard in range(shards)
+            for s, n in enumerate(lengths)
+            for p in range(n)
+            if p // run % shards == shard
+        ]
+        assert [held[i] for i in step.key_order.tolist()] == [
+            (s, p) for s, n in enumerate(lengths) for p in range(n)
+        ]
 
 
 def check_places(step: Any, shown: np.ndarray) -> None:

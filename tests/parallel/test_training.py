@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-
 from exactness import EXACT, Pair, case, far, gradient_errors, loss_of, mask_of
 from models import tiny, tokens
+
 from plait.collectives import primitive
 from plait.parallel import parallelize, unparallelize
 from world import run_calls, run_world
@@ -27,7 +27,9 @@ def dropout(plan: str) -> dict[str, bool]:
     ids = tokens(2, 15)
     torch.manual_seed(5)
     inner: dict[str, torch.Tensor] = {}
-    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: inner.update(heads=args[0]))
+    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda _, args: inner.update(heads=args[0])
+    )
     hidden = model(ids, use_cache=False, output_hidden_states=True).hidden_states
     state = torch.get_rng_state()
     handle.remove()
@@ -103,7 +105,9 @@ def checkpointed_dropout() -> dict[str, float]:
     found = []
     for checkpoint in (False, True):
         if checkpoint:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         torch.manual_seed(3)
         model.zero_grad()
         loss_of(model(ids, use_cache=False).logits, torch.ones(2, 12)).backward()
@@ -158,7 +162,12 @@ def test_lower_precision_is_as_good_as_one_process() -> None:
         for cell, errors in zip(PRECISION, answers, strict=True):
             for name, (found, alone) in errors.items():
                 print(cell, name, f"{found:.1e} one process {alone:.1e}")
-                assert found < (1e-5 if "float32" in name else 1.5 * alone), (cell, name, found, alone)
+                assert found < (1e-5 if "float32" in name else 1.5 * alone), (
+                    cell,
+                    name,
+                    found,
+                    alone,
+                )
 
 
 def undone(plan: str, family: str) -> list[str]:
@@ -183,7 +192,9 @@ def undone(plan: str, family: str) -> list[str]:
         assert torch.equal(p, q)
         assert p.requires_grad == q.requires_grad
         assert p.dtype == q.dtype
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return sorted(
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    )
 
 
 def facts(model: Any) -> dict[str, Any]:
@@ -206,7 +217,14 @@ def facts(model: Any) -> dict[str, Any]:
     return found
 
 
-UNDONE = [("tp2", "llama"), ("tp2:sp", "qwen3"), ("kvp2", "phi3"), ("kvp2", "deepseek"), ("kvp2", "gemma3"), ("tp2 etp2", "mixtral")]
+UNDONE = [
+    ("tp2", "llama"),
+    ("tp2:sp", "qwen3"),
+    ("kvp2", "phi3"),
+    ("kvp2", "deepseek"),
+    ("kvp2", "gemma3"),
+    ("tp2 etp2", "mixtral"),
+]
 
 
 def test_undo_leaves_nothing_behind() -> None:
@@ -228,7 +246,9 @@ def trained(plan: str) -> float:
     unparallelize(pair.model)
     start = dict(tiny("qwen3").named_parameters())
     found = dict(pair.model.named_parameters())
-    assert all(far(p, start[n]) > 1e-4 for n, p in pair.reference.named_parameters())  # every weight moved
+    assert all(
+        far(p, start[n]) > 1e-4 for n, p in pair.reference.named_parameters()
+    )  # every weight moved
     return max(far(found[n], p) for n, p in pair.reference.named_parameters())
 
 
