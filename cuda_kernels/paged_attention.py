@@ -12,7 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from .exp import exp_rows, widen
-from .merge import merge_states_reference
+from .merge import direct, merge_plain
 from .scores import Interleave, attention_reference, check_attention
 from .workers import run_shares
 
@@ -307,7 +307,7 @@ def _attend_cpu(
     run_shares(share, shares)
     if shares == 1:
         return o[0].to(q.dtype), lse[0]
-    merged, merged_lse = merge_states_reference(o, lse)
+    merged, merged_lse = merge_plain(o, lse)
     return merged.to(q.dtype), merged_lse
 
 
@@ -372,6 +372,11 @@ def paged_attention(
     value_dim = v_pages.shape[-1] if value_dim is None else value_dim
     if torch.is_grad_enabled() and (q.requires_grad or k_pages.requires_grad):
         return paged_attention_reference(
+            q, k_pages, v_pages, q_indptr, kv_indptr, kv_indices, lo, hi, scale, cap,
+            alibi_slopes, q_pos, rule, value_dim,
+        )  # fmt: skip
+    if direct(q):
+        return _attend_cpu(
             q, k_pages, v_pages, q_indptr, kv_indptr, kv_indices, lo, hi, scale, cap,
             alibi_slopes, q_pos, rule, value_dim,
         )  # fmt: skip
