@@ -14,7 +14,7 @@ from torch import Tensor
 from .merge import merge_states_reference
 from .scores import Interleave, attention_reference, check_attention
 
-CHUNK_ROWS = 512  # query rows per flash call: bounds the mask and the waste at the diagonal
+CHUNK_ROWS = 256  # query rows per flash call: bounds the mask and the waste at the diagonal
 WORKSPACE_BYTES = 256 << 20  # scores and masks alive at once never take more
 
 

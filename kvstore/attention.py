@@ -13,7 +13,7 @@ from ..cuda_kernels import Interleave, dense_attention, merge_states, paged_atte
 from .step import Step
 from .table import PageTable, consecutive
 
-DENSE_ROWS = 16  # from here on matrix multiplication over contiguous keys beats paged dot products
+DENSE_ROWS = 6  # from here on matrix multiplication over contiguous keys beats paged dot products
 
 
 @dataclass(frozen=True)
