@@ -79,7 +79,8 @@ def main() -> None:
         "read": lambda: (k_pages.view(torch.int64).sum(), v_pages.view(torch.int64).sum()),
     }
     ours, theirs = calls["paged"](), calls["sdpa gqa"]()
-    assert isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+    assert isinstance(ours, torch.Tensor)
+    assert isinstance(theirs, torch.Tensor)
     error = (ours.double() - theirs[0].transpose(0, 1).double()).abs().max().item()
     times = interleaved(calls, args.rounds)
     print(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import far, gradient_error
 from torch import Tensor, nn
 
-from exactness import far, gradient_error
 from plait.parallel import Attention, Plan, PlanError, modules, parallelize, unparallelize
 from plait.parallel.api import prepare
 from plait.parallel.folding import Folding

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from models import tiny
+
 from plait.parallel import PlanError, parallelize
 from world import run_world
 
