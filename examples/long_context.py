@@ -83,8 +83,10 @@ def main() -> None:
     text = load_text(args)
     model = load_model(args.model, plan)
     console = Console(quiet=world.rank != 0)
-    console.print(f"[bold]{plan}[/] on {world.size} ranks ({world.launcher}, {world.backend}, {world.threads} threads each); "
-                  f"{sum(p.numel() for p in model.parameters()):,} parameters on this rank; {text.ids.shape[1]:,} tokens to read")
+    console.print(
+        f"[bold]{plan}[/] on {world.size} ranks ({world.launcher}, {world.backend}, {world.threads} threads each); "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters on this rank; {text.ids.shape[1]:,} tokens to read"
+    )
     with Progress(TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                   console=console, disable=world.rank != 0) as progress:  # fmt: skip
         reading = read(model, text.ids, args.chunk, progress, "reading")
@@ -100,14 +102,27 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """Define the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", help='for example "kvp2 tp2"; default by the number of ranks')
-    parser.add_argument("--model", type=Path, default=TINYLM, help="a directory with a Hugging Face checkpoint")
-    parser.add_argument("--text", type=Path, help="a file to read; default a held-out part of the Python language reference")
+    parser.add_argument(
+        "--model", type=Path, default=TINYLM, help="a directory with a Hugging Face checkpoint"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="a file to read; default a held-out part of the Python language reference",
+    )
     parser.add_argument("--context", type=int, default=16384, help="most tokens to read")
     parser.add_argument("--tokens", type=int, default=160, help="tokens to write")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of one prefill step")
-    parser.add_argument("--no-check", dest="check", action="store_false", help="skip the comparison with one process")
+    parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="skip the comparison with one process",
+    )
     return parser.parse_args()
 
 
@@ -116,8 +131,12 @@ def load_text(args: argparse.Namespace) -> Text:
     raw = args.text.read_bytes() if args.text else held_out_text("reference")
     if (args.model / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        ids = tokenizer(raw.decode(errors="replace"), return_tensors="pt").input_ids[:, : args.context]
-        return Text(ids, len(tokenizer.decode(ids[0], skip_special_tokens=True).encode()), tokenizer.decode)
+        ids = tokenizer(raw.decode(errors="replace"), return_tensors="pt").input_ids[
+            :, : args.context
+        ]
+        return Text(
+            ids, len(tokenizer.decode(ids[0], skip_special_tokens=True).encode()), tokenizer.decode
+        )
     ids = torch.tensor([encode(raw)[: args.context]])
     return Text(ids, int((ids < BOS).sum()), lambda tokens: decode(int(t) for t in tokens))
 
@@ -135,7 +154,9 @@ def load_model(directory: Path, plan: plait.Plan | None) -> Any:
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, chunk: int, progress: Progress, name: str) -> Reading:
     """Prefill in chunks; sum the loss of every token given those before it."""
-    cache = model.helix_cache() if hasattr(model, "helix_cache") else DynamicCache(config=model.config)
+    cache = (
+        model.helix_cache() if hasattr(model, "helix_cache") else DynamicCache(config=model.config)
+    )
     task = progress.add_task(name, total=ids.shape[1])
     start, nats, last = time.perf_counter(), 0.0, None
     for at in range(0, ids.shape[1], chunk):
@@ -151,8 +172,10 @@ def read(model: Any, ids: torch.Tensor, chunk: int, progress: Progress, name: st
 
 
 @torch.no_grad()
-def write(model: Any, ids: torch.Tensor, reading: Reading, tokens: int, clock: Clock | None = None) -> torch.Tensor:
-    """Continue greedily with transformers' own ``generate``; the cache already holds the text but for its last token."""
+def write(
+    model: Any, ids: torch.Tensor, reading: Reading, tokens: int, clock: Clock | None = None
+) -> torch.Tensor:
+    """Continue greedily with transformers' own ``generate``; the cache holds the text but for its last token."""
     reading.cache.crop(-1)  # generate wants at least one token to feed
     mask = torch.ones_like(ids)
     return model.generate(
@@ -172,7 +195,14 @@ def count_collectives(model: Any, ids: torch.Tensor, cache: Any) -> str:
     return f"{counts or 'none'}; {trace.sent_bytes():,} bytes sent by this rank"
 
 
-def check(args: argparse.Namespace, world: Any, text: Text, ids: torch.Tensor, reading: Reading, progress: Progress) -> bool | None:
+def check(
+    args: argparse.Namespace,
+    world: Any,
+    text: Text,
+    ids: torch.Tensor,
+    reading: Reading,
+    progress: Progress,
+) -> bool | None:
     """Do the same on rank 0 alone with the untouched model, and compare every token and the loss."""
     same: bool | None = None
     if args.check and world.rank == 0:
@@ -184,17 +214,35 @@ def check(args: argparse.Namespace, world: Any, text: Text, ids: torch.Tensor, r
     return same
 
 
-def report(console: Console, text: Text, ids: torch.Tensor, reading: Reading, clock: Clock, collectives: str, same: bool | None) -> None:
+def report(
+    console: Console,
+    text: Text,
+    ids: torch.Tensor,
+    reading: Reading,
+    clock: Clock,
+    collectives: str,
+    same: bool | None,
+) -> None:
     """Print what was measured on rank 0."""
     times, cache = clock.milliseconds(), reading.cache
     table = Table(show_header=False, box=None)
-    table.add_row("read", f"{text.ids.shape[1]:,} tokens in {reading.seconds:.1f} s: {text.ids.shape[1] / reading.seconds:,.0f} tokens/s")
+    table.add_row(
+        "read",
+        f"{text.ids.shape[1]:,} tokens in {reading.seconds:.1f} s: {text.ids.shape[1] / reading.seconds:,.0f} tokens/s",
+    )
     if times:
-        table.add_row("write", f"{times[len(times) // 2]:.1f} ms a token (median; {times[0]:.1f} to {times[-1]:.1f})")
+        table.add_row(
+            "write",
+            f"{times[len(times) // 2]:.1f} ms a token (median; {times[0]:.1f} to {times[-1]:.1f})",
+        )
     if hasattr(cache, "kv_bytes"):
-        table.add_row("KV held", f"{cache.kv_bytes:,} bytes on this rank for {cache.lengths[0]:,} tokens")
+        table.add_row(
+            "KV held", f"{cache.kv_bytes:,} bytes on this rank for {cache.lengths[0]:,} tokens"
+        )
     table.add_row("a decode step", collectives)
-    table.add_row("bits per byte", f"{reading.bits / max(1, text.bytes_read):.3f} on the text it read")
+    table.add_row(
+        "bits per byte", f"{reading.bits / max(1, text.bytes_read):.3f} on the text it read"
+    )
     if same is not None:
         table.add_row("equal to one process", "[green]yes[/]" if same else "[red]no[/]")
     console.print(table)

@@ -1,7 +1,7 @@
 """Cut a module that is nobody's model: a few rules say what its layers are.
 
-    torchrun --standalone --nproc-per-node 4 examples/own_module.py "kvp2 tp2"
-    python examples/own_module.py
+torchrun --standalone --nproc-per-node 4 examples/own_module.py "kvp2 tp2"
+python examples/own_module.py
 """
 
 from __future__ import annotations

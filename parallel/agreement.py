@@ -41,7 +41,9 @@ def agree(group: Group, facts: dict[str, str], failure: BaseException | None = N
         raise failure
     if failed:
         rank, text = next(iter(failed.items()))
-        raise PlanError(f"rank {rank} of {len(reports)}", f"failed: {text}", "nothing was changed on any rank")
+        raise PlanError(
+            f"rank {rank} of {len(reports)}", f"failed: {text}", "nothing was changed on any rank"
+        )
 
 
 def announce(group: Group) -> None:
@@ -60,7 +62,11 @@ def _exchange(
     raw = "\n".join([*lines, f"!{text}"]).encode()[:_MESSAGE_BYTES]
     buffer = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     buffer[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    every = primitive.all_gather(buffer.to(primitive.message_device(group)), group).cpu().view(group.size(), -1)
+    every = (
+        primitive.all_gather(buffer.to(primitive.message_device(group)), group)
+        .cpu()
+        .view(group.size(), -1)
+    )
     return [_parse(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")) for row in every]
 
 

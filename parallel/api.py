@@ -73,7 +73,11 @@ def parallelize(
     except Exception as error:
         failure = error
     world = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
-    facts = {"plan": str(plan), "model": model_digest(structure(model)), "rules": _rules_text(rules)}
+    facts = {
+        "plan": str(plan),
+        "model": model_digest(structure(model)),
+        "rules": _rules_text(rules),
+    }
     agree(world, facts, failure)
     assert groups is not None
     try:
@@ -88,7 +92,11 @@ def parallelize(
 def open_groups(model: nn.Module, plan: Plan, rules: Rules | None) -> Groups:
     """Check everything that needs no communication, and open this rank's groups."""
     if getattr(model, "_plait", None) is not None:
-        raise PlanError("parallelize", f"was called before on this model ({model._plait.plan})", "call unparallelize(model) first")
+        raise PlanError(
+            "parallelize",
+            f"was called before on this model ({model._plait.plan})",
+            "call unparallelize(model) first",
+        )
     if dist.is_initialized():
         plan.validate(shape_of(model), dist.get_world_size())
     else:
@@ -100,7 +108,11 @@ def open_groups(model: nn.Module, plan: Plan, rules: Rules | None) -> Groups:
 def refuse_empty(model: nn.Module, weights: Any) -> None:
     """Refuse a meta model without weights to fill it from."""
     if weights is None and any(p.device.type == "meta" for p in model.parameters()):
-        raise PlanError("parallelize", "was given a model on meta and no weights", "pass weights=, a directory with safetensors")
+        raise PlanError(
+            "parallelize",
+            "was given a model on meta and no weights",
+            "pass weights=, a directory with safetensors",
+        )
 
 
 def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
@@ -108,20 +120,34 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
     for axis in ("dp", "pp", "ep") + (() if plan.kvp.size > 1 else ("cp",)):
         if plan.size(axis) > 1:
             raise PlanError(
-                f"{axis}={plan.size(axis)}", "is planned and checked but not executed yet", "apply plans of tp, kvp and etp"
+                f"{axis}={plan.size(axis)}",
+                "is planned and checked but not executed yet",
+                "apply plans of tp, kvp and etp",
             )
     if plan.etp not in {1, plan.size("ffn_tp")}:
         raise PlanError(
-            f"etp={plan.etp}", "is executed only over all kvp * tp ranks or not at all", f"use etp=1 or etp={plan.size('ffn_tp')}"
+            f"etp={plan.etp}",
+            "is executed only over all kvp * tp ranks or not at all",
+            f"use etp=1 or etp={plan.size('ffn_tp')}",
         )
     if plan.kvp.chunks > 1:
-        raise PlanError(f"kvp chunks={plan.kvp.chunks}", "is planned but not executed yet", "use chunks=1")
+        raise PlanError(
+            f"kvp chunks={plan.kvp.chunks}", "is planned but not executed yet", "use chunks=1"
+        )
     if plan.tp.sp and (rules or plan.etp > 1):
-        raise PlanError("tp:sp", "is executed for transformers decoders without etp only", "use tp without :sp")
+        raise PlanError(
+            "tp:sp", "is executed for transformers decoders without etp only", "use tp without :sp"
+        )
 
 
 def prepare(
-    model: nn.Module, plan: Plan, groups: Groups, *, rules: Rules | None = None, weights: Any = None, store: Any = None
+    model: nn.Module,
+    plan: Plan,
+    groups: Groups,
+    *,
+    rules: Rules | None = None,
+    weights: Any = None,
+    store: Any = None,
 ) -> tuple[list[Edit], Parallelized]:
     """Prepare every change to the model without touching it. Needs no communication but the making of groups."""
     shape = shape_of(model)
@@ -137,7 +163,9 @@ def prepare(
     return edits, Parallelized(plan, ranks, shape, Edits())
 
 
-def binding(model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, roles: list[Edit]) -> list[Edit]:
+def binding(
+    model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, roles: list[Edit]
+) -> list[Edit]:
     """Edits of the model as a whole."""
     if not is_transformers(model):
         from .modules import module_edits
@@ -154,14 +182,18 @@ def binding(model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, 
     return edits
 
 
-def find_roles(model: nn.Module, shape: ModelShape, plan: Plan, rules: Rules | None) -> dict[str, Role]:
+def find_roles(
+    model: nn.Module, shape: ModelShape, plan: Plan, rules: Rules | None
+) -> dict[str, Role]:
     """Roles by rules, or from the tables the model ships."""
     if rules is not None:
         return match(model, rules)
     if is_transformers(model):
         return roles_of(model, shape, plan)
     raise PlanError(
-        f"model {type(model).__name__}", "is not a transformers model and no rules were given", "give rules, for example:\n" + snippet(model)
+        f"model {type(model).__name__}",
+        "is not a transformers model and no rules were given",
+        "give rules, for example:\n" + snippet(model),
     )
 
 
@@ -169,9 +201,16 @@ def commit(model: nn.Module, edits: list[Edit], done: Parallelized) -> nn.Module
     """Make the prepared changes."""
     from .checkpoint.state_dict import state_dict_edits  # DTensor takes a while to import
 
-    done.edits.apply([*edits, *state_dict_edits(model, [e for e in edits if isinstance(e, CutParameter)], done.ranks)])
+    done.edits.apply(
+        [
+            *edits,
+            *state_dict_edits(model, [e for e in edits if isinstance(e, CutParameter)], done.ranks),
+        ]
+    )
     for parameter in done.parameters():
-        parameter.whole = None  # from here on the whole weights are gone; unparallelize gathers them
+        parameter.whole = (
+            None  # from here on the whole weights are gone; unparallelize gathers them
+        )
     model._plait = done  # type: ignore[assignment]
     return model
 
@@ -183,7 +222,9 @@ def unparallelize(model: nn.Module) -> nn.Module:
     """
     done: Parallelized | None = getattr(model, "_plait", None)
     if done is None:
-        raise PlanError("unparallelize", "finds no plan on this model", "call it on what parallelize returned")
+        raise PlanError(
+            "unparallelize", "finds no plan on this model", "call it on what parallelize returned"
+        )
     made: dict[int, nn.Parameter] = {}
     gathered: dict[int, torch.Tensor] = {}
     for parameter in done.parameters():
@@ -213,4 +254,8 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 
 def _rules_text(rules: Rules | None) -> str:
-    return "" if rules is None else ";".join(f"{pattern}:{role}" for pattern, role in rules.items()).replace("\n", " ")
+    return (
+        ""
+        if rules is None
+        else ";".join(f"{pattern}:{role}" for pattern, role in rules.items()).replace("\n", " ")
+    )

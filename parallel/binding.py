@@ -43,7 +43,8 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
         if device.type == "meta":  # a run for its collectives: there are no values to compare
             announce(ranks.all)
             return
-        tensors = [t for t in (*args, *(kwargs.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask")))]
+        named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask"))
+        tensors = [*args, *named]
         digest = tensor_digest(*(t for t in tensors if isinstance(t, Tensor)))
         agree(ranks.all, {"input": digest}, None)
 
@@ -55,10 +56,15 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
         assert original is not None
         return original(*args, **kwargs)
 
-    edits: list[Edit] = [AddHook(lambda: model.register_forward_pre_hook(compare, with_kwargs=True))]
+    edits: list[Edit] = [
+        AddHook(lambda: model.register_forward_pre_hook(compare, with_kwargs=True))
+    ]
     if original is not None:
         edits.append(SetAttribute(model, "generate", types.MethodType(generate, model)))
-    return [*edits, SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model))]
+    return [
+        *edits,
+        SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model)),
+    ]
 
 
 def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
@@ -68,7 +74,7 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
     def save_pretrained(self: Any, directory: Any, **options: Any) -> None:
         """Write the whole model as transformers does.
 
-        Collective: all ranks of the model copy; an all-gather per cut parameter. The first rank holds the whole and writes.
+        Collective: all ranks of the model copy; an all-gather per cut parameter. The first rank writes.
         """
         whole: dict[str, Tensor] = {}
         for name, tensor in self.state_dict().items():
@@ -84,7 +90,9 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
             failure = error
         finally:
             self.config = private
-        agree(ranks.all, {}, failure)  # nobody goes on before the files are there, or knows why they are not
+        agree(
+            ranks.all, {}, failure
+        )  # nobody goes on before the files are there, or knows why they are not
 
     return save_pretrained
 
@@ -108,18 +116,23 @@ def share_random_state(ranks: ModelRanks) -> None:
 class HelixBinding:
     """Makes a transformers decoder run Helix steps: one before each forward, its cache, masks and attention."""
 
-    def __init__(self, model: Any, shape: ModelShape, state: HelixState, store: KVStore | None) -> None:
+    def __init__(
+        self, model: Any, shape: ModelShape, state: HelixState, store: KVStore | None
+    ) -> None:
         self.model, self.shape, self.state = model, shape, state
         self.base = model.base_model
         self.config = model.config.get_text_config(decoder=True)
         self.signature = inspect.signature(type(self.base).forward)
         _, layers = decoder_layers(model)
-        self.attentions = [next(m for m in layer.modules() if hasattr(m, "layer_idx") and m is not layer) for layer in layers]
+        self.attentions = [
+            next(m for m in layer.modules() if hasattr(m, "layer_idx") and m is not layer)
+            for layer in layers
+        ]
         self.store = store
         self.step_cache: HelixCache | None = None
 
     def edits(self) -> list[Edit]:
-        """Prepare all of it; nothing for a model of window layers only, which run over all ranks without a cut cache."""
+        """Prepare all of it; nothing for a model of window layers only, whose caches are not cut."""
         if not self.state.layers:
             return []
         self._check_store()
@@ -130,7 +143,9 @@ class HelixBinding:
             AddHook(lambda: self.base.register_forward_hook(self.end)),
             SetAttribute(self.model, "helix_cache", self.cache),
             SetAttribute(
-                self.model, "_prepare_cache_for_generation", types.MethodType(self._prepare_cache(), self.model)
+                self.model,
+                "_prepare_cache_for_generation",
+                types.MethodType(self._prepare_cache(), self.model),
             ),
         ]
 
@@ -142,7 +157,9 @@ class HelixBinding:
             self.shape.window if self.shape.window_layers and self.shape.window_layers[i] else None
             for i in range(len(self.attentions))
         ]
-        layers: list[HelixLayer | None] = [getattr(m, "_plait_attention", None) for m in self.attentions]
+        layers: list[HelixLayer | None] = [
+            getattr(m, "_plait_attention", None) for m in self.attentions
+        ]
         return HelixCache(self.state, self.store, windows, layers)
 
     def spec(self) -> KVSpec:
@@ -167,14 +184,24 @@ class HelixBinding:
             return
         need, have = self.spec(), self.store.spec
         if replace(have, page_tokens=need.page_tokens) != need:
-            raise PlanError(f"store of {have}", f"does not fit this rank, which keeps {need}", "make the store with that KVSpec")
+            raise PlanError(
+                f"store of {have}",
+                f"does not fit this rank, which keeps {need}",
+                "make the store with that KVSpec",
+            )
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Open the step of a forward; give it a cache if it wants one and has none."""
         given = self.signature.bind(module, *args, **kwargs)
         values = {**given.arguments.pop("kwargs", {}), **given.arguments}
         values.pop("self", None)
-        tokens = values.get("input_ids") if values.get("input_ids") is not None else values.get("inputs_embeds")
+        tokens = (
+            values.get("input_ids")
+            if values.get("input_ids") is not None
+            else values.get("inputs_embeds")
+        )
         if tokens is None:
             return args, kwargs  # transformers raises its own error
         cache = values.get("past_key_values")
@@ -202,7 +229,9 @@ class HelixBinding:
         self.step_cache = None
 
     def _prepare_cache(self) -> Callable[..., None]:
-        def prepare(_: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        def prepare(
+            _: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> None:
             given = model_kwargs.get("past_key_values")
             if given is not None and not isinstance(given, HelixCache):
                 refuse_cache(given)
@@ -226,7 +255,11 @@ class HelixBinding:
         text = private.get_text_config(decoder=True)
         text._attn_implementation = HELIX
         text._plait_attention = original
-        windowed = {id(m) for i, m in enumerate(self.attentions) if self.shape.window_layers and self.shape.window_layers[i]}
+        windowed = {
+            id(m)
+            for i, m in enumerate(self.attentions)
+            if self.shape.window_layers and self.shape.window_layers[i]
+        }
         edits: list[Edit] = []
         for module in self.model.modules():
             own = vars(module).get("config")
@@ -262,7 +295,9 @@ def register() -> None:
     AttentionMaskInterface.register(HELIX, helix_mask)
 
 
-def helix_mask(*args: Any, mask_function: Any = causal_mask_function, config: Any = None, **kwargs: Any) -> Any:
+def helix_mask(
+    *args: Any, mask_function: Any = causal_mask_function, config: Any = None, **kwargs: Any
+) -> Any:
     """Make no mask for Helix layers, whose bounds come from positions, and the original one for window layers."""
     if mask_function is causal_mask_function:
         return None
@@ -270,5 +305,7 @@ def helix_mask(*args: Any, mask_function: Any = causal_mask_function, config: An
         original = ALL_MASK_ATTENTION_FUNCTIONS[config._plait_attention]
         return original(*args, mask_function=mask_function, config=config, **kwargs)
     raise PlanError(
-        "a mask other than causal and padding", "is not known to Helix attention", "use kvp=1 for packed or custom masks"
+        "a mask other than causal and padding",
+        "is not known to Helix attention",
+        "use kvp=1 for packed or custom masks",
     )

@@ -62,7 +62,9 @@ class SwapClass:
     def apply(self) -> None:
         self._old = type(self.module)
         name = f"{self.mixin.__name__}"
-        self.module.__class__ = type(name, (self.mixin, self._old), {"__module__": self.mixin.__module__})
+        self.module.__class__ = type(
+            name, (self.mixin, self._old), {"__module__": self.mixin.__module__}
+        )
 
     def undo(self) -> None:
         assert self._old is not None
@@ -95,7 +97,9 @@ class SumGradient:
     _handle: Any = None
 
     def apply(self) -> None:
-        self._handle = sum_gradient(self.module.get_parameter(self.name), self.group, self.dim, self.parts)
+        self._handle = sum_gradient(
+            self.module.get_parameter(self.name), self.group, self.dim, self.parts
+        )
 
     def undo(self) -> None:
         self._handle.remove()
@@ -162,7 +166,11 @@ class ReplaceTensor:
     _old: Tensor | None = None
 
     def _slot(self) -> dict[str, Any]:
-        return self.module._parameters if self.name in self.module._parameters else self.module._buffers
+        return (
+            self.module._parameters
+            if self.name in self.module._parameters
+            else self.module._buffers
+        )
 
     def apply(self) -> None:
         slot = self._slot()

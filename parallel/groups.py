@@ -98,7 +98,9 @@ class Groups:
             raise PlanError(f"a group of ranks {list(ranks)}", why, "ask on its members only")
         return None if len(ranks) == 1 else self._of(ranks)
 
-    def mesh_of(self, ranks: tuple[int, ...], name: str, device_type: str | None = None) -> DeviceMesh:
+    def mesh_of(
+        self, ranks: tuple[int, ...], name: str, device_type: str | None = None
+    ) -> DeviceMesh:
         """Build a DeviceMesh of one dim whose coordinates, and whose communicator, follow this order of ranks.
 
         In ascending order the group that `of_ranks` gives is reused; any other order is a communicator of its own,

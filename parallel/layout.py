@@ -32,7 +32,9 @@ class Cut:
         ends = [0, *(stop for _, stop in covered)]
         starts = [*(start for start, _ in covered), self.length]
         if ends != starts:
-            raise ValueError(f"a cut of dim {self.dim} must cover [0, {self.length}) without overlap, it has {covered}")
+            raise ValueError(
+                f"a cut of dim {self.dim} must cover [0, {self.length}) without overlap, it has {covered}"
+            )
 
     @classmethod
     def chunks(cls, dim: int, length: int, order: Sequence[int], parts: int = 1) -> Cut:
@@ -47,7 +49,8 @@ class Cut:
         sizes = chunk_sizes(part, ranks)
         starts = [sum(sizes[:c]) for c in range(ranks)]
         runs = tuple(
-            tuple((p * part + starts[c], p * part + starts[c] + sizes[c]) for p in range(parts)) for c in order
+            tuple((p * part + starts[c], p * part + starts[c] + sizes[c]) for p in range(parts))
+            for c in order
         )
         return cls(dim, length, runs)
 
@@ -68,7 +71,11 @@ class Cut:
     def read(self, slice_of: Callable[[int, int], Tensor], rank: int) -> Tensor:
         """Build one rank's part from slices of ``dim``, for example read from a file, one at a time."""
         pieces = [slice_of(start, stop) for start, stop in self.runs[rank]]
-        return pieces[0].clone(memory_format=torch.contiguous_format) if len(pieces) == 1 else torch.cat(pieces, self.dim)
+        return (
+            pieces[0].clone(memory_format=torch.contiguous_format)
+            if len(pieces) == 1
+            else torch.cat(pieces, self.dim)
+        )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Put every rank's part together; of a run held by several ranks the first holder's is taken."""
@@ -80,7 +87,9 @@ class Cut:
             offset = 0
             for start, stop in runs:
                 if (start, stop) not in done:
-                    whole.narrow(self.dim, start, stop - start).copy_(part.narrow(self.dim, offset, stop - start))
+                    whole.narrow(self.dim, start, stop - start).copy_(
+                        part.narrow(self.dim, offset, stop - start)
+                    )
                     done.add((start, stop))
                 offset += stop - start
         return whole

@@ -57,7 +57,8 @@ class KeySplit:
         """
         if dropout_p:
             raise PlanError(
-                f"dropout_p={dropout_p} in scaled_dot_product_attention", "cannot be exact when keys are spread over ranks",
+                f"dropout_p={dropout_p} in scaled_dot_product_attention",
+                "cannot be exact when keys are spread over ranks",
                 "use dropout_p=0, or kvp=1",
             )  # fmt: skip
         (batch, heads, rows, width), keys = q.shape, k.shape[2]
@@ -68,15 +69,23 @@ class KeySplit:
                 "pass is_causal=False for one query on a cache, or all queries with all keys",
             )
         own = self.rule.positions(torch.arange(self.rule.local_length(keys), device=q.device))
-        hi = torch.searchsorted(own, torch.arange(rows, device=q.device), right=True) if is_causal else None
+        hi = (
+            torch.searchsorted(own, torch.arange(rows, device=q.device), right=True)
+            if is_causal
+            else None
+        )
         hi = torch.full((rows,), len(own), device=q.device) if hi is None else hi
         scale = width**-0.5 if scale is None else scale
-        bias = None if attn_mask is None else self._bias(attn_mask, own, (batch, heads, rows, keys), q)
+        bias = (
+            None if attn_mask is None else self._bias(attn_mask, own, (batch, heads, rows, keys), q)
+        )
         parts = []
         for b in range(batch):
             local = [t[b].transpose(0, 1).index_select(0, own) for t in (k, v)]
             if bias is None:
-                parts.append(dense_attention(q[b].transpose(0, 1), *local, torch.zeros_like(hi), hi, scale))
+                parts.append(
+                    dense_attention(q[b].transpose(0, 1), *local, torch.zeros_like(hi), hi, scale)
+                )
             else:
                 parts.append(biased_attention(q[b].transpose(0, 1), *local, bias[b], scale))
         o = torch.cat([o for o, _ in parts])
@@ -84,8 +93,9 @@ class KeySplit:
         merged = exchange_partials(o, torch.cat([lse for _, lse in parts]), self.group)
         return merged.view(batch, rows, -1, merged.shape[-1]).transpose(1, 2)
 
-
-    def _bias(self, mask: Tensor, own: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> Tensor:
+    def _bias(
+        self, mask: Tensor, own: Tensor, shape: tuple[int, int, int, int], q: Tensor
+    ) -> Tensor:
         """This rank's keys of an additive or boolean mask: [batch, heads or 1, rows, own keys]."""
         batch, heads, rows, keys = shape
         while mask.dim() < 4:
@@ -97,20 +107,31 @@ class KeySplit:
             )  # fmt: skip
         mask = mask.expand(batch, mask.shape[1], rows, keys).index_select(-1, own)
         if mask.dtype == torch.bool:
-            return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+            return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(
+                ~mask, float("-inf")
+            )
         return mask
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attend with an additive bias (ALiBi, padding, windows); plain torch, differentiable, heads * rows * keys scores.
 
-    Shape: q [rows, heads, d], k, v [keys, kv_heads, d], bias [heads or 1, rows, keys] -> o [rows, heads, d], lse [rows, heads]
+    Shape: q [rows, heads, d], k, v [keys, kv_heads, d], bias [heads or 1, rows, keys]
+        -> o [rows, heads, d], lse [rows, heads]
     """
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     scores = torch.einsum("rhd,khd->hrk", q, k) * scale + bias
-    with torch.no_grad():  # the shift cancels; a row that sees no key here must not turn its gradient into NaN
-        top = scores.amax(-1, keepdim=True) if scores.shape[-1] else scores.new_zeros((*scores.shape[:-1], 1))
+    with (
+        torch.no_grad()
+    ):  # the shift cancels; a row that sees no key here must not turn its gradient into NaN
+        top = (
+            scores.amax(-1, keepdim=True)
+            if scores.shape[-1]
+            else scores.new_zeros((*scores.shape[:-1], 1))
+        )
         top = top.masked_fill(top == float("-inf"), 0)
     weights = torch.exp(scores - top)
     sums = weights.sum(-1, keepdim=True)

@@ -42,7 +42,9 @@ def cut_parameter(module: nn.Module, name: str, path: str, cut: Cut) -> CutParam
             f"its role cuts dim {cut.dim} as if it were {cut.length} long",
             "check heads, head_dim and parts in the rules or the model's config",
         )
-    return CutParameter(module, name, f"{path}.{name}" if path else name, cut, whole=parameter, shape=shape)
+    return CutParameter(
+        module, name, f"{path}.{name}" if path else name, cut, whole=parameter, shape=shape
+    )
 
 
 def plain_linear(module: nn.Module, path: str) -> nn.Linear:
@@ -86,12 +88,18 @@ class Embedding:
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
         if not isinstance(module, nn.Embedding):
             raise PlanError(
-                f"{path} ({type(module).__name__}) is to be cut as an embedding", "is not a torch.nn.Embedding", "drop its rule"
+                f"{path} ({type(module).__name__}) is to be cut as an embedding",
+                "is not a torch.nn.Embedding",
+                "drop its rule",
             )
         rows = module.num_embeddings
         here = vocabulary(rows, ranks)
         padding = module.padding_idx
-        local_padding = padding - here.start if padding is not None and here.start <= padding < here.stop else None
+        local_padding = (
+            padding - here.start
+            if padding is not None and here.start <= padding < here.stop
+            else None
+        )
         return [
             cut_parameter(module, "weight", path, Cut.chunks(0, rows, ranks.run_order)),
             SetAttribute(module, "_plait", here),
@@ -112,7 +120,11 @@ class Head:
         edits: list[Edit] = [cut_parameter(module, "weight", path, cut)]
         if module.bias is not None:
             edits.append(cut_parameter(module, "bias", path, cut))
-        return [*edits, SetAttribute(module, "_plait", vocabulary(rows, ranks)), SwapClass(module, self.mixin)]
+        return [
+            *edits,
+            SetAttribute(module, "_plait", vocabulary(rows, ranks)),
+            SwapClass(module, self.mixin),
+        ]
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,10 @@ class Shared:
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
         return [
-            SumGradient(child, name, ranks.all) for child in module.modules() for name in child._parameters if child._parameters[name] is not None
+            SumGradient(child, name, ranks.all)
+            for child in module.modules()
+            for name in child._parameters
+            if child._parameters[name] is not None
         ]
 
 
@@ -140,7 +155,9 @@ class Region:
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
         link = Link(ranks.all, ranks.span)
 
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def enter(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]]:
             if args:
                 return (link.enter(args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": link.enter(kwargs["hidden_states"])}
@@ -167,7 +184,9 @@ def column_edits(module: nn.Module, path: str, cut: Cut, link: Link) -> list[Edi
     return [*cuts, SetAttribute(module, "_plait", link), SwapClass(module, ColumnLinear)]
 
 
-def row_edits(module: nn.Module, path: str, cut: Cut, link: Any, mixin: type = RowLinear) -> list[Edit]:
+def row_edits(
+    module: nn.Module, path: str, cut: Cut, link: Any, mixin: type = RowLinear
+) -> list[Edit]:
     """Edits of a linear layer whose inputs are cut; its bias stays whole and is added once."""
     return [
         cut_parameter(module, "weight", path, cut),

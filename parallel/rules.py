@@ -27,7 +27,11 @@ def match(model: nn.Module, rules: Rules) -> dict[str, Role]:
     for pattern, role in rules.items():
         hits = [path for path in paths if matches(pattern, path)]
         if not hits:
-            raise PlanError(f"rule {pattern!r}", "matches no module of the model", suggestion(pattern, _shapes_of(paths)))
+            raise PlanError(
+                f"rule {pattern!r}",
+                "matches no module of the model",
+                suggestion(pattern, _shapes_of(paths)),
+            )
         for path in hits:
             found.setdefault(path, named(role, pattern))
     return found
@@ -55,9 +59,16 @@ def _shapes_of(paths: list[str]) -> list[str]:
 def snippet(model: nn.Module) -> str:
     """Write an example of rules for an unknown model, from the names of its linear layers."""
     linear = sorted(
-        {re.sub(r"\.\d+(?=\.|$)", ".*", path) for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        {
+            re.sub(r"\.\d+(?=\.|$)", ".*", path)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
     )[:8]
     lines = ["parallelize(model, plan, rules={"]
     lines += [f'    "{path}": "colwise",  # or "rowwise"' for path in linear]
-    lines += ['    "blocks.*.attn": Attention(heads=..., kv_heads=..., head_dim=..., q="wq", k="wk", v="wv", o="wo"),', "})"]
+    lines += [
+        '    "blocks.*.attn": Attention(heads=..., kv_heads=..., head_dim=..., q="wq", k="wk", v="wv", o="wo"),',
+        "})",
+    ]
     return "\n".join(lines)

@@ -25,9 +25,13 @@ def sequence_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edi
     parent = model.get_submodule(path.rpartition(".")[0])
     norm = next((m for n, m in parent.named_children() if "norm" in n and m is not layers), None)
     if norm is None:
-        raise PlanError("tp:sp", "needs a final norm after the decoder layers", "use tp without :sp")
+        raise PlanError(
+            "tp:sp", "needs a final norm after the decoder layers", "use tp without :sp"
+        )
 
-    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def cut(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         span.length = hidden.shape[1]
         part = autograd.split(hidden, group, 1)

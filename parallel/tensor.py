@@ -149,7 +149,9 @@ def gather_parts(local: Tensor, here: Vocabulary) -> Tensor:
     return torch.cat([by_rank[here.order.index(c)] for c in range(len(by_rank))], dim)
 
 
-def sum_gradient(parameter: nn.Parameter, group: Group, dim: int = 0, parts: Sequence[Run] = ()) -> Any:
+def sum_gradient(
+    parameter: nn.Parameter, group: Group, dim: int = 0, parts: Sequence[Run] = ()
+) -> Any:
     """Sum a partial gradient over the ranks that hold the same parameter; returns the hook's handle.
 
     Args:

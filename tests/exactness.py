@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import tiny, tokens
 from torch import Tensor
 
+from models import tiny, tokens
 from plait.collectives import primitive
 from plait.parallel import parallelize, unparallelize
 from world import run_world

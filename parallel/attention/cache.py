@@ -30,9 +30,13 @@ class HelixCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the store was made with the cache."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append own tokens to the store and hand the new tokens on; attention finds the old ones in the store."""
-        self.layer.write(self.layer.as_key(key_states, value_states), self.layer.as_value(value_states))
+        self.layer.write(
+            self.layer.as_key(key_states, value_states), self.layer.as_value(value_states)
+        )
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -51,14 +55,20 @@ class HelixCacheLayer(CacheLayerMixin):
 class HelixCache(Cache):
     """A transformers cache whose keys and values are cut over the ranks of a Helix plan.
 
-    Made by the model's forward or ``generate`` when no cache is given. Per rank it holds tp's share of the heads and the
+    Made by the model's forward or ``generate`` if no cache is given. Per rank it holds tp's share of the heads and the
     tokens the position rule gives this rank; ranks differ by at most ``interleave`` tokens per request. Sliding-window
     layers keep transformers' own layer. Padding is not stored.
 
     State: between ``begin`` and ``end`` of a forward the new tokens are a step of the store, visible to that step only.
     """
 
-    def __init__(self, state: HelixState, store: KVStore, windows: Sequence[int | None], layers: Sequence[HelixLayer | None]) -> None:
+    def __init__(
+        self,
+        state: HelixState,
+        store: KVStore,
+        windows: Sequence[int | None],
+        layers: Sequence[HelixLayer | None],
+    ) -> None:
         made: list[Any] = []
         for window, layer in zip(windows, layers, strict=True):
             if layer is not None:
@@ -89,14 +99,18 @@ class HelixCache(Cache):
 
     def begin(self, batch: int, length: int, mask: np.ndarray | None, device: torch.device) -> None:
         """Open a step for ``length`` new columns; ``mask`` is over all columns, as transformers gives it."""
-        if self.write_step is not None:  # a forward that raised left its step open: its tokens were never committed
+        if (
+            self.write_step is not None
+        ):  # a forward that raised left its step open: its tokens were never committed
             self.store.abort(self.write_step)
             self.write_step = None
         if not self.seqs:
             self.seqs = self.store.open_batch(batch)
             self.valid = np.zeros((batch, 0), dtype=bool)
         if batch != len(self.seqs):
-            raise ValueError(f"the cache holds {len(self.seqs)} requests, the input {batch}; use a new cache")
+            raise ValueError(
+                f"the cache holds {len(self.seqs)} requests, the input {batch}; use a new cache"
+            )
         new = self._new_columns(batch, length, mask)
         self.state.begin(batch, length, self.lengths, new, self, device)
         step = self.state.running()
@@ -108,11 +122,13 @@ class HelixCache(Cache):
             return None
         if mask.shape != (batch, self.columns + length):
             raise ValueError(
-                f"attention_mask is {list(mask.shape)}; with {self.columns} cached columns and {length} new ones it must be "
+                f"attention_mask is {list(mask.shape)}; with {self.columns} cached columns and {length} new it must be "
                 f"[{batch}, {self.columns + length}]"
             )
         if not np.array_equal(mask[:, : self.columns], self.valid):
-            raise ValueError("attention_mask hides or shows cached tokens differently than when they were cached")
+            raise ValueError(
+                "attention_mask hides or shows cached tokens differently than when they were cached"
+            )
         new = mask[:, self.columns :]
         return None if new.all() else new
 
@@ -122,7 +138,9 @@ class HelixCache(Cache):
             self.store.commit(self.write_step)
             self.write_step = None
             self.valid = np.concatenate([self.valid, self._new], 1)
-        self.state.cache = None  # else the model would keep the pages of a cache that its owner dropped
+        self.state.cache = (
+            None  # else the model would keep the pages of a cache that its owner dropped
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the history it chose; pages are shared, not copied."""
@@ -148,7 +166,9 @@ class HelixCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns (rejected speculation); ``tokens_to_remove`` is negative or zero."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+            raise ValueError(
+                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
+            )
         self.valid = self.valid[:, : self.columns + tokens_to_remove]
         for seq, length in zip(self.seqs, self.lengths, strict=True):
             self.store.truncate(seq, self.state.rule.local_length(length))

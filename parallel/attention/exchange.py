@@ -49,7 +49,9 @@ def connected(o: Tensor, *inputs: Tensor | None) -> Tensor:
     return o
 
 
-def gather_keys(k: Tensor, v: Tensor | None, group: Group, step: Step) -> tuple[Tensor, Tensor | None]:
+def gather_keys(
+    k: Tensor, v: Tensor | None, group: Group, step: Step
+) -> tuple[Tensor, Tensor | None]:
     """Gather every shard's keys and values and put them in order of (sequence, position).
 
     Shape: k, v [local keys, kv_heads, d] -> [all keys, kv_heads, d]
@@ -57,7 +59,9 @@ def gather_keys(k: Tensor, v: Tensor | None, group: Group, step: Step) -> tuple[
     """
     width = k.shape[-1]
     local = k if v is None else torch.cat([k, v], -1)
-    every = autograd.gather(local, group, 0, step.keys_of_rank, partial=True).index_select(0, step.key_order)
+    every = autograd.gather(local, group, 0, step.keys_of_rank, partial=True).index_select(
+        0, step.key_order
+    )
     return (every, None) if v is None else (every[..., :width], every[..., width:])
 
 
@@ -70,7 +74,11 @@ def rows_to_heads(x: Tensor, group: Group, step: Step) -> Tensor:
     assert group is not None
     shards = group.size()
     rows, width = x.shape
-    by_rank = x.view(rows, shards, width // shards).transpose(0, 1).reshape(rows * shards, width // shards)
+    by_rank = (
+        x.view(rows, shards, width // shards)
+        .transpose(0, 1)
+        .reshape(rows * shards, width // shards)
+    )
     received = autograd.all_to_all(by_rank, group, [rows] * shards, step.rows_of_rank)
     return received.index_select(0, step.restore)
 
@@ -88,4 +96,6 @@ def kv_elements(rows: int, keys: int, heads: int, width: int, kv_width: int, sha
 def cheaper(rows: int, keys: int, heads: int, width: int, kv_width: int, shards: int) -> str:
     """Choose the exchange that sends fewer bytes: partials for few rows on a long context, KV for a long prompt."""
     partials = partials_elements(rows, heads, width, shards)
-    return "kv" if kv_elements(rows, keys, heads, width, kv_width, shards) < partials else "partials"
+    return (
+        "kv" if kv_elements(rows, keys, heads, width, kv_width, shards) < partials else "partials"
+    )

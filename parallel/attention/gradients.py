@@ -21,7 +21,9 @@ def held_gradient_edits(edits: Sequence[Edit], ranks: ModelRanks) -> list[Edit]:
         for holders, parts in edit.cut.shared(ranks.index).items():
             all_of_it = sum(stop - start for start, stop in parts) == edit.cut.extent(ranks.index)
             group = ranks.subset(holders)
-            hooks.append(SumGradient(edit.module, edit.name, group, edit.cut.dim, () if all_of_it else parts))
+            hooks.append(
+                SumGradient(edit.module, edit.name, group, edit.cut.dim, () if all_of_it else parts)
+            )
     return hooks
 
 

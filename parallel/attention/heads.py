@@ -24,11 +24,21 @@ def check_heads(path: str, heads: int, kv_heads: int, count: int, axes: str) -> 
     """Refuse a cut that would give a rank a part of a head or of a group of heads."""
     if heads % count:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise PlanError(f"{axes}={count}", f"does not divide the {heads} query heads of {path}", f"use one of {legal}")
-    if kv_heads % count and count % kv_heads:
-        legal = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         raise PlanError(
-            f"{axes}={count}", f"cuts inside a group of heads of {path} (kv_heads={kv_heads})", f"use one of {legal}"
+            f"{axes}={count}",
+            f"does not divide the {heads} query heads of {path}",
+            f"use one of {legal}",
+        )
+    if kv_heads % count and count % kv_heads:
+        legal = [
+            n
+            for n in range(1, heads + 1)
+            if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+        ]
+        raise PlanError(
+            f"{axes}={count}",
+            f"cuts inside a group of heads of {path} (kv_heads={kv_heads})",
+            f"use one of {legal}",
         )
 
 
@@ -36,7 +46,11 @@ def check_runs(path: str, heads: int, count: int) -> None:
     """Refuse ranks that cannot keep equal runs of query heads after Helix's all-to-all."""
     if heads % count:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
-        raise PlanError(f"kvp * tp = {count}", f"does not divide the {heads} query heads of {path}", f"use one of {legal}")
+        raise PlanError(
+            f"kvp * tp = {count}",
+            f"does not divide the {heads} query heads of {path}",
+            f"use one of {legal}",
+        )
 
 
 def scaled(runs: Sequence[Run], width: int, offset: int = 0) -> list[Run]:
@@ -62,5 +76,7 @@ def stacked_cut(heads: int, kv_heads: int, width: int, count: int, order: Sequen
     for c in order:
         q, kv = query_run(heads, count, c), kv_run(heads, kv_heads, count, c)
         k_rows, v_rows = heads * width, (heads + kv_heads) * width
-        runs.append((*scaled([q], width), *scaled([kv], width, k_rows), *scaled([kv], width, v_rows)))
+        runs.append(
+            (*scaled([q], width), *scaled([kv], width, k_rows), *scaled([kv], width, v_rows))
+        )
     return Cut(0, (heads + 2 * kv_heads) * width, tuple(runs))

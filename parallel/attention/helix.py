@@ -46,7 +46,9 @@ class HelixState:
         """The position rule of this rank."""
         return Interleave(self.ranks.plan.kvp.interleave, self.ranks.kvp, self.ranks.k)
 
-    def begin(self, batch: int, length: int, past: list[int], valid: Any, cache: Any, device: torch.device) -> None:
+    def begin(
+        self, batch: int, length: int, past: list[int], valid: Any, cache: Any, device: torch.device
+    ) -> None:
         """Start a step: choose what to exchange and work out who owns which token."""
         mode = self.ranks.plan.kvp.exchange
         if mode == "auto":
@@ -89,11 +91,18 @@ class HelixLayer:
         return cheaper(rows, keys, self.heads, self.value_dim, self.kv_width, kvp)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None, sink: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """Attend with the step's new tokens to everything each may see.
 
-        Shape: q [batch, heads/tp, length, d], k, v [batch, kv_heads/tp, length, d] -> [batch, length, heads/(kvp*tp), d];
+        Shape: q [batch, heads/tp, length, d], k, v [batch, kv_heads/tp, length, d]
+            -> [batch, length, heads/(kvp*tp), d];
             in "kv" mode batch is 1 and length this rank's own rows, in and out, with all heads/tp.
         Collective: see ``exchange_partials`` and ``gather_keys``.
         """
@@ -141,7 +150,9 @@ class HelixLayer:
             sink = sink[ranks.k * kept : (ranks.k + 1) * kept]
         return exchange_partials(o, lse, ranks.kvp_group, sink)
 
-    def _local(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def _local(
+        self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Attend with all rows to this rank's tokens, old and new."""
         step, cache = self.state.running(), self.state.cache
         if cache is not None and not recorded(q, k, v):
@@ -155,7 +166,13 @@ class HelixLayer:
         return bound(o, q, k, v), lse
 
     def _own_rows(
-        self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None, sink: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """Attend with own rows to all tokens, gathered from all shards."""
         step = self.state.running()
@@ -194,7 +211,18 @@ class HelixLayer:
         parts, start = [], 0
         for i, size in enumerate(sizes):
             rows, keys = slice(at[i], at[i + 1]), slice(start, start + size)
-            parts.append(dense_attention(q[rows], k[keys], v[keys], step.lo[rows], step.hi[rows], scale, softcap, sink=sink))
+            parts.append(
+                dense_attention(
+                    q[rows],
+                    k[keys],
+                    v[keys],
+                    step.lo[rows],
+                    step.hi[rows],
+                    scale,
+                    softcap,
+                    sink=sink,
+                )
+            )
             start += size
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -244,24 +272,34 @@ def helix_attention(
     """Attend under Helix; registered with transformers as the attention implementation ``plait_helix``."""
     if dropout:
         raise PlanError(
-            f"attention dropout {dropout}", "cannot be exact when keys are spread over ranks", "set attention_dropout=0"
+            f"attention dropout {dropout}",
+            "cannot be exact when keys are spread over ranks",
+            "set attention_dropout=0",
         )
     layer: HelixLayer = module._plait_attention  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attend(query, key, value, scale, softcap, s_aux), None
 
 
-def helix_edits(module: nn.Module, linear: nn.Module, path: str, cut: Cut, layer: HelixLayer) -> list[Edit]:
+def helix_edits(
+    module: nn.Module, linear: nn.Module, path: str, cut: Cut, layer: HelixLayer
+) -> list[Edit]:
     """Edits that make an attention module a Helix layer; ``linear`` is its output projection."""
     state = layer.state
 
-    def own_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if RUNNING in kwargs:  # recomputation (gradient checkpointing) comes when later forwards may have begun
+    def own_rows(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        if (
+            RUNNING in kwargs
+        ):  # recomputation (gradient checkpointing) comes when later forwards may have begun
             state.step, state.cache = kwargs.pop(RUNNING)
         step = state.running()
         if step.mode == "partials":
             return args, kwargs
-        return tuple(take_rows(a, step) for a in args), {n: take_rows(a, step) for n, a in kwargs.items()}
+        return tuple(take_rows(a, step) for a in args), {
+            n: take_rows(a, step) for n, a in kwargs.items()
+        }
 
     return [
         SetAttribute(module, "_plait_attention", layer),
@@ -275,7 +313,12 @@ def take_rows(x: Any, step: Step) -> Any:
     """Take this rank's own rows of an activation: [batch or 1, length, ...] -> [1, own rows, ...]."""
     if isinstance(x, tuple):
         return tuple(take_rows(item, step) for item in x)
-    if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != step.length or x.shape[0] not in {1, step.batch}:
+    if (
+        not isinstance(x, Tensor)
+        or x.dim() < 2
+        or x.shape[1] != step.length
+        or x.shape[0] not in {1, step.batch}
+    ):
         return x
     if x.shape[0] == step.batch:
         return x.flatten(0, 1).index_select(0, step.own_flat)[None]

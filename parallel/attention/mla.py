@@ -2,7 +2,7 @@
 
 With W_UK absorbed into the query, keys are the latent itself, one KV head wide; values are its first columns. Under
 kvp each rank holds a run of tokens of the latent and computes all query heads; W_UV commutes with the merge by lse, so
-it may come after the exchange ("latent", the field's choice) or before it ("value", fewer bytes, W_UV read for all heads).
+it may come after the exchange ("latent", the field's choice) or before it ("value": fewer bytes, W_UV for all heads).
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Mla:
         """Prepare the cut: heads over tp; under kvp also the latent cache along the sequence."""
         check_heads(path, self.heads, self.heads, ranks.size, "kvp * tp" if ranks.kvp > 1 else "tp")
         edits: list[Edit] = []
-        for name, width in ((self.q, self.nope_dim + self.rope_dim), (self.kv_b, self.nope_dim + self.value_dim)):
+        for name, width in (
+            (self.q, self.nope_dim + self.rope_dim),
+            (self.kv_b, self.nope_dim + self.value_dim),
+        ):
             linear = plain_linear(module.get_submodule(name), f"{path}.{name}")
             cut = query_cut(self.heads, width, ranks.tp, ranks.tp_order)
             edits += column_edits(linear, f"{path}.{name}", cut, Link(ranks.all))
@@ -55,7 +58,9 @@ class Mla:
             return edits + row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all, ranks.span))
         return edits + self._helix_edits(module, linear, f"{path}.{self.o}", cut, ranks.helix)
 
-    def _helix_edits(self, module: nn.Module, linear: nn.Module, path: str, cut: Cut, state: HelixState) -> list[Edit]:
+    def _helix_edits(
+        self, module: nn.Module, linear: nn.Module, path: str, cut: Cut, state: HelixState
+    ) -> list[Edit]:
         layer = LatentLayer(
             state=state,
             number=len(state.layers),
@@ -68,7 +73,10 @@ class Mla:
         )
         state.layers.append(layer)
         # transformers expands the latents just before attention; under Helix they stay latents.
-        return [*helix_edits(module, linear, path, cut, layer), SetAttribute(module, "expand_kv", keep_latent)]
+        return [
+            *helix_edits(module, linear, path, cut, layer),
+            SetAttribute(module, "expand_kv", keep_latent),
+        ]
 
 
 def keep_latent(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +97,13 @@ class LatentLayer(HelixLayer):
         return self.head_dim
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None, sink: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sink: Tensor | None,
     ) -> Tensor:
         """Absorb W_UK into the queries, attend in the latent, and come back through W_UV.
 
@@ -98,7 +112,9 @@ class LatentLayer(HelixLayer):
         """
         assert self.role is not None
         nope, rotary = q.split([self.role.nope_dim, self.role.rope_dim], -1)
-        absorbed = torch.cat([torch.einsum("bhmd,hdr->bhmr", nope, self._up()[:, : self.role.nope_dim]), rotary], -1)
+        absorbed = torch.cat(
+            [torch.einsum("bhmd,hdr->bhmr", nope, self._up()[:, : self.role.nope_dim]), rotary], -1
+        )
         out = super().attend(absorbed, k, None, scale, softcap, sink)
         if self.state.running().mode == "kv":
             return self._values(out, slice(None))

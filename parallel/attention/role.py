@@ -24,7 +24,7 @@ class Attention:
     """Multi-head or grouped-query attention.
 
     ``q``, ``k``, ``v``, ``o`` name the projections; or ``fused`` names one projection for all three, whose rows are
-    ``"stacked"`` (all q, all k, all v: Phi-3) or ``"per_head"`` (q, k, v of each head together: GPT-NeoX). ``norms`` are
+    ``"stacked"`` (all q, all k, all v: Phi-3) or ``"per_head"`` (q, k, v of each head: GPT-NeoX). ``norms`` are
     whole modules used on local heads, whose gradients are partial; ``sinks`` a parameter of one number a query head.
     ``counts`` names attributes of the module that hold ``"heads"``, ``"kv_heads"`` or ``"groups"`` and must become
     local; ``config_counts`` the same in the module's ``config``. ``window`` marks sliding-window layers, whose KV is
@@ -55,7 +55,9 @@ class Attention:
         """Prepare the cut of the projections; with kvp the KV heads are cut over tp and the tokens over kvp."""
         helix = ranks.helix is not None and not self.window
         count, order = (ranks.tp, ranks.tp_order) if helix else (ranks.size, ranks.run_order)
-        check_heads(path, self.heads, self.kv_heads, count, "tp" if helix or ranks.kvp == 1 else "kvp * tp")
+        check_heads(
+            path, self.heads, self.kv_heads, count, "tp" if helix or ranks.kvp == 1 else "kvp * tp"
+        )
         check_runs(path, self.heads, ranks.size)
         edits: list[Edit] = self._input_edits(module, path, ranks, count, order)
         edits += self._count_edits(module, count)
@@ -63,7 +65,9 @@ class Attention:
             self._check_norm(module.get_submodule(name), f"{path}.{name}")
             edits += Shared().edits(module.get_submodule(name), f"{path}.{name}", ranks)
         if self.sinks is not None:
-            edits.append(cut_parameter(module, self.sinks, path, query_cut(self.heads, 1, count, order)))
+            edits.append(
+                cut_parameter(module, self.sinks, path, query_cut(self.heads, 1, count, order))
+            )
         edits += held_gradient_edits(edits, ranks)
         if self._is_region:
             edits += Region().edits(module, path, ranks)
@@ -72,7 +76,7 @@ class Attention:
 
     @property
     def _is_region(self) -> bool:
-        """Whether everything in the module reads one input and lies between the projections; known of transformers only."""
+        """Whether the module reads one input and all of it lies between the projections; known of transformers."""
         return self.through == "transformers"
 
     def _input_edits(
@@ -92,10 +96,17 @@ class Attention:
         if self.fused is not None:
             return [(self.fused, stacked_cut(self.heads, self.kv_heads, width, count, order))]
         kv = kv_cut(self.heads, self.kv_heads, width, count, order)
-        assert self.q and self.k and self.v, "an Attention role names q, k and v, or fused"
+        if not (self.q and self.k and self.v):
+            raise PlanError(
+                "an Attention role",
+                "names neither q, k and v nor fused",
+                "name the module's projections",
+            )
         return [(self.q, query_cut(self.heads, width, count, order)), (self.k, kv), (self.v, kv)]
 
-    def _output_edits(self, module: nn.Module, path: str, ranks: ModelRanks, helix: bool) -> list[Edit]:
+    def _output_edits(
+        self, module: nn.Module, path: str, ranks: ModelRanks, helix: bool
+    ) -> list[Edit]:
         linear = plain_linear(module.get_submodule(self.o), f"{path}.{self.o}")
         cut = query_cut(self.heads, self.head_dim, ranks.size, ranks.run_order, dim=1)
         if not helix or ranks.helix is None:
@@ -125,10 +136,18 @@ class Attention:
 
     def _count_edits(self, module: nn.Module, count: int) -> list[Edit]:
         kv_local = max(1, self.kv_heads // count)
-        local = {"heads": self.heads // count, "kv_heads": kv_local, "groups": self.heads // count // kv_local}
+        local = {
+            "heads": self.heads // count,
+            "kv_heads": kv_local,
+            "groups": self.heads // count // kv_local,
+        }
         edits: list[Edit] = [
-            SetAttribute(module, name, local[what]) for name, what in self.counts if hasattr(module, name)
+            SetAttribute(module, name, local[what])
+            for name, what in self.counts
+            if hasattr(module, name)
         ]
         if self.config_counts:
-            edits.append(OverrideConfig(module, {name: local[what] for name, what in self.config_counts}))
+            edits.append(
+                OverrideConfig(module, {name: local[what] for name, what in self.config_counts})
+            )
         return edits

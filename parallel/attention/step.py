@@ -1,7 +1,7 @@
 """One forward step under Helix: which new tokens there are, who owns them, and what each query row may see.
 
 Made once per step on the host and shared by all layers. Ownership follows the position rule: token p of a sequence
-belongs to rank ``(p // interleave) % kvp`` (research: Helix Parallelism section 2.3; vLLM and SGLang use the same rule).
+belongs to rank ``(p // interleave) % kvp`` (Helix Parallelism section 2.3; vLLM and SGLang use the same rule).
 Padding is never a token: it is neither owned nor stored.
 """
 
@@ -26,7 +26,8 @@ class Step:
 
     Shape:
         rows [num_rows] index into batch * length, or None when nothing is padded; own [own rows] index into rows;
-        indptr [batch + 1] on the host; lo, hi [num_rows] (partials: local key range; kv: of own rows, global key range); restore [num_rows];
+        indptr [batch + 1] on the host; lo, hi [num_rows] (partials: local key range;
+        kv: of own rows, global key range); restore [num_rows];
         key_order [all keys]
     """
 
@@ -64,7 +65,7 @@ class Step:
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def place(self, x: Tensor) -> Tensor:
-        """Put rows back into a batch padded with zeros: [num_rows, ...] -> [batch, length, ...]. Inverse of ``pick``."""
+        """Put rows into a batch padded with zeros: [num_rows, ...] -> [batch, length, ...]. Undoes ``pick``."""
         if self.rows is not None:
             x = x.new_zeros((self.batch * self.length, *x.shape[1:])).index_copy(0, self.rows, x)
         return x.view(self.batch, self.length, *x.shape[1:])

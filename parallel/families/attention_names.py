@@ -20,7 +20,9 @@ _OUTPUTS = ("o_proj", "dense", "out_proj")
 _NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
-def role_of(module: nn.Module, shape: ModelShape, layer: int, helix: bool) -> Attention | Mla | None:
+def role_of(
+    module: nn.Module, shape: ModelShape, layer: int, helix: bool
+) -> Attention | Mla | None:
     """Recognise an attention module; None if it is something else."""
     names = dict(module.named_children())
     output = next((name for name in _OUTPUTS if isinstance(names.get(name), nn.Linear)), None)
@@ -31,7 +33,9 @@ def role_of(module: nn.Module, shape: ModelShape, layer: int, helix: bool) -> At
     window = bool(shape.window_layers and shape.window_layers[layer])
     if shape.heads is None or shape.kv_heads is None:
         return None
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None) or shape.head_dim
+    head_dim = (
+        getattr(module, "head_dim", None) or getattr(module, "head_size", None) or shape.head_dim
+    )
     if head_dim is None:
         return None
     role = Attention(
@@ -39,7 +43,9 @@ def role_of(module: nn.Module, shape: ModelShape, layer: int, helix: bool) -> At
         kv_heads=shape.kv_heads,
         head_dim=int(head_dim),
         o=output,
-        norms=tuple(name for name in _NORMS if name in names and any(True for _ in names[name].parameters())),
+        norms=tuple(
+            name for name in _NORMS if name in names and any(True for _ in names[name].parameters())
+        ),
         sinks="sinks" if "sinks" in module._parameters else None,
         counts=_COUNTS,
         window=window,

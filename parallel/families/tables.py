@@ -20,17 +20,26 @@ REFUSED = ("linear_attention", "mamba", "conv", "recurrent")
 
 def is_transformers(model: nn.Module) -> bool:
     """Say whether a module is a transformers model, without importing transformers."""
-    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__)
+    return any(
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.")
+        for c in type(model).__mro__
+    )
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """Find the list of decoder layers and its path."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and path.rsplit(".", 1)[-1] in {"layers", "h"}:
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and path.rsplit(".", 1)[-1] in {"layers", "h"}
+        ):
             return path, module
     raise PlanError(
-        f"model {type(model).__name__}", "has no list of decoder layers we can find", "give rules:\n" + snippet(model)
+        f"model {type(model).__name__}",
+        "has no list of decoder layers we can find",
+        "give rules:\n" + snippet(model),
     )
 
 
@@ -52,16 +61,30 @@ def roles_of(model: Any, shape: ModelShape, plan: Plan) -> dict[str, Role]:
             "give rules, for example:\n" + snippet(model),
         )
     if plan.etp > 1 and not any(isinstance(role, experts.PackedExperts) for role in roles.values()):
-        raise PlanError(f"etp={plan.etp}", f"finds no experts it knows how to cut in {type(model).__name__}", "use etp=1")
+        raise PlanError(
+            f"etp={plan.etp}",
+            f"finds no experts it knows how to cut in {type(model).__name__}",
+            "use etp=1",
+        )
     return roles | _ends(model)
 
 
 def _layer_roles(
-    path: str, layer: nn.Module, number: int, model: Any, shape: ModelShape, plan: Plan, table: dict[str, str]
+    path: str,
+    layer: nn.Module,
+    number: int,
+    model: Any,
+    shape: ModelShape,
+    plan: Plan,
+    table: dict[str, str],
 ) -> dict[str, Role]:
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     if kinds is not None and any(word in kinds[number] for word in REFUSED):
-        raise PlanError(f"layer {path}", f"is of type {kinds[number]!r}, which is not parallelised yet", "use tp=1 kvp=1")
+        raise PlanError(
+            f"layer {path}",
+            f"is of type {kinds[number]!r}, which is not parallelised yet",
+            "use tp=1 kvp=1",
+        )
     roles: dict[str, Role] = {}
     for name, child in layer.named_children():
         attention = attention_names.role_of(child, shape, number, plan.kvp.size > 1)
@@ -72,18 +95,28 @@ def _layer_roles(
     return roles
 
 
-def _feed_forward(path: str, block: nn.Module, table: dict[str, str], plan: Plan) -> dict[str, Role]:
+def _feed_forward(
+    path: str, block: nn.Module, table: dict[str, str], plan: Plan
+) -> dict[str, Role]:
     """Roles inside a feed-forward block; the block is one region if every weight in it is cut."""
     routed = {f"{path}.{n}": role for n, role in experts.roles_in(block, plan).items()}
     roles: dict[str, Role] = {}
     for name, module in block.named_modules():
-        if not isinstance(module, nn.Linear) or any(f"{path}.{name}".startswith(f"{e}.") for e in routed):
+        if not isinstance(module, nn.Linear) or any(
+            f"{path}.{name}".startswith(f"{e}.") for e in routed
+        ):
             continue
-        style = next((s for pattern, s in table.items() if matches(pattern, f"{path}.{name}")), None)
+        style = next(
+            (s for pattern, s in table.items() if matches(pattern, f"{path}.{name}")), None
+        )
         role = _linear_role(name.rsplit(".", 1)[-1], style)
         if role is not None:
             roles[f"{path}.{name}"] = role
-    weights = {f"{path}.{n}" for n, m in block.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    weights = {
+        f"{path}.{n}"
+        for n, m in block.named_modules()
+        if any(True for _ in m.parameters(recurse=False))
+    }
     if roles and weights == set(roles):
         roles = {p: ungrouped(role) for p, role in roles.items()}
         roles[path] = Region()
@@ -91,7 +124,7 @@ def _feed_forward(path: str, block: nn.Module, table: dict[str, str], plan: Plan
 
 
 def _linear_role(name: str, style: str | None) -> Role | None:
-    # The tables gather fused gate_up projections because a plain chunk would mix the halves; cutting each half does not.
+    # The tables gather fused gate_up projections because a plain chunk would mix the halves; we cut each half.
     if name == "gate_up_proj":
         return Column(parts=2)
     if style in {"rowwise", "rowwise_split_input"}:

@@ -95,9 +95,7 @@ def test_all_empty_rows_are_zero_and_minus_inf() -> None:
     for count in (1, 3):
         got, got_lse = merge_states(o[:count], lse[:count])
         assert torch.equal(got, torch.zeros(2, 2, 4))
-        assert torch.equal(
-            got_lse, torch.full((2, 2), -INF)
-        )
+        assert torch.equal(got_lse, torch.full((2, 2), -INF))
     got, got_lse = merge_states(o, lse, SINK.float())
     assert torch.equal(got, torch.zeros(2, 2, 4))
     torch.testing.assert_close(got_lse, SINK.float().expand(2, 2))

@@ -11,10 +11,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from exactness import far
-from models import tiny, tokens
 from torch import nn
 
+from exactness import far
+from models import tiny, tokens
 from plait.parallel import Attention, Plan, PlanError, api, edits, parallelize, unparallelize
 from plait.parallel.agreement import RanksDisagree
 from world import run_world

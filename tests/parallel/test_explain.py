@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import tiny, tokens
 from torch import nn
 from typer.testing import CliRunner
 
+from models import tiny, tokens
 from plait.collectives.trace import Trace
 from plait.parallel import Attention, Plan, PlanError, parallelize
 from plait.parallel.cli import app

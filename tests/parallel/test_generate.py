@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from exactness import EXACT, Pair, case, check_cache, far, padded, same
 from models import tiny, tokens
-
 from plait.collectives import primitive
 from plait.parallel import PlanError, parallelize
 from world import run_world

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from exactness import Case, Pair, Table, assert_exact, case, check_cache, far, world_of, worst
 from models import tiny, tokens
-
 from plait.collectives.trace import Trace
 from plait.kvstore import KVStore
 from plait.parallel import parallelize

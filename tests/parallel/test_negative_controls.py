@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import EXACT, Case, case, measure, world_of, worst
 from torch import Tensor
 
+from exactness import EXACT, Case, case, measure, world_of, worst
 from plait.collectives import autograd
 from plait.cuda_kernels.scores import Interleave
 from plait.parallel import layout, tensor

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from exactness import far, gradient_error
 from torch import Tensor, nn
 
+from exactness import far, gradient_error
 from plait.parallel import Attention, Plan, PlanError, modules, parallelize, unparallelize
 from plait.parallel.api import prepare
 from plait.parallel.folding import Folding
@@ -33,12 +33,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        turn = torch.arange(1, length + 1, dtype=x.dtype)[:, None, None].cos()  # position dependent: keys are told apart
+        turn = torch.arange(1, length + 1, dtype=x.dtype)[
+            :, None, None
+        ].cos()  # position dependent: keys are told apart
         q = (self.wq(x).view(batch, length, self.heads, -1) * turn).transpose(1, 2)
         k = (self.wk(x).view(batch, length, self.kv_heads, -1) * turn).transpose(1, 2)
         v = self.wv(x).view(batch, length, self.kv_heads, -1).transpose(1, 2)
         mask = None if self.bias is None else self._mask(length, x.dtype)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         return self.wo(o.transpose(1, 2).reshape(batch, length, -1))
 
     def _mask(self, length: int, dtype: torch.dtype) -> Tensor:
@@ -58,7 +62,9 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(37, 32)
         self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(4))
         self.attention = nn.ModuleList(SelfAttention(32, 8, 4, bias) for _ in range(2))
-        self.up, self.down = (nn.ModuleList(nn.Linear(*s) for _ in range(2)) for s in ((32, 50), (50, 32)))
+        self.up, self.down = (
+            nn.ModuleList(nn.Linear(*s) for _ in range(2)) for s in ((32, 50), (50, 32))
+        )
         self.head = nn.Linear(32, 37, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -162,7 +168,9 @@ class Gated(nn.Module):
 def gated() -> float:
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Linear(5, 12), Gated(), Gated()).double()
-    model = parallelize(copy.deepcopy(reference), "tp3", rules={"*.fc1": "colwise", "*.fc2": "rowwise"})
+    model = parallelize(
+        copy.deepcopy(reference), "tp3", rules={"*.fc1": "colwise", "*.fc2": "rowwise"}
+    )
     x = torch.randn(4, 5, dtype=torch.float64)
     for m in (model, reference):
         m(x).sin().sum().backward()
@@ -179,11 +187,21 @@ def test_residual_inside_a_block() -> None:
         ("tp2", {**RULES, "up.*.fc": "colwise"}, "matches no module"),
         ("tp2", {**RULES, "up.*": "colwize"}, "did you mean 'colwise'"),
         ("tp2", {**RULES, "norms.*": "colwise"}, "computes something else"),
-        ("tp3", {"attention.*": Attention(heads=6, kv_heads=3, head_dim=4, q="wq", k="wk", v="wv", o="wo")}, "check heads"),
+        (
+            "tp3",
+            {
+                "attention.*": Attention(
+                    heads=6, kv_heads=3, head_dim=4, q="wq", k="wk", v="wv", o="wo"
+                )
+            },
+            "check heads",
+        ),
         ("tp3", RULES, "does not divide the 8 query heads"),
         ("kvp3", RULES, "does not divide the 8 query heads"),
     ],
 )
 def test_wrong_rules(plan: str, rules: dict, words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        prepare(Model(), Plan.parse(plan), Groups.fake(Folding.of(Plan.parse(plan)), 0), rules=rules)
+        prepare(
+            Model(), Plan.parse(plan), Groups.fake(Folding.of(Plan.parse(plan)), 0), rules=rules
+        )

@@ -9,11 +9,11 @@ import os
 from typing import Any
 
 import pytest
-from exactness import Case, assert_exact, measure_all, worst
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from models import FAMILIES
 
+from exactness import Case, assert_exact, measure_all, worst
+from models import FAMILIES
 from plait.parallel import Plan, PlanError
 from world import run_world
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny
 
+from models import tiny
 from plait.parallel import PlanError, parallelize
 from world import run_world
 
@@ -20,12 +20,21 @@ def save(directory: str, plan: str, family: str) -> list[str]:
     model.save_pretrained(directory)
     loaded = type(reference).from_pretrained(directory)
     assert loaded.config._attn_implementation == reference.config._attn_implementation
-    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all(), "the model goes on under its plan"
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all(), (
+        "the model goes on under its plan"
+    )
     expected = reference.state_dict()
-    return [name for name, tensor in loaded.state_dict().items() if not torch.equal(tensor, expected[name])]
+    return [
+        name
+        for name, tensor in loaded.state_dict().items()
+        if not torch.equal(tensor, expected[name])
+    ]
 
 
-@pytest.mark.parametrize(("plan", "size", "family"), [("kvp2 tp2", 4, "llama"), ("tp2", 2, "phi3"), ("kvp2", 2, "gemma3")])
+@pytest.mark.parametrize(
+    ("plan", "size", "family"),
+    [("kvp2 tp2", 4, "llama"), ("tp2", 2, "phi3"), ("kvp2", 2, "gemma3")],
+)
 def test_any_tool_loads_it(tmp_path: Path, plan: str, size: int, family: str) -> None:
     assert run_world(save, size, str(tmp_path / "model"), plan, family) == [[]] * size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from exactness import Case, Table, assert_exact, case
 
 CASES = [

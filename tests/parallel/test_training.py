@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from exactness import EXACT, Pair, case, far, gradient_errors, loss_of, mask_of
 from models import tiny, tokens
-
 from plait.collectives import primitive
 from plait.parallel import parallelize, unparallelize
 from world import run_calls, run_world
