@@ -72,15 +72,31 @@ class Trace(TorchDispatchMode):
         return result
 
     def _record(self, func: Any, args: Any, seconds: float) -> None:
-        op = _NAMES.get(func._schema.name.split("::")[1], func._schema.name)
+        name: str = func._schema.name
+        op = _NAMES.get(name.split("::")[1], name)
         group = _group_of(args)
-        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        tensors = [
+            t
+            for a in args
+            for t in (a if isinstance(a, (list, tuple)) else [a])
+            if isinstance(t, Tensor)
+        ]
         ranks = group.size() if group is not None else 1
         axis = self.axis_of(group) if self.axis_of and group is not None else f"group of {ranks}"
         shape, payload = _payload(op, args, tensors)
         dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
         self.events.append(
-            Event(op, axis, ranks, shape, dtype, payload, _sent(op, payload, ranks), seconds, self.scope)
+            Event(
+                op,
+                axis,
+                ranks,
+                shape,
+                dtype,
+                payload,
+                _sent(op, payload, ranks),
+                seconds,
+                self.scope,
+            )
         )
 
     def counts(self) -> Counter[tuple[str, str]]:
@@ -103,7 +119,11 @@ def _payload(op: str, args: Any, tensors: list[Tensor]) -> tuple[tuple[int, ...]
     """The tensor a rank brings: for ops written (output, input) that is the second argument."""
     if not tensors:
         return (), 0
-    brought = tensors[1] if op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1 else tensors[0]
+    brought = (
+        tensors[1]
+        if op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1
+        else tensors[0]
+    )
     return tuple(brought.shape), brought.numel() * brought.element_size()
 
 

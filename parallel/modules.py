@@ -75,19 +75,21 @@ class KeySplit:
             else None
         )
         hi = torch.full((rows,), len(own), device=q.device) if hi is None else hi
-        scale = width**-0.5 if scale is None else scale
+        factor = width**-0.5 if scale is None else scale
         bias = (
             None if attn_mask is None else self._bias(attn_mask, own, (batch, heads, rows, keys), q)
         )
         parts = []
         for b in range(batch):
-            local = [t[b].transpose(0, 1).index_select(0, own) for t in (k, v)]
+            held, values = (t[b].transpose(0, 1).index_select(0, own) for t in (k, v))
             if bias is None:
                 parts.append(
-                    dense_attention(q[b].transpose(0, 1), *local, torch.zeros_like(hi), hi, scale)
+                    dense_attention(
+                        q[b].transpose(0, 1), held, values, torch.zeros_like(hi), hi, scale
+                    )
                 )
             else:
-                parts.append(biased_attention(q[b].transpose(0, 1), *local, bias[b], scale))
+                parts.append(biased_attention(q[b].transpose(0, 1), held, values, bias[b], factor))
         o = torch.cat([o for o, _ in parts])
         o = o if len(own) else connected(o, q, k, v)
         merged = exchange_partials(o, torch.cat([lse for _, lse in parts]), self.group)
