@@ -85,7 +85,7 @@ class KeySplit:
             if bias is None:
                 parts.append(
                     dense_attention(
-                        q[b].transpose(0, 1), held, values, torch.zeros_like(hi), hi, scale
+                        q[b].transpose(0, 1), held, values, torch.zeros_like(hi), hi, factor
                     )
                 )
             else:
