@@ -6,6 +6,7 @@ Every function takes a c10d ``ProcessGroup`` or ``None``; ``None`` is a group of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,16 +32,14 @@ def message_device(group: Group) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _options(options: Any) -> Any:
-    """Say that the caller waits: a CUDA backend then queues on the current stream."""
+@cache
+def _options(kind: type, op: Any = None) -> Any:
+    """Make the options of an operator once. The caller waits: a CUDA backend then queues on the current stream."""
+    options = kind()
     options.asyncOp = False
+    if op is not None:
+        options.reduceOp = op
     return options
-
-
-def _all_reduce_options(op: dist.ReduceOp.RedOpType) -> dist.AllreduceOptions:
-    options = dist.AllreduceOptions()
-    options.reduceOp = op  # type: ignore[assignment]
-    return _options(options)
 
 
 def _finish(work: dist.Work | None) -> None:
@@ -55,7 +54,7 @@ def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.Reduc
     Collective: all ranks of the group; sends 2 * (n - 1) / n of the bytes of ``x`` per rank (ring).
     """
     if group is not None:
-        _finish(group.allreduce([x], _all_reduce_options(op)))
+        _finish(group.allreduce([x], _options(dist.AllreduceOptions, op)))
     return x
 
 
@@ -82,7 +81,7 @@ def all_gather(x: Tensor, group: Group, sizes: Sequence[int] | None = None, dim:
         padded[: rows.shape[0]] = rows
         rows = padded
     out = rows.new_empty((n * most, *rows.shape[1:]))
-    _finish(group._allgather_base(out, rows.contiguous(), _options(AllgatherOptions())))
+    _finish(group._allgather_base(out, rows.contiguous(), _options(AllgatherOptions)))
     if any(s != most for s in sizes):
         out = torch.cat([out[r * most : r * most + s] for r, s in enumerate(sizes)])
     return out.movedim(0, dim)
@@ -105,7 +104,7 @@ def reduce_scatter(x: Tensor, group: Group, dim: int = 0) -> Tensor:
         padded[:length] = rows
         rows = padded
     out = rows.new_empty((sizes[0], *rows.shape[1:]))
-    options = _options(dist.ReduceScatterOptions())
+    options = _options(dist.ReduceScatterOptions)
     _finish(group._reduce_scatter_base(out, rows.contiguous(), options))
     return out[: sizes[group.rank()]].movedim(0, dim)
 
@@ -123,6 +122,6 @@ def all_to_all(
     rows = x.shape[0] if receive is None else sum(receive)
     out = x.new_empty((rows, *x.shape[1:]))
     uneven = ([] if receive is None else list(receive), [] if send is None else list(send))
-    options = _options(dist.AllToAllOptions())
+    options = _options(dist.AllToAllOptions)
     _finish(group.alltoall_base(out, x.contiguous(), *uneven, options))
     return out
