@@ -25,7 +25,7 @@ setup: $(READY)  ## virtual environment with everything, and pre-commit hooks
 	$(BIN)/pre-commit install
 
 demo: $(READY)  ## a language model reads a long text on 4 ranks under a Helix plan
-	$(BIN)/torchrun --standalone --nproc-per-node 4 examples/long_context.py --plan "kvp2 tp2"
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/long_context.py --plan "kvp2 tp2"
 
 test: $(READY)  ## all tests that this machine can run, multi-process and mpirun ones too
 	$(BIN)/python -m pytest

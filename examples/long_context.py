@@ -78,6 +78,7 @@ def main() -> None:
     """Read the command line, then read, continue and check."""
     args = arguments()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     world = plait.init()
     plan = plait.Plan.parse(args.plan or PLANS.get(world.size, f"tp{world.size}"))
     text = load_text(args)
@@ -91,7 +92,7 @@ def main() -> None:
                   console=console, disable=world.rank != 0) as progress:  # fmt: skip
         reading = read(model, text.ids, args.chunk, progress, "reading")
         clock = Clock(progress, progress.add_task("writing", total=args.tokens))
-        ids = write(model, text.ids, reading, args.tokens, clock)
+        ids = write(args, model, text.ids, reading, clock)
         collectives = count_collectives(model, ids, reading.cache)
         same = check(args, world, text, ids, reading, progress)
     report(console, text, ids, reading, clock, collectives, same)
@@ -114,8 +115,9 @@ def arguments() -> argparse.Namespace:
         type=Path,
         help="a file to read; default a held-out part of the Python language reference",
     )
-    parser.add_argument("--context", type=int, default=16384, help="most tokens to read")
+    parser.add_argument("--context", type=int, default=12288, help="most tokens to read")
     parser.add_argument("--tokens", type=int, default=160, help="tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.5, help="of sampling; 0 is greedy")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of one prefill step")
     parser.add_argument(
         "--no-check",
@@ -173,14 +175,21 @@ def read(model: Any, ids: torch.Tensor, chunk: int, progress: Progress, name: st
 
 @torch.no_grad()
 def write(
-    model: Any, ids: torch.Tensor, reading: Reading, tokens: int, clock: Clock | None = None
+    args: argparse.Namespace,
+    model: Any,
+    ids: torch.Tensor,
+    reading: Reading,
+    clock: Clock | None = None,
 ) -> torch.Tensor:
-    """Continue greedily with transformers' own ``generate``; the cache holds the text but for its last token."""
+    """Continue with transformers' own ``generate``; the cache holds the text but for its last token."""
     reading.cache.crop(-1)  # generate wants at least one token to feed
-    mask = torch.ones_like(ids)
+    choice: dict[str, Any] = {"do_sample": False}
+    if args.temperature > 0:
+        choice = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 0.95}
+    torch.manual_seed(0)
     return model.generate(
-        ids, attention_mask=mask, past_key_values=reading.cache, max_new_tokens=tokens, min_new_tokens=tokens,
-        do_sample=False, streamer=clock, pad_token_id=0,
+        ids, attention_mask=torch.ones_like(ids), past_key_values=reading.cache, max_new_tokens=args.tokens,
+        min_new_tokens=args.tokens, streamer=clock, pad_token_id=0, **choice,
     )  # fmt: skip
 
 
@@ -206,10 +215,11 @@ def check(
     """Do the same on rank 0 alone with the untouched model, and compare every token and the loss."""
     same: bool | None = None
     if args.check and world.rank == 0:
+        torch.set_num_threads(world.threads * world.local_size)  # the others only wait
         alone = load_model(args.model, None)
         expected = read(alone, text.ids, args.chunk, progress, "checking")
         close = math.isclose(expected.bits, reading.bits, rel_tol=1e-5)
-        same = bool(torch.equal(write(alone, text.ids, expected, args.tokens), ids)) and close
+        same = bool(torch.equal(write(args, alone, text.ids, expected), ids)) and close
     torch.distributed.barrier()
     return same
 
