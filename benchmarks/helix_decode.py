@@ -110,7 +110,7 @@ def work(args: argparse.Namespace) -> None:
     """All contenders in turn, then what each holds and sends."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    model = make_model({**args.shape, "kv_heads": args.kv_heads}, args.context)
+    model = make_model(args.shape, args.context)
     copied = (
         f"tp{args.ranks},replicate_kv=true" if args.kv_heads < args.ranks else f"tp{args.ranks}"
     )
@@ -128,7 +128,7 @@ def work(args: argparse.Namespace) -> None:
     ]
     say(heading("plait"))
     say(
-        f"{args.size} {args.shape}, kv_heads {args.kv_heads}, float32, batch 1, "
+        f"{args.size} {args.shape}, float32, batch 1, "
         f"{args.ranks} ranks x 1 thread; caches filled with random keys and values"
     )
     compete(contenders, args.rounds, warm=3)
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
-    args.shape = SIZES[args.size]
+    args.shape = {**SIZES[args.size], "kv_heads": args.kv_heads}
     if launched():
         work(args)
     else:

@@ -87,3 +87,34 @@ def explain(
         typer.echo(f"plait: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(said.to_json() if as_json else str(said))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which one; none lists them.")] = "",
+) -> None:
+    """List the benchmarks of a checkout, or run one: plait bench tensor_parallel --rounds 5."""
+    import ast
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "contest"}
+    if not scripts:
+        typer.echo("plait: benchmarks come with the repository, not with the package", err=True)
+        raise typer.Exit(2)
+    if not name:
+        for stem, path in scripts.items():
+            about = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+            typer.echo(f"{stem:18} {about[0] if about else ''}")
+        return
+    if name not in scripts:
+        typer.echo(
+            f"plait: there is no benchmark {name!r}; there are {', '.join(scripts)}", err=True
+        )
+        raise typer.Exit(2)
+    raise typer.Exit(
+        subprocess.run([sys.executable, scripts[name], *context.args], check=False).returncode
+    )

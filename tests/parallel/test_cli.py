@@ -27,6 +27,7 @@ def test_commands_are_a_decision() -> None:
     assert sorted(
         command.name or command.callback.__name__ for command in app.registered_commands
     ) == [
+        "bench",
         "doctor",
         "explain",
     ]
