@@ -5,4 +5,13 @@ from .launch import Launch
 from .trace import Event, Trace
 from .world import World, init
 
-__all__ = ["BackendUnavailable", "Event", "Launch", "LaunchError", "PeerLost", "Trace", "World", "init"]
+__all__ = [
+    "BackendUnavailable",
+    "Event",
+    "Launch",
+    "LaunchError",
+    "PeerLost",
+    "Trace",
+    "World",
+    "init",
+]

@@ -40,7 +40,9 @@ class _Leave(Function):
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, dim: int, sizes: Sequence[int], partial: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, group: Group, dim: int, sizes: Sequence[int], partial: bool
+    ) -> Tensor:
         ctx.group, ctx.dim, ctx.sizes, ctx.partial = group, dim, list(sizes), partial
         return primitive.all_gather(x, group, sizes, dim)
 
@@ -121,7 +123,9 @@ def leave(x: Tensor, group: Group) -> Tensor:
     return _Leave.apply(x, group) if needs_grad(x) else primitive.all_reduce(x.contiguous(), group)
 
 
-def gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int], *, partial: bool = False) -> Tensor:
+def gather(
+    x: Tensor, group: Group, dim: int, sizes: Sequence[int], *, partial: bool = False
+) -> Tensor:
     """Concatenate along ``dim``; backward keeps this rank's part of the gradient.
 
     ``partial`` says that each rank uses the gathered tensor for different work, so that gradients must be summed.

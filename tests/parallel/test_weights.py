@@ -425,7 +425,7 @@ def test_a_rank_holds_its_part_and_one_tensor_at_most(tmp_path: Path) -> None:
         figures = [f"{x / 2**20:.1f}" for x in (most, own, largest, total)]
         print("grew {} MiB; part {}, largest tensor {}, all {}".format(*figures))
         assert own < 0.51 * total
-        assert own <= most <= own + largest + SLACK
+        assert 0.9 * own <= most <= own + largest + SLACK  # the heap may hold a little from before
     # negative control: a rank that loads the whole model breaks the bound of one that loads its half
     ((whole, _, _),) = run_world(growth, 1, "tp1", str(tmp_path), backend=None, timeout=180)
     assert whole > results[0][1] + results[0][2] + SLACK
