@@ -1,0 +1,51 @@
+"""The examples run as a user runs them: by torchrun, by mpirun, and as plain scripts."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import mpirun, run_job, torchrun
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT = ["--context", "600", "--chunk", "256", "--tokens", "12"]
+
+
+@pytest.mark.parametrize(("size", "plan"), [(4, "kvp2 tp2"), (2, "tp2")])
+def test_long_context_equals_one_process(tmp_path: Path, size: int, plan: str) -> None:
+    job = run_job(
+        [*torchrun(size), str(EXAMPLES / "long_context.py"), "--plan", plan, *SHORT], tmp_path
+    )
+    assert job.code == 0, job.output
+    assert re.search(r"equal to one process\s+yes", job.output), job.output
+    assert ("all_to_all over kvp" in job.output) == ("kvp" in plan)
+
+
+def test_long_context_reads_a_given_file_under_mpirun(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    command = [
+        *mpirun(2),
+        str(EXAMPLES / "long_context.py"),
+        "--text",
+        str(text),
+        *SHORT,
+        "--temperature",
+        "0",
+    ]
+    job = run_job(command, tmp_path / "job", TERM="dumb")
+    assert job.code == 0, job.output
+    assert re.search(r"equal to one process\s+yes", job.output), job.output
+
+
+@pytest.mark.parametrize("launch", [[sys.executable], None], ids=["plain", "torchrun"])
+def test_own_module(tmp_path: Path, launch: list[str] | None) -> None:
+    command = [*(launch or torchrun(4)), str(EXAMPLES / "own_module.py")]
+    job = run_job(command if launch else [*command, "kvp2 tp2"], tmp_path)
+    assert job.code == 0, job.output
+    found = re.search(r"from one process: (\S+)", job.output)
+    assert found is not None, job.output
+    assert float(found[1]) < 1e-5
