@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from jobs import report
 
+from jobs import report
 from plait.collectives.world import init
 
 with init(timeout_s=60) as w:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from jobs import environment, finish, mpirun, run_job, start, torchrun
 
 SCRIPT = str(Path(__file__).with_name("job_init.py"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from jobs import mpirun, run_job
 
 TESTS = Path(__file__).parents[1] / "mpi" / "test_in_mpi.py"
