@@ -1,0 +1,29 @@
+"""Every backend passes the same checks (tests/conformance.py): one world per backend, all checks in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from conformance import CHECKS, GLOO, run_all
+from world import current_rank, run_world
+
+RANKS = 4
+
+
+def on_gloo(folder: str) -> list[str]:
+    open_world("gloo", folder)
+    return run_all(CHECKS, GLOO)
+
+
+def open_world(backend: str, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group(backend, store=store, rank=current_rank(), world_size=RANKS)
+
+
+@pytest.mark.parametrize("run", [on_gloo])
+def test_backends_pass_every_check(run, tmp_path: Path) -> None:
+    for passed in run_world(run, RANKS, str(tmp_path), backend=None, timeout=60):
+        assert passed == [check.__name__ for check in CHECKS]
