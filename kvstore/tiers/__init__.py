@@ -1,0 +1,36 @@
+"""Where pages live besides the device: tiers, and the wrappers around them."""
+
+from .errors import (
+    FormatTooNew,
+    TierClosed,
+    TierError,
+    TierLocked,
+    TierReadOnly,
+    TierRefused,
+)
+from .memory import MemoryTier
+from .order import EvictionOrder, Fifo, Lru
+from .tier import Page, Tier, byte_view
+from .wrappers import CountTier, FailTier, LimitTier, LogTier, TierWrapper, VerifyTier
+
+__all__ = [
+    "CountTier",
+    "EvictionOrder",
+    "FailTier",
+    "Fifo",
+    "FormatTooNew",
+    "LimitTier",
+    "LogTier",
+    "Lru",
+    "MemoryTier",
+    "Page",
+    "Tier",
+    "TierClosed",
+    "TierError",
+    "TierLocked",
+    "TierReadOnly",
+    "TierRefused",
+    "TierWrapper",
+    "VerifyTier",
+    "byte_view",
+]
