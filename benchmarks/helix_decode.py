@@ -74,7 +74,7 @@ def whole_cache(model: Any, args: argparse.Namespace, roomy: bool) -> DynamicCac
 
 def cut_cache(model: Any, args: argparse.Namespace) -> Any:
     """A Helix cache with this rank's tokens, written through the store."""
-    cache = model.helix_cache()
+    cache = model.kv_cache()
     cache.begin(1, args.context, None, torch.device("cpu"))
     own = cache.state.running().own
     for number in range(args.shape["layers"]):

@@ -157,7 +157,7 @@ def load_model(directory: Path, plan: plait.Plan | None) -> Any:
 def read(model: Any, ids: torch.Tensor, chunk: int, progress: Progress, name: str) -> Reading:
     """Prefill in chunks; sum the loss of every token given those before it."""
     cache = (
-        model.helix_cache() if hasattr(model, "helix_cache") else DynamicCache(config=model.config)
+        model.kv_cache() if hasattr(model, "kv_cache") else DynamicCache(config=model.config)
     )
     task = progress.add_task(name, total=ids.shape[1])
     start, nats, last = time.perf_counter(), 0.0, None

@@ -152,8 +152,7 @@ def prepare(
     """Prepare every change to the model without touching it. Needs no communication but the making of groups."""
     shape = shape_of(model)
     ranks = ModelRanks.of(plan, groups)
-    if ranks.kvp > 1:
-        ranks = replace(ranks, helix=HelixState(ranks))
+    ranks = replace(ranks, attention=HelixState(ranks))
     roles = find_roles(model, shape, plan, rules) if ranks.size > 1 else {}
     edits: list[Edit] = []
     for path, role in roles.items():
@@ -171,12 +170,15 @@ def binding(
         from .modules import module_edits
 
         return module_edits(model, ranks)
-    from .binding import HelixBinding, agreement_edits
+    from .attention.binding import CacheBinding
+    from .attention.paged import PagedBinding
+    from .binding import agreement_edits
     from .sequence import sequence_edits
 
     edits = agreement_edits(model, ranks)
-    if ranks.helix is not None:
-        edits += HelixBinding(model, shape, ranks.helix, store).edits()
+    kind = CacheBinding if ranks.kvp > 1 else PagedBinding
+    assert ranks.attention is not None
+    edits += kind(model, shape, ranks.attention, store).edits()
     if ranks.span is not None:
         edits += sequence_edits(model, ranks, roles)
     return edits

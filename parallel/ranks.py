@@ -37,7 +37,7 @@ class ModelRanks:
     tp_order: tuple[int, ...]
     run_order: tuple[int, ...]
     span: SequenceSpan | None = None
-    helix: HelixState | None = None
+    attention: HelixState | None = None
 
     @classmethod
     def of(cls, plan: Plan, groups: Groups) -> ModelRanks:
@@ -68,6 +68,11 @@ class ModelRanks:
     def size(self) -> int:
         """Number of ranks of one model copy."""
         return self.tp * self.kvp
+
+    @property
+    def helix(self) -> HelixState | None:
+        """What Helix layers share; None without a KV axis."""
+        return self.attention if self.kvp > 1 else None
 
     @property
     def t(self) -> int:

@@ -15,13 +15,13 @@ from ..errors import PlanError
 from .helix import HelixLayer, HelixState
 
 
-class HelixCacheLayer(CacheLayerMixin):
-    """One full-attention layer of a ``HelixCache``; its tokens are in the store, this rank's share of them."""
+class PagedCacheLayer(CacheLayerMixin):
+    """One full-attention layer of a ``PagedCache``; its tokens are in the store, this rank's share of them."""
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, cache: HelixCache, layer: HelixLayer) -> None:
+    def __init__(self, cache: PagedCache, layer: HelixLayer) -> None:
         super().__init__()
         self.cache = cache
         self.layer = layer
@@ -52,7 +52,7 @@ class HelixCacheLayer(CacheLayerMixin):
         return -1
 
 
-class HelixCache(Cache):
+class PagedCache(Cache):
     """A transformers cache whose keys and values are cut over the ranks of a Helix plan.
 
     Made by the model's forward or ``generate`` if no cache is given. Per rank it holds tp's share of the heads and the
@@ -72,7 +72,7 @@ class HelixCache(Cache):
         made: list[Any] = []
         for window, layer in zip(windows, layers, strict=True):
             if layer is not None:
-                made.append(HelixCacheLayer(self, layer))
+                made.append(PagedCacheLayer(self, layer))
             else:
                 made.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
         super().__init__(layers=made)
@@ -203,5 +203,5 @@ def refuse_cache(cache: Any) -> None:
     raise PlanError(
         f"past_key_values of type {type(cache).__name__}",
         "cannot hold keys and values cut over kvp ranks",
-        "leave it out (a HelixCache is made), or pass the HelixCache an earlier forward returned",
+        "leave it out (a PagedCache is made), or pass the PagedCache an earlier forward returned",
     )

@@ -20,7 +20,8 @@ def exchange_partials(o: Tensor, lse: Tensor, group: Group, sink: Tensor | None 
     Collective: one all-to-all over kvp; each rank sends rows * heads/tp * (d + lse) * (kvp - 1) / kvp elements.
     Source: Helix Parallelism section 2.2.
     """
-    assert group is not None
+    if group is None:
+        return o if sink is None else merge_states(o[None], lse[None], sink)[0].to(o.dtype)
     shards, (rows, heads, width) = group.size(), o.shape
     if torch.is_grad_enabled() and (o.requires_grad or lse.requires_grad):
         record = torch.cat([o.to(lse.dtype), lse.unsqueeze(-1)], -1)

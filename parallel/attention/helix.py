@@ -50,7 +50,7 @@ class HelixState:
         self, batch: int, length: int, past: list[int], valid: Any, cache: Any, device: torch.device
     ) -> None:
         """Start a step: choose what to exchange and work out who owns which token."""
-        mode = self.ranks.plan.kvp.exchange
+        mode = self.ranks.plan.kvp.exchange if self.ranks.kvp > 1 else "partials"
         if mode == "auto":
             rows = batch * length if valid is None else int(valid.sum())
             mode = self.layers[0].cheaper(rows, rows + sum(past))

@@ -16,7 +16,7 @@ from ..roles import Region, Shared, column_edits, cut_parameter, plain_linear, r
 from ..tensor import Link
 from .gradients import dropout_edits, held_gradient_edits
 from .heads import check_heads, check_runs, kv_cut, query_cut, stacked_cut
-from .helix import HelixLayer, helix_edits
+from .helix import HelixLayer, HelixState, helix_edits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +109,30 @@ class Attention:
     ) -> list[Edit]:
         linear = plain_linear(module.get_submodule(self.o), f"{path}.{self.o}")
         cut = query_cut(self.heads, self.head_dim, ranks.size, ranks.run_order, dim=1)
-        if not helix or ranks.helix is None:
-            return row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all, ranks.span))
+        state = ranks.attention
+        if state is None or not helix:
+            edits = row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all, ranks.span))
+            if state is None or ranks.kvp > 1 or self.window or self.through == "sdpa":
+                return edits
+            return [*edits, SetAttribute(module, "_plait_attention", self._layer(state))]
         if self.through == "sdpa":
             edits = row_edits(linear, f"{path}.{self.o}", cut, Link(ranks.all))
             return [*edits, *key_split_edits(module, ranks)]
+        return helix_edits(module, linear, f"{path}.{self.o}", cut, self._layer(state))
+
+    def _layer(self, state: HelixState) -> HelixLayer:
+        """The next layer of the KV store."""
+        tp = state.ranks.tp
         layer = HelixLayer(
-            state=ranks.helix,
-            number=len(ranks.helix.layers),
-            heads=self.heads // ranks.tp,
-            kv_heads=self.kv_heads // ranks.tp,
+            state=state,
+            number=len(state.layers),
+            heads=self.heads // tp,
+            kv_heads=max(1, self.kv_heads // tp),
             head_dim=self.head_dim,
             value_dim=self.head_dim,
         )
-        ranks.helix.layers.append(layer)
-        return helix_edits(module, linear, f"{path}.{self.o}", cut, layer)
+        state.layers.append(layer)
+        return layer
 
     def _check_norm(self, norm: nn.Module, path: str) -> None:
         wide = [n for n, p in norm.named_parameters() if p.shape[-1] != self.head_dim]

@@ -10,11 +10,11 @@ import torch
 
 def empty_cache(twin: Any, batch: int, tokens: int) -> Any:
     """Make the cache that a forward would make; under Helix with pages for ``tokens`` more tokens."""
-    if not hasattr(twin, "helix_cache"):
+    if not hasattr(twin, "kv_cache"):
         from transformers import DynamicCache
 
         return DynamicCache(config=twin.config)
-    cache = twin.helix_cache()
+    cache = twin.kv_cache()
     spec = cache.store.spec
     # The store grows by copying when it must; here it has its size from the start, as a server's would.
     pages = batch * -(-local_tokens(cache, tokens) // spec.page_tokens)

@@ -23,7 +23,7 @@ def ways(plan: str, family: str, names: tuple[str, ...]) -> dict[str, float]:
     pair = Pair.of(case(plan, family))
     answers = {name: WAYS[name](pair) for name in names}
     gc.collect()
-    cache = pair.model.helix_cache() if hasattr(pair.model, "helix_cache") else None
+    cache = pair.model.kv_cache() if hasattr(pair.model, "kv_cache") else None
     if cache is not None:  # every cache that generate made is gone, and its pages with it
         cache.store.check_integrity()
         left = cache.store.counters()
@@ -122,9 +122,9 @@ def without_cache(pair: Pair) -> float:
 
 def conversation(pair: Pair) -> float:
     """A second turn on the cache of the first, handed over by the caller."""
-    if not hasattr(pair.model, "helix_cache"):
+    if not hasattr(pair.model, "kv_cache"):
         return 0.0
-    cache = pair.model.helix_cache()
+    cache = pair.model.kv_cache()
     first = tokens(1, 9, seed=12)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     turn = pair.model.generate(

@@ -82,7 +82,7 @@ def mixed(plan: str, family: str, **changes: Any) -> dict[str, float]:
 def mixed_steps(model: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Feed the prompts by the schedule; gives each row's logits."""
     generator = torch.Generator().manual_seed(3)
-    cache, past = model.helix_cache(), [0, 0, 0]
+    cache, past = model.kv_cache(), [0, 0, 0]
     mask = torch.zeros(3, 0, dtype=torch.long)
     found: list[list[torch.Tensor]] = [[], [], []]
     for counts in SCHEDULE:
@@ -230,7 +230,7 @@ def interrupted() -> tuple[int, int]:
     """A forward that raises half-way leaves its cache as it was."""
     reference = tiny("llama")
     model = parallelize(copy.deepcopy(reference), "kvp2,interleave=2")
-    cache = model.helix_cache()
+    cache = model.kv_cache()
     store: KVStore = cache.store
     model(tokens(1, 6), past_key_values=cache, use_cache=True)
     before = store.counters()
@@ -240,7 +240,7 @@ def interrupted() -> tuple[int, int]:
     handle.remove()
     store.check_integrity()
     ids = tokens(1, 10)
-    model(ids[:, :6], past_key_values=(fresh := model.helix_cache()), use_cache=True)
+    model(ids[:, :6], past_key_values=(fresh := model.kv_cache()), use_cache=True)
     out = model(ids[:, 6:], past_key_values=fresh, use_cache=True).logits
     assert far(out, reference(ids).logits[:, 6:]) < 1e-9
     out = model(
