@@ -77,7 +77,7 @@ class Efficiency:
 def ideal() -> Efficiency:
     """Return the speed of light: peak everything, nothing fixed. A bound, not a prediction."""
     perfect = Kernel(1.0, 1.0)
-    gemm = {unit: perfect for unit in ("bf16", "fp8", "fp4")}
+    gemm: dict[str, Kernel] = dict.fromkeys(("bf16", "fp8", "fp4"), perfect)
     return Efficiency(
         gemm, perfect, 1.0, layer=0.0, routed=0.0, step=0.0, grouped=1.0, zipf=0.0, out=1.0,
         memory_floor=0.0, source="speed of light",
