@@ -1,0 +1,241 @@
+"""The collectives, as steps: generators that start MPI requests, yield them, and go on when they are complete.
+
+Nothing here waits, so every operation can be driven by the caller, by the progress thread, or by
+both, and given up when a peer is lost. The first step of each starts in the order of the calls;
+later steps talk point to point on `Peers.inner` under the operation's own tag, so that ranks
+may reach them in any order. Which algorithm runs may depend only on what is equal on all ranks
+(sizes, never strides), or ranks would talk past each other.
+
+Reductions: MPI's non-blocking all-reduce is several times slower than its blocking one from 1 MB
+up (Open MPI, measured in docs/decisions/011-mpi-backend.md), so they are built here from exchanges and `fold`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from . import fold
+from .wire import Wire, memory
+
+# Up to this many gathered bytes everyone sends all to all and reduces alone: one step.
+ONE_SHOT_BYTES = 128 * 1024
+
+Steps = Iterator[MPI.Request | list[MPI.Request]]
+
+
+@dataclass
+class Peers:
+    """The communicators of one group, and this rank's place in it."""
+
+    comm: MPI.Intracomm
+    inner: MPI.Intracomm
+    wire: Wire
+    rank: int
+    size: int
+    _tags: Iterator[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        bound = self.inner.Get_attr(MPI.TAG_UB)
+        assert isinstance(bound, int)
+        self._tags = itertools.cycle(range(bound + 1))
+
+    def tag(self) -> int:
+        """Number an operation: every rank of the group calls it for every operation, in order."""
+        return next(self._tags)
+
+    def others(self) -> Iterator[int]:
+        """The other ranks, starting after this one: no rank is everybody's first."""
+        return (r % self.size for r in range(self.rank + 1, self.rank + self.size))
+
+
+def tag_of(name: str) -> int:
+    """Number a name, the same on all ranks, within what every MPI allows."""
+    return zlib.crc32(name.encode()) % 32768
+
+
+def meet(comm: MPI.Intracomm, ranks: Sequence[int], name: str) -> Steps:
+    """Hold these ranks of `comm` until all are there."""
+    tag, nothing = tag_of(name), [bytearray(0), 0, MPI.BYTE]
+    first, rest = ranks[0], ranks[1:]
+    if comm.rank == first:
+        yield [comm.Irecv(nothing, r, tag) for r in rest]
+        yield [comm.Isend(nothing, r, tag) for r in rest]
+    else:
+        yield [comm.Isend(nothing, first, tag), comm.Irecv(nothing, first, tag)]
+
+
+def barrier(peers: Peers) -> Steps:
+    yield peers.comm.Ibarrier()
+
+
+def broadcast(peers: Peers, t: Tensor, root: int) -> Steps:
+    twin = peers.wire.lend(t, read=peers.rank == root)
+    yield peers.comm.Ibcast(memory(twin), root)
+    if peers.rank != root:
+        peers.wire.land(twin, t)
+
+
+def all_reduce(peers: Peers, t: Tensor, op: Any) -> Steps:
+    tag = peers.tag()
+    if peers.size == 1:
+        return
+    twin = peers.wire.lend(t, read=True)
+    if peers.size * twin.nbytes <= ONE_SHOT_BYTES:
+        pieces = twin.new_empty((peers.size, *twin.shape))
+        yield peers.comm.Iallgather(memory(twin), memory(pieces, peers.size))
+        fold.fold(twin, pieces.unbind(), op)
+    else:
+        own = list(twin.view(-1).tensor_split(peers.size))
+        yield from _reduce_to(peers, own[peers.rank], own, op, tag)
+        yield _give_all(peers, own, tag)
+    peers.wire.land(twin, t)
+
+
+def reduce(peers: Peers, t: Tensor, op: Any, root: int) -> Steps:
+    tag = peers.tag()
+    if peers.size == 1:
+        return
+    twin = peers.wire.lend(t, read=True)
+    own = list(twin.view(-1).tensor_split(peers.size))
+    part = own[peers.rank] if peers.rank == root else torch.empty_like(own[peers.rank])
+    yield from _reduce_to(peers, part, own, op, tag)
+    if peers.rank != root:
+        yield peers.inner.Isend(memory(part), root, tag)
+        return
+    yield [peers.inner.Irecv(memory(own[r]), r, tag) for r in peers.others()]
+    peers.wire.land(twin, t)
+
+
+def reduce_scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], op: Any) -> Steps:
+    tag = peers.tag()
+    brought = [peers.wire.lend(t, read=True) for t in inputs]
+    if peers.size == 1:
+        peers.wire.land(brought[0], out)
+        return
+    twin = peers.wire.lend(out, read=False)
+    yield from _reduce_to(peers, twin, brought, op, tag)
+    peers.wire.land(twin, out)
+
+
+def _reduce_to(peers: Peers, out: Tensor, inputs: Sequence[Tensor], op: Any, tag: int) -> Steps:
+    """Send every rank its part and fold what comes for this one; `out` may be the own part."""
+    inner, own = peers.inner, inputs[peers.rank]
+    come = own.new_empty((peers.size - 1, *own.shape)).unbind()
+    others = list(peers.others())
+    requests = [
+        inner.Irecv(memory(c), r, tag)
+        for c, r in zip(reversed(come), reversed(others), strict=True)
+    ]
+    requests += [inner.Isend(memory(inputs[r]), r, tag) for r in others]
+    yield requests
+    fold.fold(out, [own.view(out.shape), *(c.view(out.shape) for c in come)], op)
+
+
+def _give_all(peers: Peers, parts: Sequence[Tensor], tag: int) -> list[MPI.Request]:
+    """Give everyone the own part and take theirs."""
+    own, inner = memory(parts[peers.rank]), peers.inner
+    requests = [inner.Irecv(memory(parts[r]), r, tag) for r in peers.others()]
+    return requests + [inner.Isend(own, r, tag) for r in peers.others()]
+
+
+def all_gather_single(peers: Peers, out: Tensor, t: Tensor) -> Steps:
+    twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
+    in_place = own.data_ptr() == twin.data_ptr() + peers.rank * own.nbytes
+    source = MPI.IN_PLACE if in_place else memory(own)
+    yield peers.comm.Iallgather(source, memory(twin, peers.size))
+    peers.wire.land(twin, out)
+
+
+def all_gather(peers: Peers, outputs: Sequence[Tensor], t: Tensor) -> Steps:
+    """Gather into tensors that may differ in size and lie anywhere."""
+    wire, tag = peers.wire, peers.tag()
+    own = wire.lend(t, read=True, strided=True)
+    twins = [wire.lend(out, read=False, strided=True) for out in outputs]
+    message = wire.message(own)
+    requests = [peers.inner.Irecv(wire.message(twins[r]), r, tag) for r in peers.others()]
+    requests += [peers.inner.Isend(message, r, tag) for r in peers.others()]
+    twins[peers.rank].copy_(own)
+    yield requests
+    for twin, out in zip(twins, outputs, strict=True):
+        wire.land(twin, out)
+
+
+def all_to_all_single(
+    peers: Peers, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int]
+) -> Steps:
+    """Exchange runs of rows of dim 0; empty counts mean equal runs."""
+    twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
+    yield peers.comm.Ialltoallv(_runs(own, send, peers.size), _runs(twin, receive, peers.size))
+    peers.wire.land(twin, out)
+
+
+def _runs(t: Tensor, rows: Sequence[int], size: int) -> list[Any]:
+    row = t.nbytes // max(1, t.shape[0])
+    counts = [n * row for n in rows] or [t.shape[0] // size * row] * size
+    return [memory(t)[0], counts, [0, *itertools.accumulate(counts[:-1])], MPI.BYTE]
+
+
+def all_to_all(peers: Peers, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Steps:
+    wire, tag = peers.wire, peers.tag()
+    own = [wire.lend(t, read=True, strided=True) for t in inputs]
+    twins = [wire.lend(out, read=False, strided=True) for out in outputs]
+    requests = [peers.inner.Irecv(wire.message(twins[r]), r, tag) for r in peers.others()]
+    requests += [peers.inner.Isend(wire.message(own[r]), r, tag) for r in peers.others()]
+    twins[peers.rank].copy_(own[peers.rank])
+    yield requests
+    for twin, out in zip(twins, outputs, strict=True):
+        wire.land(twin, out)
+
+
+def gather(peers: Peers, outputs: Sequence[Tensor], t: Tensor, root: int) -> Steps:
+    wire, tag = peers.wire, peers.tag()
+    own = wire.lend(t, read=True, strided=True)
+    if peers.rank != root:
+        yield peers.inner.Isend(wire.message(own), root, tag)
+        return
+    twins = [wire.lend(out, read=False, strided=True) for out in outputs]
+    requests = [peers.inner.Irecv(wire.message(twins[r]), r, tag) for r in peers.others()]
+    twins[root].copy_(own)
+    yield requests
+    for twin, out in zip(twins, outputs, strict=True):
+        wire.land(twin, out)
+
+
+def scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], root: int) -> Steps:
+    wire, tag = peers.wire, peers.tag()
+    twin = wire.lend(out, read=False, strided=True)
+    if peers.rank != root:
+        yield peers.inner.Irecv(wire.message(twin), root, tag)
+    else:
+        own = [wire.lend(t, read=True, strided=True) for t in inputs]
+        twin.copy_(own[root])
+        yield [peers.inner.Isend(wire.message(own[r]), r, tag) for r in peers.others()]
+    wire.land(twin, out)
+
+
+def send(peers: Peers, t: Tensor, to: int, tag: int) -> Steps:
+    own = peers.wire.lend(t, read=True, strided=True)
+    yield peers.comm.Isend(peers.wire.message(own), to, tag)
+
+
+def receive(peers: Peers, t: Tensor, source: int, tag: int) -> Steps:
+    twin = peers.wire.lend(t, read=False, strided=True)
+    yield peers.comm.Irecv(peers.wire.message(twin), source, tag)
+    peers.wire.land(twin, t)
+
+
+def together(many: Sequence[Steps]) -> Steps:
+    """Start several operations at once, and finish them in order."""
+    started = [(steps, next(steps, None)) for steps in many]
+    for steps, requests in started:
+        while requests is not None:
+            yield requests
+            requests = next(steps, None)

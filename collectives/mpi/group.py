@@ -1,0 +1,322 @@
+"""`MPIGroup`: a c10d process group over MPI communicators."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+from . import exchange, failure, fold
+from .exchange import Peers, Steps
+from .operation import FinishedWork, ManyWork, Operation, OperationWork
+from .progress import Engine
+from .rollcall import Answer
+
+
+@cache
+def engine() -> Engine:
+    """Return this process' engine, made with its first group."""
+    return Engine()
+
+
+class MPIGroup(dist.ProcessGroup):
+    """A group of ranks; c10d finds its methods by name, those of torch 2.11 and those of torch 2.13.
+
+    A call with `asyncOp=False` runs to its end in the calling thread; any other returns a `Work`
+    which the progress thread moves on, and so does whoever waits for it.
+
+    Attributes:
+        cuda: how CUDA tensors travel: "direct", or "staged" through pinned memory.
+        lost: the error that ended this group; every later call raises it.
+
+    State: owns its two communicators until `shutdown`.
+    """
+
+    def __init__(self, ranks: Sequence[int], timeout: timedelta, name: str, backend: str) -> None:
+        self.engine = engine()
+        self.ranks = list(ranks)
+        self._rank = self.ranks.index(self.engine.world.rank)
+        super().__init__(self._rank, len(self.ranks))
+        self.timeout_s = timeout.total_seconds()
+        self.calls = 0
+        self.lost: Exception | None = None
+        self.cuda = self.engine.wire.cuda
+        self._name, self._backend = name, backend
+        self._last: weakref.ref[Operation] | None = None
+        self._last_text: tuple[Any, ...] = ()
+        self._finished = FinishedWork()
+        self._coalescing: list[dist.Work] | None = None
+        self.engine.groups[name] = self
+        self.peers = self._connect()
+
+    def _connect(self) -> Peers:
+        """Make the communicators; only members take part.
+
+        MPI makes them in calls that cannot be given up, so all members meet first.
+        """
+        Operation(
+            self, "new_group", [], exchange.meet(self.engine.meeting, self.ranks, self._name)
+        ).wait()
+        members = self.engine.world.Get_group().Incl(self.ranks)
+        comm = self.engine.world.Create_group(members, exchange.tag_of(self._name))
+        members.Free()
+        return Peers(comm, comm.Dup(), self.engine.wire, self._rank, len(self.ranks))
+
+    # ---- who we are: c10d cannot know it of a group written in Python
+
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def rank(self) -> int:
+        return self._rank
+
+    def world_rank(self, rank: int) -> int:
+        return self.ranks[rank]
+
+    def getBackendName(self) -> str:
+        return self._backend
+
+    def _set_group_name(self, name: str) -> None:
+        self.engine.groups.pop(self._name, None)
+        self._name = name
+        self.engine.groups[name] = self
+
+    @property
+    def group_name(self) -> str:  # type: ignore[override]
+        return self._name
+
+    pg_name = group_name
+
+    @property
+    def _device_types(self) -> list[torch.device]:  # type: ignore[override]
+        return [torch.device("cpu"), torch.device("cuda")]
+
+    def __str__(self) -> str:
+        return f"group {self._name!r}"
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self.timeout_s = timeout.total_seconds()
+
+    _set_default_timeout = set_timeout
+
+    def shutdown(self) -> None:
+        """Free the communicators.
+
+        Collective: all members; MPI waits for what is under way. Nothing is freed after a loss.
+        """
+        if self.lost is None and self.peers.comm != MPI.COMM_NULL and not MPI.Is_finalized():
+            with self.engine.turn:
+                self.peers.comm.Free()
+                self.peers.inner.Free()
+
+    # ---- running
+
+    def _run(
+        self,
+        name: str,
+        tensors: list[Tensor],
+        steps: Steps,
+        opts: Any = None,
+        peer: int | None = None,
+    ) -> dist.Work:
+        if self.lost is not None:
+            raise self.lost
+        if peer is None:
+            self.calls += 1
+        operation = Operation(self, name, tensors, steps, peer)
+        if peer is None:
+            self._last, self._last_text = weakref.ref(operation), operation.about
+        if opts is not None and not getattr(opts, "asyncOp", True) and self._coalescing is None:
+            operation.wait()
+            return self._finished
+        if not operation.done:
+            self.engine.adopt(operation)
+        work = OperationWork(operation)
+        if self._coalescing is not None:
+            self._coalescing.append(work)
+        return work
+
+    def state(self) -> Answer:
+        """Say where this rank is in the calls of the group; the roll call asks."""
+        last = self._last() if self._last is not None else None
+        done = last is None or last.done
+        return {"calls": self.calls, "doing": failure.text(*self._last_text), "done": done}
+
+    # ---- reductions
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        return self.allreduce_coalesced(tensors, opts or dist.AllreduceOptions(), "all_reduce")
+
+    def allreduce_coalesced(
+        self, tensors: Any, opts: Any, name: str = "all_reduce_coalesced"
+    ) -> dist.Work:
+        tensors, op = _listed(tensors), opts.reduceOp.op
+        for t in tensors:
+            fold.check(op, t.dtype)
+        steps = _together([exchange.all_reduce(self.peers, t, op) for t in tensors])
+        return self._run(name, tensors, steps, opts)
+
+    def reduce(self, tensors: Any, opts: Any) -> dist.Work:
+        (t,), op = _listed(tensors), opts.reduceOp.op
+        fold.check(op, t.dtype)
+        return self._run("reduce", [t], exchange.reduce(self.peers, t, op, opts.rootRank), opts)
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        opts = opts or dist.ReduceScatterOptions()
+        outputs = _listed(outputs)
+        lists = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]
+        op = opts.reduceOp.op
+        for out, parts in zip(outputs, lists, strict=True):
+            fold.check(op, out.dtype)
+            self._check(len(parts) == self.size(), f"reduce_scatter of {len(parts)} tensors")
+            same = parts[self._rank].numel() == out.numel()
+            self._check(
+                same, f"reduce_scatter of {list(parts[self._rank].shape)} into {list(out.shape)}"
+            )
+        steps = [
+            exchange.reduce_scatter(self.peers, o, i, op)
+            for o, i in zip(outputs, lists, strict=True)
+        ]
+        return self._run("reduce_scatter", outputs, _together(steps), opts)
+
+    def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
+        return self.reduce_scatter_single_coalesced([out], [t], opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> dist.Work:
+        for out, t in zip(outputs, inputs, strict=True):
+            good = t.numel() == out.numel() * self.size()
+            self._check(good, f"reduce_scatter_tensor of {list(t.shape)} into {list(out.shape)}")
+        parts = [_parts(t, self.size()) for t in inputs]
+        return self.reduce_scatter(list(outputs), parts, opts)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    # ---- moving
+
+    def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
+        tensors = _listed(tensors)
+        steps = _together([exchange.broadcast(self.peers, t, opts.rootRank) for t in tensors])
+        return self._run("broadcast", tensors, steps, opts)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        inputs = _listed(inputs)
+        for outs, t in zip(outputs, inputs, strict=True):
+            good = len(outs) == self.size() and outs[self._rank].numel() == t.numel()
+            self._check(good, f"all_gather of {list(t.shape)} into {[list(o.shape) for o in outs]}")
+        steps = [
+            exchange.all_gather(self.peers, o, t) for o, t in zip(outputs, inputs, strict=True)
+        ]
+        flat = [out for outs in outputs for out in outs]
+        return self._run("all_gather", flat, _together(steps), opts)
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        # c10d lists these by rank, then by tensor
+        return self.allgather([list(outs) for outs in zip(*outputs, strict=True)], inputs, opts)
+
+    def all_gather_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
+        return self.all_gather_single_coalesced([out], [t], opts)
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> dist.Work:
+        for out, t in zip(outputs, inputs, strict=True):
+            good = out.numel() == t.numel() * self.size() and out.dtype == t.dtype
+            self._check(good, f"all_gather_into_tensor of {list(t.shape)} into {list(out.shape)}")
+        pairs = zip(outputs, inputs, strict=True)
+        steps = _together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
+        return self._run("all_gather_into_tensor", list(outputs), steps, opts)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def all_to_all_single(
+        self, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
+    ) -> dist.Work:
+        for x, runs, what in ((t, send, "input"), (out, receive, "output")):
+            rows = x.shape[0] if x.dim() else 0
+            good = (
+                sum(runs) == rows and len(runs) == self.size() if runs else rows % self.size() == 0
+            )
+            self._check(
+                good, f"all_to_all of {rows} {what} rows in runs {list(runs) or 'of equal size'}"
+            )
+        steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
+        return self._run("all_to_all_single", [out], steps, opts)
+
+    alltoall_base = all_to_all_single
+
+    def alltoall(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> dist.Work:
+        good = len(outputs) == len(inputs) == self.size()
+        self._check(good, f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
+        return self._run(
+            "all_to_all", list(outputs), exchange.all_to_all(self.peers, outputs, inputs), opts
+        )
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
+        (t,), outs = _listed(inputs), outputs[0] if outputs else []
+        good = self._rank != opts.rootRank or len(outs) == self.size()
+        self._check(good, f"gather into {len(outs)} tensors")
+        steps = exchange.gather(self.peers, outs, t, opts.rootRank)
+        return self._run("gather", list(outs) or [t], steps, opts)
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
+        (out,), parts = _listed(outputs), inputs[0] if inputs else []
+        good = self._rank != opts.rootRank or len(parts) == self.size()
+        self._check(good, f"scatter of {len(parts)} tensors")
+        return self._run(
+            "scatter", [out], exchange.scatter(self.peers, out, parts, opts.rootRank), opts
+        )
+
+    def barrier(self, opts: Any = None) -> dist.Work:
+        return self._run("barrier", [], exchange.barrier(self.peers), opts)
+
+    # ---- point to point
+
+    def send(self, tensors: Any, to: int, tag: int) -> dist.Work:
+        (t,) = _listed(tensors)
+        return self._run("send", [t], exchange.send(self.peers, t, to, tag), peer=to)
+
+    def recv(self, tensors: Any, source: int, tag: int) -> dist.Work:
+        (t,) = _listed(tensors)
+        return self._run("recv", [t], exchange.receive(self.peers, t, source, tag), peer=source)
+
+    def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
+        return self.recv(tensors, MPI.ANY_SOURCE, tag)
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._coalescing = []
+
+    def _end_coalescing(self, device: torch.device) -> dist.Work:
+        works, self._coalescing = self._coalescing or [], None
+        return ManyWork(works)
+
+    def _check(self, good: bool, asked: str) -> None:
+        if not good:
+            raise ValueError(f"{asked} does not fit {self} of {self.size()} ranks")
+
+
+def _listed(tensors: Any) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _parts(t: Tensor, size: int) -> list[Tensor]:
+    """Cut the elements into equal runs, views if the layout allows."""
+    return list(t.reshape(size, -1).unbind())
+
+
+def _together(steps: list[Steps]) -> Steps:
+    return steps[0] if len(steps) == 1 else exchange.together(steps)

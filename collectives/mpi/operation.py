@@ -1,0 +1,227 @@
+"""One operation under way: whoever has time moves it on, whoever needs it waits for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor
+
+from . import failure
+from .exchange import Steps
+
+if TYPE_CHECKING:
+    from .group import MPIGroup
+
+SPINS = 200  # polls before a waiter lets other threads and ranks on this core go first
+YIELDS = 5000  # polls before it sleeps between them
+NAP_S = 50e-6
+
+
+class Operation:
+    """Drives the steps of one collective or message.
+
+    `poll` never blocks and may be called from any thread; `wait` polls to the end and raises what
+    went wrong. Both do all MPI work in the calling thread, so that a blocking call needs no other.
+
+    State: the MPI requests under way. Dropped at the end, with the tensors.
+    """
+
+    def __init__(
+        self,
+        group: MPIGroup,
+        name: str,
+        tensors: list[Tensor],
+        steps: Steps,
+        peer: int | None = None,
+    ) -> None:
+        self.group = group
+        self.peer = peer  # rank in the group, for a message; None for a collective
+        self.call = group.calls
+        self.about = (name, tensors[0].shape, tensors[0].dtype) if tensors else (name,)
+        self.done = False
+        self.error: Exception | None = None
+        self.source = -1  # who sent a message that might come from anyone
+        self.started = 0.0
+        self._tensors = tensors
+        self._steps: Steps | None = steps
+        self._requests: Any = ()
+        self._future: torch.futures.Future | None = None
+        self._lock = Lock()
+        try:
+            self._advance()
+        except Exception as error:
+            raise group.engine.explain(self, error) from error
+
+    def __str__(self) -> str:
+        if self.peer is None:
+            return failure.text(*self.about)
+        peer = "any rank" if self.peer < 0 else f"rank {self.group.world_rank(self.peer)}"
+        return f"{failure.text(*self.about)}, peer {peer}"
+
+    def poll(self) -> bool:
+        """Move on as far as possible without waiting; say whether it has ended."""
+        if self.done or not self._lock.acquire(blocking=False):
+            return self.done
+        try:
+            return self.done or self._move()
+        finally:
+            self._lock.release()
+
+    def _move(self) -> bool:
+        try:
+            while not self.done and self._arrived():
+                self._advance()
+        except Exception as error:
+            self._end(self.group.engine.explain(self, error))
+        return self.done
+
+    def _arrived(self) -> bool:
+        requests = self._requests
+        with self.group.engine.turn:
+            if type(requests) is list:
+                return MPI.Request.Testall(requests)
+            if self.peer is None or self.peer >= 0:
+                return requests.Test()
+            status = MPI.Status()
+            if arrived := requests.Test(status):
+                self.source = status.source
+            return arrived
+
+    def _advance(self) -> None:
+        assert self._steps is not None
+        with self.group.engine.turn:
+            self._requests = next(self._steps, None)
+        if self._requests is None:
+            self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        self.error, self._steps, self._requests = error, None, ()
+        self.done = True
+        if self._future is not None:
+            self._settle(self._future)
+
+    def fail(self, error: Exception) -> bool:
+        """End with an error, unless it has ended: a peer is lost and what is under way will never arrive."""
+        with self._lock:
+            if self.done:
+                return False
+            # MPI may still write into these tensors: they must outlive the operation
+            self.group.engine.abandoned.append((self._tensors, self._steps, self._requests))
+            self._end(error)
+            return True
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when it has ended.
+
+        Raises:
+            PeerLost: a rank did not come in time; names it.
+        """
+        polls, deadline = 0, 0.0
+        patience = self.group.timeout_s if timeout_s is None else timeout_s
+        while not self.poll():
+            polls += 1
+            if polls < SPINS:
+                continue
+            if polls < YIELDS:
+                os.sched_yield()
+            else:
+                time.sleep(NAP_S)
+            if polls % 64 == 0:
+                now = time.monotonic()
+                deadline = deadline or now + patience
+                if now > deadline or self.group.engine.rollcall.left:
+                    self.group.engine.give_up(self, now > deadline, patience)
+        if self.error is not None:
+            raise self.error
+
+    def future(self) -> torch.futures.Future:
+        """Make the future, which whoever completes the operation sets."""
+        with self._lock:
+            if self._future is None:
+                devices = {t.device for t in self._tensors if t.is_cuda}
+                self._future = torch.futures.Future(devices=sorted(devices, key=str))
+                if self.done:
+                    self._settle(self._future)
+            return self._future
+
+    def _settle(self, future: torch.futures.Future) -> None:
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            future.set_result(self._tensors)
+
+    def result(self) -> list[Tensor]:
+        return self._tensors
+
+
+class OperationWork(dist.Work):
+    """The c10d face of an operation."""
+
+    def __init__(self, operation: Operation) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        seconds = None if timeout is None or timeout <= timedelta(0) else timeout.total_seconds()
+        self.operation.wait(seconds)
+        return True
+
+    def synchronize(self) -> None:
+        self.operation.wait()
+
+    def is_completed(self) -> bool:
+        return self.operation.poll()
+
+    def is_success(self) -> bool:
+        return self.operation.poll() and self.operation.error is None
+
+    def exception(self) -> Exception | None:
+        return self.operation.error
+
+    def result(self) -> list[Tensor]:
+        return self.operation.result()
+
+    def get_future(self) -> torch.futures.Future:
+        return self.operation.future()
+
+    def source_rank(self) -> int:
+        return self.operation.source
+
+    _source_rank = source_rank
+
+
+class FinishedWork(dist.Work):
+    """What a call that has already waited returns."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+
+class ManyWork(dist.Work):
+    """Several operations that are waited for together."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return all([work.wait() if timeout is None else work.wait(timeout) for work in self._works])
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        return all(work.is_success() for work in self._works)

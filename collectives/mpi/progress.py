@@ -1,0 +1,177 @@
+"""The engine of this process: one thread that moves asynchronous operations on, and the end of the program.
+
+MPI makes progress only inside MPI calls. A blocking call makes its own; an asynchronous one is
+adopted here, so that it advances while the caller computes. The thread polls in naps and sleeps
+when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import time
+import weakref
+from collections import deque
+from threading import Event, RLock, Thread
+from typing import TYPE_CHECKING, Any
+
+from mpi4py import MPI
+
+from ..errors import BackendUnavailable, PeerLost
+from . import failure
+from .operation import Operation
+from .rollcall import PATIENCE_S, Answer, RollCall
+from .wire import Wire
+
+if TYPE_CHECKING:
+    from .group import MPIGroup
+
+IDLE_S = 0.1  # between looks at the roll call when nothing is under way
+NAP_S = 100e-6
+WARM_NAPS = (
+    200  # naps after the last operation before the thread sleeps: a busy program need not wake it
+)
+FAREWELL_S = 5.0
+
+
+class Engine:
+    """Shared by all groups of one process.
+
+    Attributes:
+        turn: held around MPI calls. MPI_THREAD_MULTIPLE needs no turns and gets a lock that never
+            waits; under MPI_THREAD_SERIALIZED all calls go one at a time.
+
+    State: operations under way, and what a lost peer left behind.
+    """
+
+    def __init__(self) -> None:
+        level = MPI.Query_thread()
+        if level < MPI.THREAD_SERIALIZED:
+            raise BackendUnavailable(
+                "backend 'mpi' needs MPI_THREAD_MULTIPLE or _SERIALIZED, but this MPI was started with less; "
+                "start it with mpi4py.rc.thread_level = 'multiple' (mpi4py's default)"
+            )
+        self.turn: Any = RLock() if level < MPI.THREAD_MULTIPLE else contextlib.nullcontext()
+        self.wire = Wire()
+        self.world = MPI.COMM_WORLD.Dup()
+        self.meeting = MPI.COMM_WORLD.Dup()
+        self.groups: weakref.WeakValueDictionary[str, MPIGroup] = weakref.WeakValueDictionary()
+        self.abandoned: list[Any] = []
+        own = self.turn if level < MPI.THREAD_MULTIPLE else RLock()
+        self.rollcall = RollCall(MPI.COMM_WORLD.Dup(), own, self._state_of)
+        self._under_way: deque[Operation] = deque()
+        self._work, self._stop = Event(), Event()
+        self._thread = Thread(target=self._run, name="plait-mpi-progress", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    def adopt(self, operation: Operation) -> None:
+        """Move this operation on until it has ended, and keep its tensors alive until then."""
+        operation.started = time.monotonic()
+        self._under_way.append(operation)
+        if not self._work.is_set():
+            self._work.set()
+
+    def _run(self) -> None:
+        warm = 0
+        while not self._stop.is_set():
+            if not self._under_way and warm == 0:
+                self._work.clear()
+                self.rollcall.attend()
+                if not self._under_way:
+                    self._work.wait(IDLE_S)
+            self._round()
+            warm = WARM_NAPS if self._under_way else max(0, warm - 1)
+            time.sleep(NAP_S)
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        if int(now / IDLE_S) != int((now - NAP_S) / IDLE_S):
+            self.rollcall.attend()
+        for _ in range(len(self._under_way)):
+            operation = self._under_way.popleft()
+            if operation.poll():
+                continue
+            self._under_way.append(operation)
+            late = now - operation.started > operation.group.timeout_s
+            # a message may be expected long before it is due: only its waiter knows when it is late
+            if operation.peer is None and (late or self.rollcall.left):
+                self.give_up(operation, late, operation.group.timeout_s)
+
+    def give_up(self, operation: Operation, late: bool, patience_s: float) -> None:
+        """End an operation that is late, or waits for a rank that has left."""
+        group = operation.group
+        alone = operation.peer is not None and operation.peer >= 0
+        asked = [group.ranks[operation.peer]] if alone else group.ranks
+        ranks = [r for r in asked if r != self.world.rank]
+        left = self.rollcall.left
+        if not late and (left.keys().isdisjoint(ranks) or self._arrives(operation)):
+            return
+        answers = self.rollcall.ask(group.group_name, ranks, min(PATIENCE_S, patience_s / 2))
+        call = operation.call if operation.peer is None else None
+        doing = str(operation)
+        where = [failure.where(r, answers.get(r), left.get(r), call, doing) for r in ranks]
+        ended = f"did not end within {patience_s:g} s" if late else "cannot end"
+        why = "; ".join(filter(None, where)) or "all ranks wait in it"
+        error = PeerLost(f"{operation} on {group} {ended}: {why}")
+        if operation.fail(error):
+            group.lost = group.lost or error
+
+    def _arrives(self, operation: Operation) -> bool:
+        """What a rank sent before it left may still come: give it a moment."""
+        end = time.monotonic() + PATIENCE_S / 2
+        while time.monotonic() < end and not operation.poll():
+            time.sleep(NAP_S)
+        return operation.done
+
+    def explain(self, operation: Operation, error: Exception) -> Exception:
+        """Turn what MPI raises into what the person can use."""
+        if not isinstance(error, MPI.Exception):
+            return error
+        group = operation.group
+        if error.Get_error_class() not in failure.LOST:
+            hint = "do all ranks call it with the same sizes?"
+            return RuntimeError(
+                f"{operation} on {group} failed in MPI: {error.Get_error_string()}; {hint}"
+            )
+        self.abandoned.append(operation)
+        failed = self.world.Get_failed()
+        dead = MPI.Group.Translate_ranks(failed, range(failed.size), self.world.Get_group())
+        group.lost = PeerLost(
+            f"{operation} on {group} cannot end: rank {', '.join(map(str, dead))} is dead"
+        )
+        return group.lost
+
+    def _state_of(self, name: str) -> Answer:
+        group = self.groups.get(name)
+        return {"calls": 0, "doing": "", "done": True} if group is None else group.state()
+
+    def _end(self) -> None:
+        """Leave in order: MPI cannot be finalised while a peer is lost, only aborted."""
+        failed = getattr(sys, "last_value", None)
+        if failed is not None:
+            self.rollcall.leave(f"{type(failed).__name__}: {failed}")
+        self._stop.set()
+        self._work.set()
+        self._thread.join(1.0)
+        if self.abandoned and not self._farewell():
+            print(
+                f"rank {self.world.rank}: a peer is lost, the job is ended",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.stdout.flush()
+            MPI.COMM_WORLD.Abort(1)
+
+    def _farewell(self) -> bool:
+        """Meet everyone once more; a late rank may have caught up, then MPI ends as usual."""
+        with contextlib.suppress(MPI.Exception):
+            request, end = self.world.Ibarrier(), time.monotonic() + FAREWELL_S
+            while not request.Test():
+                if time.monotonic() > end or self.rollcall.left:
+                    return False
+                self.rollcall.attend()
+                time.sleep(0.01)
+            return True
+        return False
