@@ -1,6 +1,7 @@
-"""The paged KV store: pages, sequences, steps; attention in place."""
+"""The paged KV store: pages, prefixes, sequences, steps; attention in place."""
 
 from .errors import IntegrityError, PoolExhausted, SequenceClosed, StepError, StoreError
+from .identity import Identity
 from .page import LEGAL_MOVES, PageState
 from .pool import PagePool
 from .sequence import Sequence
@@ -11,6 +12,7 @@ from .table import PageTable
 
 __all__ = [
     "LEGAL_MOVES",
+    "Identity",
     "IntegrityError",
     "KVSpec",
     "KVStore",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
+from dataclasses import asdict
 
 import numpy as np
 
+from .cache import PageCache
 from .errors import IntegrityError, StepError
 from .page import PageState
-from .pool import PagePool
 from .sequence import Sequence
 
 
-def check_holders(pool: PagePool, sequences: Listing[Sequence]) -> None:
-    """Count who holds each page and compare with the pool.
+def check_holders(cache: PageCache, sequences: Listing[Sequence]) -> None:
+    """Count who holds each page and compare with the pool and the prefix index.
 
     Raises:
         IntegrityError: naming what does not hold.
     """
+    pool = cache.pool
     holders = np.zeros(pool.capacity, np.int32)
     steps = {id(seq.step): seq.step for seq in sequences if seq.step is not None}
     for seq in sequences:
@@ -28,27 +30,35 @@ def check_holders(pool: PagePool, sequences: Listing[Sequence]) -> None:
             raise IntegrityError(f"{seq!r} does not fit its pages")
         if (pool.states[seq.pages] != PageState.LIVE).any():
             raise IntegrityError(f"{seq!r} holds a page that is not LIVE")
+        if seq.history is not None:
+            cache.check_history(seq.history, seq.pages, seq.length)
     for step in steps.values():
         np.add.at(holders, step.pages, 1)
         if (pool.states[step.pages] != PageState.RESERVED).any():
             raise IntegrityError("an open step holds a page that is not RESERVED")
     pool.check_integrity(holders)
+    cache.index.check_integrity()
 
 
-def totals(pool: PagePool, sequences: int) -> dict[str, int]:
-    """Count pages and bytes of a pool since it was made."""
-    counters = pool.counters
+def totals(cache: PageCache, sequences: int) -> dict[str, int]:
+    """Count pages, bytes and prefix lookups of a store since it was made."""
+    pool, counters = cache.pool, cache.pool.counters
     return {
         "pages": pool.capacity,
         "pages_free": pool.free_pages,
+        "pages_cached": pool.cached_pages,
         "pages_allocated": counters.allocated,
         "pages_freed": counters.freed,
         "pages_shared": counters.shared,
         "pages_copied": counters.copied,
         "times_grown": counters.grown,
         "bytes_used": pool.used_bytes,
+        "bytes_cached": pool.cached_pages * pool.spec.bytes_per_page,
         "bytes_held": pool.capacity * pool.spec.bytes_per_page,
         "sequences": sequences,
+        "tenants_cached": cache.index.tenants,
+        "hash_collisions": cache.index.collisions,
+        **asdict(cache.counters),
     }
 
 

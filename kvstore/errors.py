@@ -13,8 +13,8 @@ class PoolExhausted(StoreError, RuntimeError):
     def __init__(self, needed: int, free: int, pinned: int, capacity: int) -> None:
         self.needed, self.free, self.pinned, self.capacity = needed, free, pinned, capacity
         super().__init__(
-            f"{needed} pages needed, {free} free ({pinned} in use of {capacity}); close sequences, "
-            "or give the store more device_bytes or grow=True"
+            f"{needed} pages needed, {free} free or evictable ({pinned} in use of {capacity}); close "
+            "sequences, or give the store more device_bytes or grow=True"
         )
 
 

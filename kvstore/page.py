@@ -12,22 +12,25 @@ from .errors import IntegrityError
 class PageState(IntEnum):
     """Where a page is in its life.
 
-    FREE: on the free list, owned by nobody. RESERVED: given to one open step, readable only through
-    it. LIVE: holds committed tokens, owned by one or more holders (its reference count).
+    FREE: in a run of free pages, owned by nobody. RESERVED: given to one open step, readable only
+    through it. LIVE: holds committed tokens, owned by one or more holders (its reference count).
+    CACHED: holds committed tokens that the prefix index can find, owned by nobody; may be evicted.
     """
 
     FREE = 0
     RESERVED = 1
     LIVE = 2
+    CACHED = 3
 
 
 LEGAL_MOVES: dict[PageState, frozenset[PageState]] = {
     PageState.FREE: frozenset({PageState.RESERVED}),
     PageState.RESERVED: frozenset({PageState.LIVE, PageState.FREE}),  # commit, abort
-    PageState.LIVE: frozenset({PageState.FREE}),  # the last holder let go
+    PageState.LIVE: frozenset({PageState.FREE, PageState.CACHED}),  # the last holder let go
+    PageState.CACHED: frozenset({PageState.LIVE, PageState.FREE}),  # pinned again, evicted
 }
 
-_ALLOWED = np.array([[b in LEGAL_MOVES[a] for b in PageState] for a in PageState])
+ALLOWED = np.array([[b in LEGAL_MOVES[a] for b in PageState] for a in PageState])
 
 
 def move_pages(states: np.ndarray, pages: np.ndarray, to: PageState) -> None:
@@ -36,7 +39,7 @@ def move_pages(states: np.ndarray, pages: np.ndarray, to: PageState) -> None:
     Raises:
         IntegrityError: if one of the moves is not in `LEGAL_MOVES`.
     """
-    legal = _ALLOWED[states[pages], to]
+    legal = ALLOWED[states[pages], to]
     if not legal.all():
         bad = int(pages[~legal][0])
         raise IntegrityError(

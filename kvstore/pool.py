@@ -1,4 +1,4 @@
-"""The page pool: one preallocated region per layer, a free list, reference counts."""
+"""The page pool: one preallocated region per layer, free runs of pages, reference counts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import extents
 from .errors import IntegrityError, PoolExhausted
 from .page import PageState, move_pages
 from .spec import KVSpec
@@ -37,7 +38,6 @@ class PagePool:
 
     def __init__(self, spec: KVSpec, capacity: int) -> None:
         self.spec = spec
-        self.capacity = capacity
         self.counters = PoolCounters()
         self.keys = [self._region(capacity, spec.head_dim) for _ in range(spec.layers)]
         self.values = (
@@ -45,102 +45,126 @@ class PagePool:
             if spec.shared_kv
             else [self._region(capacity, spec.v_dim) for _ in range(spec.layers)]
         )
-        self.states = np.zeros(capacity, np.uint8)
-        self.refcounts = np.zeros(capacity, np.int32)
-        # A stack with the lowest number on top. Kept unsorted on free; see allocate.
-        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int32)
-        self._free_count = capacity
+        self.free_pages = 0
+        self.cached_pages = 0
+        self.meta = np.zeros((6, 0), np.int32)
+        self._bins = np.full(extents.BINS, -1, np.int32)
+        self._add_pages(capacity)
 
     def _region(self, pages: int, width: int) -> Tensor:
         shape = (pages, self.spec.page_tokens, self.spec.kv_heads, width)
         # Written once here so that no page fault falls into a decode step.
         return torch.zeros(shape, dtype=self.spec.dtype, device=self.spec.device).fill_(0)
 
+    def _add_pages(self, extra: int) -> None:
+        first = self.capacity
+        self.meta = np.concatenate([self.meta, np.zeros((6, extra), np.int32)], 1)
+        extents.add_run(self.meta, self._bins, first, extra)
+        self.free_pages += extra
+
     @property
-    def free_pages(self) -> int:
-        """Pages that can be allocated now."""
-        return self._free_count
+    def capacity(self) -> int:
+        """Pages there are."""
+        return self.meta.shape[1]
+
+    @property
+    def states(self) -> np.ndarray:
+        """Each page's `PageState`, `[capacity]`."""
+        return self.meta[extents.STATE]
+
+    @property
+    def refcounts(self) -> np.ndarray:
+        """How many sequences and steps hold each page, `[capacity]`."""
+        return self.meta[extents.HOLDERS]
+
+    @property
+    def promised(self) -> np.ndarray:
+        """Tokens of each page that the prefix index can find, `[capacity]`: these never change."""
+        return self.meta[extents.PROMISED]
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that a sequence or step holds."""
+        return self.capacity - self.free_pages - self.cached_pages
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of pages that somebody owns."""
-        return (self.capacity - self._free_count) * self.spec.bytes_per_page
+        """Bytes of pages that somebody holds."""
+        return self.held_pages * self.spec.bytes_per_page
 
-    def allocate(self, count: int, after: int = -1) -> np.ndarray:
-        """Take `count` free pages, RESERVED with one reference; consecutive numbers if possible.
+    def allocate(self, counts: np.ndarray, afters: np.ndarray) -> np.ndarray:
+        """Take free pages for several owners, RESERVED with one reference; all of them or none.
 
         Args:
-            count: pages wanted.
-            after: a page they would best follow (a sequence's last page).
+            counts: pages wanted by each owner.
+            afters: the page they would best follow (the owner's last), or -1.
+
+        Shape: counts, afters `[owners]` int64 -> `[sum(counts)]` int32, owner after owner.
 
         Raises:
             PoolExhausted: if fewer are free; nothing is taken.
         """
-        if count > self._free_count:
+        count = int(counts.sum())
+        if count > self.free_pages:
             raise PoolExhausted(
-                count, self._free_count, self.capacity - self._free_count, self.capacity
+                count, self.free_pages, self.capacity - self.free_pages, self.capacity
             )
-        if count == 0:
-            return np.empty(0, np.int32)
-        pages = self._consecutive(count, after)
-        if pages is None:
-            self._free_count -= count
-            pages = self._free[self._free_count : self._free_count + count][::-1].copy()
-        move_pages(self.states, pages, PageState.RESERVED)
-        self.refcounts[pages] = 1
-        self.counters.allocated += count
-        return pages
-
-    def _consecutive(self, count: int, after: int) -> np.ndarray | None:
-        """Take a run that follows `after`, or any run of `count` near the top of the stack."""
-        top = self._free[self._free_count - count : self._free_count][::-1]
-        if after < 0 and (count == 1 or bool((np.diff(top) == 1).all())):
-            return None  # the stack's own order is good enough
-        first = after + 1
-        run = slice(first, first + count)
-        if after < 0 or run.stop > self.capacity or self.states[run].any():
-            if count == 1:
-                return None
-            free = self.states == PageState.FREE
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], free.view(np.int8), [0]])))
-            starts, stops = edges[::2], edges[1::2]
-            fits = np.flatnonzero(stops - starts >= count)
-            if not fits.size:
-                return None
-            best = fits[np.argmin((stops - starts)[fits])]
-            run = slice(int(starts[best]), int(starts[best]) + count)
-        pages = np.arange(run.start, run.stop, dtype=np.int32)
-        stack = self._free[: self._free_count]
-        rest = stack[(stack < run.start) | (stack >= run.stop)]
-        self._free_count = rest.size
-        self._free[: rest.size] = rest
+        pages = np.empty(count, np.int32)
+        if count:
+            extents.take(self.meta, self._bins, counts, afters, pages)
+            self.free_pages -= count
+            self.counters.allocated += count
         return pages
 
     def commit(self, pages: np.ndarray) -> None:
         """Make reserved pages LIVE."""
-        move_pages(self.states, pages, PageState.LIVE)
+        if len(pages):
+            move_pages(self.states, pages, PageState.LIVE)
 
-    def share(self, pages: np.ndarray) -> None:
-        """Add one holder to each of some LIVE pages (a page may be named more than once)."""
+    def share(self, pages: np.ndarray) -> np.ndarray:
+        """Add one holder to each of some LIVE or CACHED pages; give those that were CACHED.
+
+        A LIVE page may be named more than once.
+        """
+        if len(pages) == 0:
+            return pages
+        states = self.states[pages]
+        cached = pages[states == PageState.CACHED]
+        if len(cached):
+            move_pages(self.states, cached, PageState.LIVE)
+            self.cached_pages -= len(cached)
         if (self.states[pages] != PageState.LIVE).any():
-            raise IntegrityError("only LIVE pages can be shared")
+            raise IntegrityError("only LIVE and CACHED pages can be shared")
         np.add.at(self.refcounts, pages, 1)
         self.counters.shared += len(pages)
+        return cached
 
-    def release(self, pages: np.ndarray) -> None:
-        """Drop one holder of each page; pages without holders become FREE."""
+    def release(self, pages: np.ndarray) -> np.ndarray:
+        """Drop one holder of each page; give those nobody holds any more that stay CACHED.
+
+        The others without a holder become FREE.
+        """
+        kept = np.empty(len(pages), np.int32)
         if len(pages) == 0:
-            return
-        if (self.refcounts[pages] < 1).any():
-            raise IntegrityError("a page was released more often than it was held")
-        np.subtract.at(self.refcounts, pages, 1)
-        gone = pages[self.refcounts[pages] == 0]
-        if len(gone) == 0:
-            return
-        move_pages(self.states, gone, PageState.FREE)
-        self._free[self._free_count : self._free_count + len(gone)] = gone[::-1]
-        self._free_count += len(gone)
-        self.counters.freed += len(gone)
+            return kept
+        cached, freed = extents.release(self.meta, self._bins, pages, kept)
+        if cached < 0:
+            raise IntegrityError(
+                f"page {pages[-1 - cached]} was released more often than it was held"
+            )
+        self.cached_pages += cached
+        self.free_pages += freed
+        self.counters.freed += freed
+        return kept[:cached]
+
+    def free_cached(self, pages: np.ndarray) -> None:
+        """Make CACHED pages FREE; the index has forgotten them already."""
+        bad = extents.free_cached(self.meta, self._bins, pages)
+        if bad >= 0:
+            raise IntegrityError(f"page {pages[bad]} is not CACHED and cannot be evicted")
+        self.cached_pages -= len(pages)
+        self.free_pages += len(pages)
+        self.counters.freed += len(pages)
 
     def copy(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy whole pages in every layer."""
@@ -166,19 +190,12 @@ class PagePool:
                 new = self._region(capacity, old.shape[-1])
                 new[: self.capacity] = old
                 group[layer] = new
-        self.states = np.concatenate([self.states, np.zeros(extra, np.uint8)])
-        self.refcounts = np.concatenate([self.refcounts, np.zeros(extra, np.int32)])
-        fresh = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int32)
-        spare = np.empty(capacity, np.int32)
-        spare[:extra] = fresh  # below the old ones: freed low pages are taken first
-        spare[extra : extra + self._free_count] = self._free[: self._free_count]
-        self._free, self._free_count = spare, self._free_count + extra
-        self.capacity = capacity
+        self._add_pages(extra)
         self.counters.grown += 1
         return capacity
 
     def check_integrity(self, holders: np.ndarray) -> None:
-        """Prove that states, references and the free list tell one story.
+        """Prove that states, references and the free runs tell one story.
 
         Args:
             holders: how often each page is held, counted by the caller from its tables, `[capacity]`.
@@ -186,21 +203,27 @@ class PagePool:
         Raises:
             IntegrityError: naming the first page that disagrees.
         """
-        free = self._free[: self._free_count]
-        listed = np.bincount(free, minlength=self.capacity)
+        states, counts, promised = self.states, self.refcounts, self.promised
+        owned = (states == PageState.RESERVED) | (states == PageState.LIVE)
         checks = {
-            "is on the free list twice": listed > 1,
-            "is FREE but not on the free list": (self.states == PageState.FREE) & (listed == 0),
-            "is on the free list but not FREE": (self.states != PageState.FREE) & (listed > 0),
-            "is FREE but referenced": (self.states == PageState.FREE) & (self.refcounts != 0),
-            "has no reference but is not FREE": (self.states != PageState.FREE)
-            & (self.refcounts < 1),
-            "has a count that differs from its holders": self.refcounts != holders,
+            "has a reference but nobody's state": ~owned & (counts != 0),
+            "has no reference but an owner's state": owned & (counts < 1),
+            "has a count that differs from its holders": counts != holders,
+            "is CACHED but in no prefix": (states == PageState.CACHED) & (promised < 1),
+            "is in a prefix but not LIVE or CACHED": (promised > 0) & (states < PageState.LIVE),
         }
         for what, wrong in checks.items():
             if wrong.any():
                 page = int(np.flatnonzero(wrong)[0])
                 raise IntegrityError(
-                    f"page {page} {what} (state {PageState(self.states[page]).name}, count "
-                    f"{self.refcounts[page]}, holders {holders[page]})"
+                    f"page {page} {what} (state {PageState(states[page]).name}, count "
+                    f"{counts[page]}, holders {holders[page]})"
                 )
+        runs = extents.true_runs(self.meta)
+        if extents.listed_runs(self.meta, self._bins) != runs:
+            raise IntegrityError("the lists of free runs differ from the pages that are FREE")
+        tally = (sum(length for _, length in runs), int((states == PageState.CACHED).sum()))
+        if tally != (self.free_pages, self.cached_pages):
+            raise IntegrityError(
+                f"{tally} pages are FREE and CACHED, counted {self.free_pages}, {self.cached_pages}"
+            )

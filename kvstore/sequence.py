@@ -11,6 +11,7 @@ from .errors import SequenceClosed
 if TYPE_CHECKING:
     from .step import Step
     from .store import KVStore
+    from .tokens import History
 
 
 class Sequence:
@@ -20,11 +21,14 @@ class Sequence:
 
     Attributes:
         length: committed tokens.
-        cached_tokens: tokens that `open` found already in the store (0 until a prefix index is set).
+        cached_tokens: tokens that `open` found already in the store: the caller computes the rest.
+        history: the token ids, as far as the store was told them.
         tenant: whose sequence this is; prefixes are never shared between tenants.
     """
 
-    __slots__ = ("cached_tokens", "closed", "length", "number", "pages", "step", "store", "tenant")
+    __slots__ = (
+        "cached_tokens", "closed", "history", "length", "number", "pages", "step", "store", "tenant",
+    )  # fmt: skip
 
     def __init__(self, store: KVStore, number: int, tenant: str | None = None) -> None:
         self.store = store
@@ -34,6 +38,7 @@ class Sequence:
         self.length = 0
         self.pages: np.ndarray = np.empty(0, np.int32)
         self.step: Step | None = None
+        self.history: History | None = None
         self.closed = False
 
     def close(self) -> None:

@@ -113,6 +113,8 @@ def plan_pages(
 ) -> tuple[int, int | None]:
     """Decide how many pages a store starts with and may grow to (None: no limit).
 
+    With `device_bytes` all its pages are made at once, unless `num_pages` asks for fewer.
+
     Raises:
         ValueError: if the wishes contradict each other.
     """
@@ -125,8 +127,7 @@ def plan_pages(
     if num_pages is None:
         if limit is None and not grow:
             raise ValueError("grow=False needs num_pages or device_bytes to size the store")
-        first = FIRST_PAGES if limit is None else min(limit, FIRST_PAGES)
-        num_pages = first if grow or limit is None else limit
+        num_pages = FIRST_PAGES if limit is None else limit
     if num_pages < 1 or (limit is not None and num_pages > limit):
         most = "" if limit is None else f" and at most {limit}, which fit {device_bytes}"
         raise ValueError(f"num_pages={num_pages} must be at least 1{most}")

@@ -14,6 +14,7 @@ from .pool import PagePool
 from .sequence import Sequence
 from .spec import KVSpec
 from .table import PageTable
+from .tokens import TokenIds, as_token_ids
 
 
 class Step:
@@ -103,11 +104,12 @@ def make_step(
     pool: PagePool,
     seqs: Listing[Sequence],
     counts: np.ndarray,
-    allocate: Callable[[int, int], np.ndarray],
+    allocate: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> Step:
-    """Allocate the pages of a step and copy the shared partial last pages it will write into.
+    """Allocate the pages of a step and copy the partial last pages it may not write into.
 
-    `allocate(count, after)` may raise; nothing is changed then.
+    Those are pages that somebody else holds, or of which the prefix index promises more tokens.
+    `allocate` is `PagePool.allocate`, and may raise; nothing is changed then.
     """
     size = pool.spec.page_tokens
     bases = np.fromiter((seq.length for seq in seqs), np.int64, len(seqs))
@@ -116,22 +118,23 @@ def make_step(
     lasts = np.fromiter(
         (seq.pages[-1] if len(seq.pages) else 0 for seq in seqs), np.int64, len(seqs)
     )
-    copy = (bases % size != 0) & (counts > 0) & (pool.refcounts[lasts] > 1)
-    after = int(lasts[0]) if len(seqs) == 1 and held[0] and not copy[0] else -1
-    pages = allocate(int(more.sum() + copy.sum()), after)
-    private, fresh = pages[: copy.sum()], pages[copy.sum() :]
-    pool.copy(lasts[copy], private)
-    cuts = np.cumsum(more)[:-1]
-    parts = np.split(fresh, cuts) if len(seqs) else []
+    written = bases % size
+    copy = (written != 0) & (counts > 0)
+    copy &= (pool.refcounts[lasts] > 1) | (pool.promised[lasts] > written)
+    afters = np.where((held > 0) & ~copy, lasts, -1)
+    pages = allocate(more + copy, afters)
+    parts = np.split(pages, np.cumsum(more + copy)[:-1]) if len(seqs) else []
     copied: list[tuple[int, int, int] | None] = [None] * len(seqs)
     tables = []
     for at, seq in enumerate(seqs):
-        mine = np.concatenate([seq.pages, parts[at]])
-        if copy[at]:
-            target = int(private[copy[:at].sum()])
-            copied[at] = (int(held[at]) - 1, int(lasts[at]), target)
-            mine[held[at] - 1] = target
-        tables.append(mine)
+        if copy[at]:  # the first of the new pages stands in for the last of the old
+            copied[at] = (int(held[at]) - 1, int(lasts[at]), int(parts[at][0]))
+            tables.append(np.concatenate([seq.pages[:-1], parts[at]]))
+            parts[at] = parts[at][1:]
+        else:
+            tables.append(np.concatenate([seq.pages, parts[at]]) if len(parts[at]) else seq.pages)
+    swaps = np.array([c[1:] for c in copied if c is not None], np.int32).reshape(-1, 2)
+    pool.copy(swaps[:, 0], swaps[:, 1])
     return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
 
 
@@ -157,3 +160,29 @@ def check_rows(spec: KVSpec, step: Step, layer: int, k: Tensor, v: Tensor | None
                 f"on {spec.device}; convert it, or make the KVSpec with its dtype and device"
             )
     return pieces
+
+
+def fit_ids(step: Step, token_ids: TokenIds | Listing[TokenIds]) -> list[np.ndarray]:
+    """Give the ids of a step's tokens that each sequence does not know yet, or refuse them.
+
+    Raises:
+        ValueError: if their number is wrong, they differ from what was told, or earlier ones are missing.
+    """
+    one_row = len(step.seqs) == 1 and not (len(token_ids) and hasattr(token_ids[0], "__len__"))
+    rows = [as_token_ids(row) for row in ([token_ids] if one_row else token_ids)]  # type: ignore[arg-type, list-item]
+    if [len(row) for row in rows] != step.counts.tolist():
+        raise ValueError(
+            f"commit: {[len(row) for row in rows]} token ids given for {step.counts.tolist()} tokens"
+        )
+    told = []
+    for seq, row, base in zip(step.seqs, rows, step.bases.tolist(), strict=True):
+        known = seq.history.ids[base:] if seq.history is not None else row[:0]
+        have = 0 if seq.history is None else seq.history.known
+        if have < base:
+            raise ValueError(
+                f"commit: sequence {seq.number} knows the ids of {have} of its {base} tokens; tell the others first"
+            )
+        if (known[: len(row)] != row[: len(known)]).any():
+            raise ValueError(f"commit: sequence {seq.number} was told other ids for these tokens")
+        told.append(row[len(known) :])
+    return told

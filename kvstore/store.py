@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
@@ -22,12 +23,16 @@ from .attention import (
     with_sink,
 )
 from .audit import busy, check_holders, totals
-from .errors import PoolExhausted, StepError
+from .cache import PageCache
+from .errors import StepError
+from .evict import EvictionPolicy, find_policy
+from .identity import Identity, check_secret, check_tenant, prefix_key
 from .pool import PagePool
 from .sequence import Sequence
 from .spec import KVSpec, plan_pages
-from .step import Step, check_rows, make_step
+from .step import Step, check_rows, fit_ids, make_step
 from .table import PageTable
+from .tokens import History, TokenIds, as_token_ids
 
 
 class KVStore:
@@ -47,8 +52,12 @@ class KVStore:
     Args:
         spec: layers, heads, dims, dtype, page size.
         device_bytes: the most the pages may take (`"4GiB"` or bytes); None: no limit.
-        num_pages: pages to start with; default a few if `grow`, else all that fit `device_bytes`.
+        num_pages: pages to start with; default all that fit `device_bytes`, else a few.
         grow: double the region when it is full, up to `device_bytes`.
+        evict: which cached pages go first: "lru", "s3fifo", "tinylfu", "cost" or an `EvictionPolicy`.
+        identity: what pages are true for; see `Identity`.
+        secret: key of the prefix hashes, 16 to 64 bytes; default random. Give the same to stores
+            that shall find each other's pages.
 
     State: one lock around metadata and writes; reads run outside it. Use a sequence from one
     thread at a time.
@@ -60,38 +69,86 @@ class KVStore:
         device_bytes: int | str | None = None,
         num_pages: int | None = None,
         grow: bool = True,
+        evict: str | EvictionPolicy = "lru",
+        identity: Identity | None = None,
+        secret: bytes | None = None,
     ) -> None:
         self.spec = spec
-        num_pages, self.max_pages = plan_pages(spec, device_bytes, num_pages, grow)
+        policy = find_policy(evict)
+        self._secret = os.urandom(32) if secret is None else check_secret(secret)
+        self._identity = (identity or Identity()).digest(spec)
+        num_pages, max_pages = plan_pages(spec, device_bytes, num_pages, grow)
         self.pool = PagePool(spec, num_pages)
+        self.cache = PageCache(self.pool, policy, max_pages)
         self._lock = threading.RLock()
         self._sequences: dict[int, Sequence] = {}
         self._next = 0
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def open(self, token_ids: Listing[int] | None = None, tenant: str | None = None) -> Sequence:
-        """Start an empty sequence.
+    def open(self, token_ids: TokenIds | None = None, tenant: str | None = None) -> Sequence:
+        """Start a sequence; with token ids, from the longest prefix of them that is cached.
 
-        `token_ids` is the key to a cached prefix: once a prefix index is set, the longest cached
-        prefix is pinned and `seq.cached_tokens` says how long it is. Without an index it is 0.
+        `seq.cached_tokens` says how many tokens that are: append the keys and values of the others
+        only. It is at most one less than there are ids, since a model must compute the last token to
+        go on. The ids are the key under which this sequence's own pages are found later.
+
+        Raises:
+            ValueError: if the ids are no row of whole numbers in `[0, 2**31)`.
+            TypeError: if the tenant is neither text nor None.
         """
-        with self._lock:
-            seq = Sequence(self, self._next, tenant)
-            self._sequences[self._next] = seq
-            self._next += 1
-            return seq
+        return self.open_batch([token_ids], tenant)[0]
 
     def open_batch(
-        self, count: int | Listing[Listing[int]], tenant: str | None = None
+        self, count: int | Listing[TokenIds | None], tenant: str | None = None
     ) -> list[Sequence]:
-        """Start several sequences: a number of empty ones, or one per list of token ids."""
-        prompts: Listing[Listing[int] | None] = [None] * count if isinstance(count, int) else count
+        """Start several sequences: a number of empty ones, or one per row of token ids."""
+        prompts = [None] * count if isinstance(count, int) else count
+        ids = [None if row is None else as_token_ids(row) for row in prompts]
+        key = self._key(tenant) if any(row is not None for row in ids) else b""
         with self._lock:
-            return [self.open(ids, tenant) for ids in prompts]
+            return [self._open(row, key, tenant) for row in ids]
+
+    def _open(self, ids: np.ndarray | None, key: bytes, tenant: str | None) -> Sequence:
+        seq = Sequence(self, self._next, tenant)
+        if ids is not None:
+            seq.history = History(key, ids, self.spec.page_tokens)
+            seq.pages, seq.length = self.cache.pin(seq.history)
+            seq.cached_tokens = seq.length
+        self._sequences[self._next] = seq
+        self._next += 1
+        return seq
+
+    def match(self, prompts: Listing[TokenIds], tenant: str | None = None) -> list[int]:
+        """Say what `open` would find cached for each prompt, in tokens; nothing is pinned."""
+        rows, key = [as_token_ids(row) for row in prompts], self._key(tenant)
+        with self._lock:
+            return [self.cache.match(key, row) for row in rows]
+
+    def tell(self, seq: Sequence, token_ids: TokenIds) -> None:
+        """Say which tokens come after those whose ids are known: generated ones, as they come.
+
+        Only pages whose ids are known can be found by others. Needed for tokens that were neither in
+        `open` nor in `commit`.
+        """
+        ids = as_token_ids(token_ids)
+        with self._lock:
+            self._own(seq)
+            self._tell(seq, ids)
+            if seq.history is not None:
+                seq.pages = self.cache.record(seq.history, seq.pages, seq.length)
+
+    def _tell(self, seq: Sequence, ids: np.ndarray) -> None:
+        if seq.history is None:
+            seq.history = History(self._key(seq.tenant), ids, self.spec.page_tokens)
+        else:
+            seq.history.tell(ids)
+
+    def _key(self, tenant: str | None) -> bytes:
+        return prefix_key(self._secret, self._identity, check_tenant(tenant))
 
     def close(self, seqs: Sequence | Iterable[Sequence]) -> None:
-        """End sequences and give back the pages nobody else holds.
+        """End sequences; pages nobody else holds become free, or cached if their ids are known.
 
         Raises:
             SequenceClosed: if one is closed already.
@@ -104,7 +161,9 @@ class KVStore:
                     raise busy(seq)
                 if seq.step is not None:
                     self.abort(seq.step)
-                self.pool.release(seq.pages)
+                if seq.history is not None:
+                    self.cache.record_tail(seq.history, seq.pages, seq.length)
+                self.cache.release(seq.pages)
                 seq.pages, seq.length, seq.closed = np.empty(0, np.int32), 0, True
                 del self._sequences[seq.number]
 
@@ -115,8 +174,9 @@ class KVStore:
         """
         with self._lock:
             seq.require_open()
-            twin = self.open(tenant=seq.tenant)
+            twin = self._open(None, b"", seq.tenant)
             self.pool.share(seq.pages)
+            twin.history = None if seq.history is None else seq.history.copy()
             twin.pages, twin.length = seq.pages.copy(), seq.length
             twin.cached_tokens = seq.cached_tokens
             return twin
@@ -146,7 +206,7 @@ class KVStore:
             return out
 
     def truncate(self, seq: Sequence, length: int) -> None:
-        """Forget the tokens from `length` on (rejected speculation); whole pages are given back.
+        """Forget the tokens and ids from `length` on (rejected speculation); give whole pages back.
 
         Raises:
             ValueError: if the sequence is shorter than `length`.
@@ -160,8 +220,10 @@ class KVStore:
                     f"truncate to {length}: sequence {seq.number} has {seq.length} tokens"
                 )
             keep = -(-length // self.spec.page_tokens)
-            self.pool.release(seq.pages[keep:])
+            self.cache.release(seq.pages[keep:])
             seq.pages, seq.length = seq.pages[:keep].copy(), length
+            if seq.history is not None:
+                seq.history.truncate(length)
             seq.cached_tokens = min(seq.cached_tokens, length)
 
     # -- writing -----------------------------------------------------------------------------
@@ -188,22 +250,10 @@ class KVStore:
                     raise busy(seq)
             if len({seq.number for seq in seqs}) < len(seqs):
                 raise StepError("reserve: a sequence is named twice; give each once")
-            step = make_step(self.pool, seqs, counts, self._allocate)
+            step = make_step(self.pool, seqs, counts, self.cache.allocate)
             for seq in seqs:
                 seq.step = step
             return step
-
-    def _allocate(self, count: int, after: int) -> np.ndarray:
-        short = count - self.pool.free_pages
-        if short > 0:
-            want = max(2 * self.pool.capacity, self.pool.capacity + short)
-            if self.max_pages is not None:
-                want = min(want, self.max_pages)
-            if want < self.pool.capacity + short:
-                in_use = self.pool.capacity - self.pool.free_pages
-                raise PoolExhausted(count, want - in_use, in_use, want)
-            self.pool.grow(want)
-        return self.pool.allocate(count, after)
 
     def append(self, step: Step | Sequence, layer: int, k: Tensor, v: Tensor | None = None) -> None:
         """Write one layer's keys and values of a step (all its sequences, end to end).
@@ -230,11 +280,21 @@ class KVStore:
                 step.scatter(region, rows)
             step.written.add(layer)
 
-    def commit(self, step: Step | Sequence) -> None:
+    def commit(
+        self, step: Step | Sequence, token_ids: TokenIds | Listing[TokenIds] | None = None
+    ) -> None:
         """Make a step's tokens part of their sequences.
+
+        Args:
+            step: a step, or the sequence whose own it is.
+            token_ids: the ids of the step's tokens, unless they were given to `open` or `tell`: one
+                row for one sequence, else one row for each. A page that becomes full is then found by
+                others; if its tokens are in the store already, the sequence takes over that page, and
+                views of `keys_values` taken before are no longer its own.
 
         Raises:
             StepError: if a layer was not written, or the step is closed already.
+            ValueError: if the ids do not fit the step; it stays open.
         """
         step = self._step_of(step)
         with self._lock:
@@ -242,6 +302,7 @@ class KVStore:
             missing = sorted(set(range(self.spec.layers)) - step.written)
             if missing and step.num_tokens:
                 raise StepError(f"commit: layers {missing} are not written; append them or abort")
+            told = [] if token_ids is None else fit_ids(step, token_ids)
             self.pool.commit(step.pages)
             for at, seq in enumerate(step.seqs):
                 swap = step.copied[at]
@@ -249,7 +310,11 @@ class KVStore:
                 seq.length = int(step.table.lengths[at])
                 seq.step = None
                 if swap is not None:
-                    self.pool.release(np.array([swap[1]], np.int32))
+                    self.cache.release(np.array([swap[1]], np.int32))
+                if told:
+                    self._tell(seq, told[at])
+                if seq.history is not None:
+                    seq.pages = self.cache.record(seq.history, seq.pages, seq.length)
             step.state = "committed"
 
     def abort(self, step: Step | Sequence) -> None:
@@ -257,7 +322,7 @@ class KVStore:
         step = self._step_of(step)
         with self._lock:
             step.require_open()
-            self.pool.release(step.pages)
+            self.cache.release(step.pages)
             for seq in step.seqs:
                 seq.step = None
             step.state = "aborted"
@@ -355,25 +420,26 @@ class KVStore:
             PoolExhausted: if `device_bytes` does not allow that many.
         """
         with self._lock:
-            want = 2 * self.pool.capacity if num_pages is None else num_pages
-            if self.max_pages is not None and want > self.max_pages:
-                free = self.pool.free_pages
-                raise PoolExhausted(want, free, self.pool.capacity - free, self.max_pages)
-            return self.pool.grow(want)
+            return self.cache.grow(2 * self.pool.capacity if num_pages is None else num_pages)
+
+    def evict(self, num_pages: int | None = None) -> int:
+        """Lose cached pages that no sequence holds (default: all); return how many."""
+        with self._lock:
+            return self.cache.evict(self.pool.cached_pages if num_pages is None else num_pages)
 
     def counters(self) -> dict[str, int]:
         """Count pages, bytes and sequences since the store was made."""
         with self._lock:
-            return totals(self.pool, len(self._sequences))
+            return totals(self.cache, len(self._sequences))
 
     def check_integrity(self) -> None:
-        """Prove the store's invariants: counts, states, free list, lengths.
+        """Prove the store's invariants: counts, states, free runs, lengths, prefixes.
 
         Raises:
             IntegrityError: naming what does not hold.
         """
         with self._lock:
-            check_holders(self.pool, list(self._sequences.values()))
+            check_holders(self.cache, list(self._sequences.values()))
 
     def _layer(self, layer: int) -> LayerPages:
         with self._lock:  # not between the two halves of a growth

@@ -20,6 +20,7 @@ from plait.kvstore import (
     StepError,
 )
 from plait.kvstore import StoreError as KVStoreError
+from plait.kvstore.extents import SPAN
 from plait.kvstore.testing import StoreMachine
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=4, page_tokens=4, dtype=torch.float64)
@@ -142,7 +143,8 @@ def test_single_sequence_form_needs_no_step() -> None:
         assert seq.length == 3
         assert seq.cached_tokens == 0
     assert seq.closed
-    assert store.counters()["pages_free"] == store.counters()["pages"]
+    counters = store.counters()
+    assert (counters["pages_cached"], counters["pages_free"]) == (1, counters["pages"] - 1)
 
 
 def test_mixed_batch_of_prefill_and_decode_rows() -> None:
@@ -301,7 +303,7 @@ def test_spec_refuses_nonsense(wrong, match) -> None:
 def test_sizes_refuse_nonsense(size) -> None:
     with pytest.raises(ValueError, match="no size"):
         KVStore(SPEC, device_bytes=size)
-    assert KVStore(SPEC, device_bytes="1MiB").max_pages == (1 << 20) // SPEC.bytes_per_page
+    assert KVStore(SPEC, device_bytes="1MiB").cache.max_pages == (1 << 20) // SPEC.bytes_per_page
     with pytest.raises(ValueError, match="holds no page"):
         KVStore(SPEC, device_bytes=10)
     with pytest.raises(ValueError, match="grow=False"):
@@ -412,9 +414,9 @@ def test_check_integrity_finds_what_was_broken() -> None:
     store.pool.states[a.pages[0]] = 0
     with pytest.raises(IntegrityError):
         store.check_integrity()
-    store, *_ = fresh()
-    store.pool._free[0] = store.pool._free[1]
-    with pytest.raises(IntegrityError, match="free list"):
+    store, a, _ = fresh()
+    store.pool.meta[SPAN, 4] += 1  # pages 4 to 7 are one free run
+    with pytest.raises(IntegrityError, match="free runs"):
         store.check_integrity()
 
 
