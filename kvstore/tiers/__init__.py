@@ -1,5 +1,6 @@
 """Where pages live besides the device: tiers, and the wrappers around them."""
 
+from .disk import DiskTier
 from .errors import (
     FormatTooNew,
     TierClosed,
@@ -8,6 +9,8 @@ from .errors import (
     TierReadOnly,
     TierRefused,
 )
+from .folder import Folder
+from .form import PageForm
 from .memory import MemoryTier
 from .order import EvictionOrder, Fifo, Lru
 from .tier import Page, Tier, byte_view
@@ -15,15 +18,18 @@ from .wrappers import CountTier, FailTier, LimitTier, LogTier, TierWrapper, Veri
 
 __all__ = [
     "CountTier",
+    "DiskTier",
     "EvictionOrder",
     "FailTier",
     "Fifo",
+    "Folder",
     "FormatTooNew",
     "LimitTier",
     "LogTier",
     "Lru",
     "MemoryTier",
     "Page",
+    "PageForm",
     "Tier",
     "TierClosed",
     "TierError",
