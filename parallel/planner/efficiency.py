@@ -65,8 +65,8 @@ class Efficiency:
     attention: Kernel
     link: float
     layer: float = 12e-6
-    routed: float = 30e-6
-    step: float = 1.0e-3
+    routed: float = 10e-6
+    step: float = 3e-3
     grouped: float = 0.7
     zipf: float = 1.25
     out: float = 0.8

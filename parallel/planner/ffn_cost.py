@@ -30,8 +30,11 @@ def zipf(exponent: float = 1.25) -> Coverage:
 
     def cover(experts: int, per_token: int, tokens: Any) -> Array:
         chance = _inclusion(experts, per_token, exponent)
-        count = as_array(tokens)
-        return 1.0 - np.mean((1.0 - chance) ** count[..., None], axis=-1)
+        count, where = np.unique(
+            as_array(tokens), return_inverse=True
+        )  # a sweep repeats few numbers
+        missed = np.mean(np.exp(count[:, None] * np.log1p(-chance)), axis=-1)
+        return (1.0 - missed)[where].reshape(np.shape(tokens))
 
     return cover
 
@@ -44,7 +47,7 @@ def _inclusion(experts: int, per_token: int, exponent: float) -> Array:
     """
     popularity = np.arange(1, experts + 1, dtype=float) ** -exponent
     if per_token >= experts:
-        return np.ones(experts)
+        return np.full(experts, 1.0 - 1e-15)
     low, high = 0.0, 1.0
     while np.sum(-np.expm1(-high * popularity)) < per_token:
         high *= 2
@@ -76,15 +79,20 @@ def expert_flops(ffn: Ffn, tokens: Any, ep: Any, etp: Any) -> Array:
     return 2.0 * chosen * ffn.expert_params / (as_array(ep) * as_array(etp))
 
 
-def dispatch_bytes(ffn: Ffn, tokens: Any, ep: Any, element: float) -> Array:
-    """Return what a rank sends to spread its tokens: ``T h min(k, EP) (EP-1)/EP b``; combine is alike.
+def dispatch_payload(ffn: Ffn, tokens: Any, ep: Any, etp: Any, element: float) -> Array:
+    """Return what a rank would send if no expert were its own: ``T h min(k, EP) ETP b``.
 
-    A LatentMoE sends its latent width; zero-computation experts are local and send nothing.
+    Every rank of an expert's etp gets the token. A LatentMoE sends its latent width; zero-computation experts are
+    local and send nothing.
     """
+    places = np.minimum(ffn.per_token * ffn.experts / (ffn.experts + ffn.zero), as_array(ep))
+    return as_array(tokens) * (ffn.latent or ffn.hidden) * places * as_array(etp) * element
+
+
+def dispatch_bytes(ffn: Ffn, tokens: Any, ep: Any, element: float) -> Array:
+    """Return what a rank sends to spread its tokens: ``T h min(k, EP) (EP-1)/EP b``; combine is alike."""
     ep = as_array(ep)
-    width = ffn.latent or ffn.hidden
-    places = np.minimum(ffn.per_token * ffn.experts / (ffn.experts + ffn.zero), ep)
-    return as_array(tokens) * width * places * (ep - 1) / ep * element
+    return dispatch_payload(ffn, tokens, ep, 1.0, element) * (ep - 1) / ep
 
 
 def sparsity(ffn: Ffn) -> float:

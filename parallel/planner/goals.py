@@ -1,0 +1,84 @@
+"""Goals: what is asked of the hardware, and the precisions that may be used to reach it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from ..errors import PlanError
+from .precision import element_bytes
+
+SCALES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What a user wants of so many ranks.
+
+    Args:
+        ranks: accelerators there are.
+        context: tokens in the cache of each request while it decodes.
+        ttl: most seconds from token to token; None asks for the most throughput at any latency.
+        ftl: most seconds to the first token, unloaded; only where prompts are computed here.
+        prompt: new tokens of each request; 0 means another pool (or a cache) brings them: decode alone.
+        output: tokens each request generates.
+        weights, kv: precisions to choose from.
+        helix: whether kvp is searched; `split` whether attention and experts may have ranks of their own.
+        draft: most tokens drafted per step, each accepted with chance `acceptance`; 0 is no speculation.
+    """
+
+    ranks: int
+    context: int
+    ttl: float | None = None
+    ftl: float | None = None
+    prompt: int = 0
+    output: int = 1024
+    weights: tuple[str, ...] = ("fp8",)
+    kv: tuple[str, ...] = ("bf16",)
+    draft: int = 0
+    acceptance: float = 0.7
+    helix: bool = True
+    split: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "context", "output"):
+            if getattr(self, name) < 1:
+                raise PlanError(
+                    f"{name}={getattr(self, name)}", "is not positive", f"use {name} >= 1"
+                )
+        if self.prompt < 0 or self.draft < 0:
+            raise PlanError(
+                "a negative count of tokens", "cannot be", "use prompt >= 0 and draft >= 0"
+            )
+        for name in ("ttl", "ftl"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                raise PlanError(f"{name}={value}", "is no time", f"use e.g. {name}=0.02 (seconds)")
+        if not 0 <= self.acceptance <= 1:
+            raise PlanError(
+                f"acceptance={self.acceptance}", "is no chance", "use 0 <= acceptance <= 1"
+            )
+        if self.output < 2 and self.prompt:
+            raise PlanError("output=1", "has no token after the first", "use output >= 2")
+        for precision in (*self.weights, *self.kv):
+            element_bytes(precision)
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """Draft lengths to search."""
+        return tuple(n for n in (0, 1, 2, 3, 5, 7) if n < self.draft) + (
+            (self.draft,) if self.draft else (0,)
+        )
+
+
+def seconds_of(text: str) -> float:
+    """Read a time: ``20ms``, ``1.5s``, ``800us``.
+
+    >>> seconds_of("20ms"), seconds_of("2s")
+    (0.02, 2.0)
+    """
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(us|ms|s|m)", text.strip().lower())
+    if found is None or float(found.group(1)) == 0:
+        raise PlanError(f"time {text!r}", "is no time with a unit", "use e.g. 20ms or 1.5s")
+    return float(found.group(1)) * SCALES[found.group(2)]

@@ -1,0 +1,177 @@
+"""The sweep: price every legal plan at every batch, keep what fits, and find the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import PlanError
+from . import candidates as enumeration
+from .candidates import Candidates
+from .efficiency import Efficiency, fitted
+from .goals import Goal
+from .hardware import Hardware
+from .memory import rank_bytes
+from .points import Index, Points, frontier
+from .precision import element_bytes
+from .roofline import Array, as_array
+from .serving import accepted_tokens
+from .shapes import Decoder
+from .step_time import CAUSES, Machine, Split, decode_step, prefill
+
+BATCHES = tuple(sorted({b for n in range(13) for b in (2**n, 3 * 2 ** max(0, n - 1)) if b <= 4096}))
+CHUNKS = (1, 2, 4, 8)
+DRAFT_HEAD = 1.0  # a drafted token costs about one layer of the model (a multi-token head)
+
+
+def machines(part: Hardware, goal: Goal, constants: Efficiency | None = None) -> list[Machine]:
+    """Return one machine per pair of precisions to search."""
+    constants = constants or fitted(part)
+    return [Machine(part, constants, weight, kv) for weight in goal.weights for kv in goal.kv]
+
+
+def fits(model: Decoder, machine: Machine, c: Candidates, context: int) -> Array:
+    """Return the bytes of the fullest rank."""
+    return rank_bytes(
+        model,
+        c,
+        context,
+        element_bytes(machine.weight),
+        element_bytes(machine.kv),
+        machine.constants.memory_floor,
+    )
+
+
+def decode_points(model: Decoder, machine: Machine, goal: Goal, whole: bool = True) -> Points:
+    """Price decoding alone: prompts are computed elsewhere or cached. Only what fits is returned."""
+    c, memory = fitting(model, machine, goal, whole)
+    step = decode_step(model, machine, c, goal.context)
+    return points_of(goal, machine, c, memory, step, "decode", _drafting(model, c))
+
+
+def fitting(
+    model: Decoder, machine: Machine, goal: Goal, whole: bool = True
+) -> tuple[Candidates, Array]:
+    """Return every candidate that fits into memory, and its bytes."""
+    plans = enumeration.grids(model, goal.ranks, helix=goal.helix, whole=whole)
+    c = enumeration.crossed(plans, BATCHES, CHUNKS if goal.helix else (1,), goal.drafts)
+    memory = fits(model, machine, c, goal.context)
+    inside = memory <= machine.part.memory.value
+    return c.take(inside), memory[inside]
+
+
+def _drafting(model: Decoder, c: Candidates) -> Array:
+    """How much longer a step is for making its drafts."""
+    return 1 + c.draft * DRAFT_HEAD / model.layers
+
+
+def points_of(
+    goal: Goal, machine: Machine, c: Candidates, memory: Array, step: Split, mode: str, longer: Array,
+    prompts: Array | float = 0.0, ftl: Array | None = None,
+) -> Points:  # fmt: skip
+    """Turn seconds of a step into points; `prompts` are seconds of prefill that each token carries."""
+    accepted = as_array([accepted_tokens(n, goal.acceptance) for n in range(goal.draft + 1)])[
+        c.draft.astype(int)
+    ]
+    causes = np.stack([np.broadcast_to(getattr(step, cause), len(c)) * longer for cause in CAUSES])
+    ttl = causes.sum(axis=0) / accepted + prompts
+    return Points(
+        mode, machine.weight, machine.kv, c, ttl, np.zeros(len(c)) if ftl is None else ftl,
+        c.batch * c.dp * c.pp / ttl, float(goal.ranks), c.ranks, memory, causes,
+    )  # fmt: skip
+
+
+def aggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points:
+    """Price decode and prefill on the same ranks in the fluid limit: each step admits batch/output prompts."""
+    c, memory = fitting(model, machine, goal)
+    single = c.take((c.batch == 1) & (c.chunks == 1) & (c.draft == 0))
+    first = prefill(model, machine, single, goal.prompt, max(0, goal.context - goal.prompt)).total
+    first = first[_same_plan(c, single)]
+    step = decode_step(model, machine, c, goal.context)
+    share = c.batch / goal.output * first
+    return points_of(
+        goal, machine, c, memory, step, "aggregated", _drafting(model, c), share, first
+    )
+
+
+def _same_plan(c: Candidates, single: Candidates) -> Index:
+    """Return for each row the place of its plan among `single`, which has every plan of `c` once."""
+    columns = [np.stack([t.tp, t.kvp, t.cp, t.dp, t.pp, t.ep, t.etp], axis=1) for t in (c, single)]
+    _, where = np.unique(np.concatenate(columns), axis=0, return_inverse=True)
+    place = np.empty(where.max() + 1, dtype=int)
+    place[where[len(c) :]] = np.arange(len(single))
+    return place[where[: len(c)]]
+
+
+def within(points: Points, goal: Goal) -> Points:
+    """Keep the points that meet the goal's times."""
+    keep = np.ones(len(points), bool)
+    if goal.ttl is not None:
+        keep &= points.ttl <= goal.ttl
+    if goal.ftl is not None and goal.prompt:
+        keep &= points.ftl <= goal.ftl
+    return points.take(keep)
+
+
+def ranked(points: Points, most: int = 10) -> Points:
+    """Return the best row of each plan, most throughput first; ties go to fewer ranks, then to less latency."""
+    c = points.candidates
+    order = np.lexsort((c.chunks, points.ttl, points.used, -np.round(points.per_rank, 6)))
+    columns = np.stack([c.tp, c.kvp, c.cp, c.dp, c.pp, c.ep, c.etp])[:, order]
+    _, first = np.unique(columns, axis=1, return_index=True)
+    return points.take(order[np.sort(first)[:most]])
+
+
+def envelope(points: Points) -> Points:
+    """Return the Pareto frontier of tokens/s/user against tokens/s/rank."""
+    return points.take(frontier(points.per_user, points.per_rank))
+
+
+def priced(model: Decoder, machine: Machine, goal: Goal, rows: Candidates) -> Points:
+    """Price given rows whether they fit or not.
+
+    Raises:
+        PlanError: a row that needs more ranks than there are.
+    """
+    if np.any(rows.ranks > goal.ranks):
+        most = int(rows.ranks.max())
+        raise PlanError(
+            f"a plan of {most} ranks",
+            f"needs more than the {goal.ranks} there are",
+            f"use --gpus {most}",
+        )
+    memory = fits(model, machine, rows, goal.context)
+    step = decode_step(model, machine, rows, goal.context)
+    return points_of(goal, machine, rows, memory, step, "decode", _drafting(model, rows))
+
+
+def without_helix(goal: Goal) -> Goal:
+    """Return the same goal with kvp left out."""
+    return replace(goal, helix=False)
+
+
+def sweep(
+    model: Decoder, part: Hardware, goal: Goal, constants: Efficiency | None = None
+) -> Sequence[Points]:
+    """Price every mode that the goal admits, for every pair of precisions.
+
+    Without prompts: decode, and for models with experts also attention apart from them. With prompts: prefill on the
+    same ranks (aggregated) and on ranks of its own (disaggregated).
+    """
+    from .attention_ffn import split_points
+    from .disaggregation import disaggregated_points
+
+    found: list[Points] = []
+    for machine in machines(part, goal, constants):
+        if goal.prompt:
+            found += [
+                aggregated_points(model, machine, goal),
+                disaggregated_points(model, machine, goal),
+            ]
+            continue
+        found.append(decode_points(model, machine, goal))
+        if model.has_experts and goal.split and goal.ranks > 1:
+            found.append(split_points(model, machine, goal))
+    return [points for points in found if len(points)]
