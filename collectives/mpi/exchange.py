@@ -7,7 +7,8 @@ may reach them in any order. Which algorithm runs may depend only on what is equ
 (sizes, never strides), or ranks would talk past each other.
 
 Reductions: MPI's non-blocking all-reduce is several times slower than its blocking one from 1 MB
-up (Open MPI, measured in docs/decisions/011-mpi-backend.md), so they are built here from exchanges and `fold`.
+up (Open MPI, measured in docs/decisions/011-mpi-backend.md), so they are built here from
+exchanges and local reductions.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from . import fold
-from .wire import Wire, memory
+from .reduction import Reduction
+from .scratch import Room, Scratch
+from .wire import Wire, memory, span
 
 # Up to this many gathered bytes everyone sends all to all and reduces alone: one step.
-ONE_SHOT_BYTES = 128 * 1024
+ONE_SHOT_BYTES = 256 * 1024
+SEGMENT_BYTES = 1 << 20  # of what is folded at once
 
-Steps = Iterator[MPI.Request | list[MPI.Request]]
+Run = tuple[int, int]  # address and bytes
+Requests = MPI.Request | list[MPI.Request]
+Steps = Iterator[Requests]
 
 
 @dataclass
@@ -40,6 +45,7 @@ class Peers:
     wire: Wire
     rank: int
     size: int
+    scratch: Scratch = field(default_factory=Scratch)
     _tags: Iterator[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +78,15 @@ def meet(comm: MPI.Intracomm, ranks: Sequence[int], name: str) -> Steps:
         yield [comm.Isend(nothing, first, tag), comm.Irecv(nothing, first, tag)]
 
 
+def complete(requests: Requests) -> bool:
+    """Test requests, dropping those that are complete; say whether all are."""
+    if type(requests) is not list:
+        return requests.Test()
+    while requests and requests[-1].Test():
+        requests.pop()
+    return not requests
+
+
 def barrier(peers: Peers) -> Steps:
     yield peers.comm.Ibarrier()
 
@@ -83,66 +98,109 @@ def broadcast(peers: Peers, t: Tensor, root: int) -> Steps:
         peers.wire.land(twin, t)
 
 
-def all_reduce(peers: Peers, t: Tensor, op: Any) -> Steps:
+def all_reduce(peers: Peers, t: Tensor, by: Reduction) -> Steps:
     tag = peers.tag()
     if peers.size == 1:
         return
     twin = peers.wire.lend(t, read=True)
     if peers.size * twin.nbytes <= ONE_SHOT_BYTES:
-        pieces = twin.new_empty((peers.size, *twin.shape))
-        yield peers.comm.Iallgather(memory(twin), memory(pieces, peers.size))
-        fold.fold(twin, pieces.unbind(), op)
+        room = peers.scratch.take(peers.size, twin)
+        yield peers.comm.Iallgather(memory(twin), room.message)
+        by.fold(twin, room.pieces)
+        peers.scratch.give_back(room)
     else:
-        own = list(twin.view(-1).tensor_split(peers.size))
-        yield from _reduce_to(peers, own[peers.rank], own, op, tag)
-        yield _give_all(peers, own, tag)
+        runs = _runs(twin, peers.size)
+        own = _elements(twin, runs[peers.rank])
+        yield from _reduce_to(peers, own, own, runs, by, tag)
+        yield _give_all(peers, runs, tag)
     peers.wire.land(twin, t)
 
 
-def reduce(peers: Peers, t: Tensor, op: Any, root: int) -> Steps:
+def reduce(peers: Peers, t: Tensor, by: Reduction, root: int) -> Steps:
     tag = peers.tag()
     if peers.size == 1:
         return
     twin = peers.wire.lend(t, read=True)
-    own = list(twin.view(-1).tensor_split(peers.size))
-    part = own[peers.rank] if peers.rank == root else torch.empty_like(own[peers.rank])
-    yield from _reduce_to(peers, part, own, op, tag)
+    runs = _runs(twin, peers.size)
+    own = _elements(twin, runs[peers.rank])
+    part = own if peers.rank == root else torch.empty_like(own)
+    yield from _reduce_to(peers, part, own, runs, by, tag)
     if peers.rank != root:
         yield peers.inner.Isend(memory(part), root, tag)
         return
-    yield [peers.inner.Irecv(memory(own[r]), r, tag) for r in peers.others()]
+    yield [peers.inner.Irecv(span(*runs[r]), r, tag) for r in peers.others()]
     peers.wire.land(twin, t)
 
 
-def reduce_scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], op: Any) -> Steps:
+def reduce_scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], by: Reduction) -> Steps:
     tag = peers.tag()
     brought = [peers.wire.lend(t, read=True) for t in inputs]
     if peers.size == 1:
         peers.wire.land(brought[0], out)
         return
     twin = peers.wire.lend(out, read=False)
-    yield from _reduce_to(peers, twin, brought, op, tag)
+    own = brought[peers.rank].view(twin.shape)
+    yield from _reduce_to(peers, twin, own, [(b.data_ptr(), b.nbytes) for b in brought], by, tag)
     peers.wire.land(twin, out)
 
 
-def _reduce_to(peers: Peers, out: Tensor, inputs: Sequence[Tensor], op: Any, tag: int) -> Steps:
-    """Send every rank its part and fold what comes for this one; `out` may be the own part."""
-    inner, own = peers.inner, inputs[peers.rank]
-    come = own.new_empty((peers.size - 1, *own.shape)).unbind()
-    others = list(peers.others())
-    requests = [
-        inner.Irecv(memory(c), r, tag)
-        for c, r in zip(reversed(come), reversed(others), strict=True)
+def _runs(t: Tensor, ranks: int) -> list[Run]:
+    """Cut memory into one run of elements per rank, the first ones longer by one."""
+    item, address = t.element_size(), t.data_ptr()
+    length, longer = divmod(t.numel(), ranks)
+    sizes = [(length + (r < longer)) * item for r in range(ranks)]
+    return list(zip(itertools.accumulate(sizes, initial=address), sizes, strict=False))
+
+
+def _elements(t: Tensor, run: Run) -> Tensor:
+    item = t.element_size()
+    return t.view(-1).narrow(0, (run[0] - t.data_ptr()) // item, run[1] // item)
+
+
+def _reduce_to(
+    peers: Peers, out: Tensor, own: Tensor, runs: Sequence[Run], by: Reduction, tag: int
+) -> Steps:
+    """Send every rank its run and fold what comes for this one; `out` may be `own`.
+
+    In segments, so that what came is folded while it is in the cache and the next one travels.
+    """
+    others, item = list(peers.others()), own.element_size()
+    step = max(1, SEGMENT_BYTES // (item * len(others)))
+    segments, into = _split(own, step), _split(out, step)
+    coming = [_receive(peers, others, s, tag) for s in segments[:1]]
+    sends = [
+        peers.inner.Isend(span(address + at, min(step * item, n - at)), r, tag)
+        for r in others
+        for address, n in [runs[r]]
+        for at in range(0, n, step * item)
     ]
-    requests += [inner.Isend(memory(inputs[r]), r, tag) for r in others]
-    yield requests
-    fold.fold(out, [own.view(out.shape), *(c.view(out.shape) for c in come)], op)
+    for i, segment in enumerate(segments):
+        coming += [_receive(peers, others, s, tag) for s in segments[i + 1 : i + 2]]
+        room, requests = coming.pop(0)
+        yield requests
+        by.fold(into[i], (segment, *room.pieces))
+        peers.scratch.give_back(room)
+    yield sends
 
 
-def _give_all(peers: Peers, parts: Sequence[Tensor], tag: int) -> list[MPI.Request]:
-    """Give everyone the own part and take theirs."""
-    own, inner = memory(parts[peers.rank]), peers.inner
-    requests = [inner.Irecv(memory(parts[r]), r, tag) for r in peers.others()]
+def _split(t: Tensor, step: int) -> Sequence[Tensor]:
+    if t.numel() <= step:
+        return (t,) if t.numel() else ()
+    return t.view(-1).split(step)
+
+
+def _receive(
+    peers: Peers, others: Sequence[int], like: Tensor, tag: int
+) -> tuple[Room, list[MPI.Request]]:
+    room = peers.scratch.take(len(others), like)
+    pairs = zip(others, room.messages, strict=True)
+    return room, [peers.inner.Irecv(message, r, tag) for r, message in pairs]
+
+
+def _give_all(peers: Peers, runs: Sequence[Run], tag: int) -> list[MPI.Request]:
+    """Give everyone the own run and take theirs."""
+    own, inner = span(*runs[peers.rank]), peers.inner
+    requests = [inner.Irecv(span(*runs[r]), r, tag) for r in peers.others()]
     return requests + [inner.Isend(own, r, tag) for r in peers.others()]
 
 
@@ -173,11 +231,12 @@ def all_to_all_single(
 ) -> Steps:
     """Exchange runs of rows of dim 0; empty counts mean equal runs."""
     twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
-    yield peers.comm.Ialltoallv(_runs(own, send, peers.size), _runs(twin, receive, peers.size))
+    ranks = peers.size
+    yield peers.comm.Ialltoallv(_by_rows(own, send, ranks), _by_rows(twin, receive, ranks))
     peers.wire.land(twin, out)
 
 
-def _runs(t: Tensor, rows: Sequence[int], size: int) -> list[Any]:
+def _by_rows(t: Tensor, rows: Sequence[int], size: int) -> list[Any]:
     row = t.nbytes // max(1, t.shape[0])
     counts = [n * row for n in rows] or [t.shape[0] // size * row] * size
     return [memory(t)[0], counts, [0, *itertools.accumulate(counts[:-1])], MPI.BYTE]

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from . import exchange, failure, fold
-from .exchange import Peers, Steps
-from .operation import FinishedWork, ManyWork, Operation, OperationWork
+from . import exchange, failure
+from .exchange import Peers, Steps, complete
+from .operation import About, FinishedWork, ManyWork, Operation, OperationWork
 from .progress import Engine
+from .reduction import reduction
 from .rollcall import Answer
+
+SPINS = 200  # tests of a request before a blocking call lets other threads and ranks go first
 
 
 @cache
@@ -49,8 +53,8 @@ class MPIGroup(dist.ProcessGroup):
         self.lost: Exception | None = None
         self.cuda = self.engine.wire.cuda
         self._name, self._backend = name, backend
-        self._last: weakref.ref[Operation] | None = None
-        self._last_text: tuple[Any, ...] = ()
+        self._last: About = ("", None, None)
+        self._open: bool | weakref.ref[Operation] = False  # is the last call still under way?
         self._finished = FinishedWork()
         self._coalescing: list[dist.Work] | None = None
         self.engine.groups[name] = self
@@ -61,9 +65,8 @@ class MPIGroup(dist.ProcessGroup):
 
         MPI makes them in calls that cannot be given up, so all members meet first.
         """
-        Operation(
-            self, "new_group", [], exchange.meet(self.engine.meeting, self.ranks, self._name)
-        ).wait()
+        meeting = exchange.meet(self.engine.meeting, self.ranks, self._name)
+        self._run_here(("new_group", None, None), [], meeting)
         members = self.engine.world.Get_group().Incl(self.ranks)
         comm = self.engine.world.Create_group(members, exchange.tag_of(self._name))
         members.Free()
@@ -76,9 +79,6 @@ class MPIGroup(dist.ProcessGroup):
 
     def rank(self) -> int:
         return self._rank
-
-    def world_rank(self, rank: int) -> int:
-        return self.ranks[rank]
 
     def getBackendName(self) -> str:
         return self._backend
@@ -128,14 +128,21 @@ class MPIGroup(dist.ProcessGroup):
     ) -> dist.Work:
         if self.lost is not None:
             raise self.lost
+        about: About = (name, tensors[0].shape, tensors[0].dtype) if tensors else (name, None, None)
         if peer is None:
             self.calls += 1
-        operation = Operation(self, name, tensors, steps, peer)
-        if peer is None:
-            self._last, self._last_text = weakref.ref(operation), operation.about
-        if opts is not None and not getattr(opts, "asyncOp", True) and self._coalescing is None:
-            operation.wait()
-            return self._finished
+            self._last = about
+        if opts is None or opts.asyncOp or self._coalescing is not None:
+            return self._run_aside(Operation(self, about, tensors, steps, peer))
+        self._open = True
+        self._run_here(about, tensors, steps)
+        self._open = False
+        return self._finished
+
+    def _run_aside(self, operation: Operation) -> dist.Work:
+        if operation.peer is None:
+            self._open = weakref.ref(operation)
+        operation.start()
         if not operation.done:
             self.engine.adopt(operation)
         work = OperationWork(operation)
@@ -143,45 +150,65 @@ class MPIGroup(dist.ProcessGroup):
             self._coalescing.append(work)
         return work
 
+    def _run_here(self, about: About, tensors: list[Tensor], steps: Steps) -> None:
+        """Run to the end in this thread; what takes longer than a moment becomes an `Operation`."""
+        requests = None
+        try:
+            if not self.engine.serial:
+                requests = next(steps, None)
+                while requests is not None and any(map(complete, repeat(requests, SPINS))):
+                    requests = next(steps, None)
+                if requests is None:
+                    return
+        except MPI.Exception as error:
+            operation = Operation(self, about, tensors, steps)
+            raise self.engine.explain(operation, error) from error
+        operation = Operation(self, about, tensors, steps)
+        if requests is None:
+            operation.start()
+        else:
+            operation.resume(requests)
+        operation.wait()
+
     def state(self) -> Answer:
         """Say where this rank is in the calls of the group; the roll call asks."""
-        last = self._last() if self._last is not None else None
-        done = last is None or last.done
-        return {"calls": self.calls, "doing": failure.text(*self._last_text), "done": done}
+        under_way = self._open() if isinstance(self._open, weakref.ref) else None
+        done = (
+            not self._open if isinstance(self._open, bool) else under_way is None or under_way.done
+        )
+        return {"calls": self.calls, "doing": failure.text(*self._last), "done": done}
 
     # ---- reductions
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
-        return self.allreduce_coalesced(tensors, opts or dist.AllreduceOptions(), "all_reduce")
+        opts = dist.AllreduceOptions() if opts is None else opts
+        (t,) = tensors = _listed(tensors)
+        by = reduction(opts.reduceOp.op.value, t.dtype)
+        return self._run("all_reduce", tensors, exchange.all_reduce(self.peers, t, by), opts)
 
-    def allreduce_coalesced(
-        self, tensors: Any, opts: Any, name: str = "all_reduce_coalesced"
-    ) -> dist.Work:
-        tensors, op = _listed(tensors), opts.reduceOp.op
-        for t in tensors:
-            fold.check(op, t.dtype)
-        steps = _together([exchange.all_reduce(self.peers, t, op) for t in tensors])
-        return self._run(name, tensors, steps, opts)
+    def allreduce_coalesced(self, tensors: Any, opts: Any) -> dist.Work:
+        op = opts.reduceOp.op.value
+        steps = [exchange.all_reduce(self.peers, t, reduction(op, t.dtype)) for t in tensors]
+        return self._run("all_reduce_coalesced", list(tensors), exchange.together(steps), opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        (t,), op = _listed(tensors), opts.reduceOp.op
-        fold.check(op, t.dtype)
-        return self._run("reduce", [t], exchange.reduce(self.peers, t, op, opts.rootRank), opts)
+        (t,) = _listed(tensors)
+        by = reduction(opts.reduceOp.op.value, t.dtype)
+        return self._run("reduce", [t], exchange.reduce(self.peers, t, by, opts.rootRank), opts)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         opts = opts or dist.ReduceScatterOptions()
         outputs = _listed(outputs)
         lists = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]
-        op = opts.reduceOp.op
+        op = opts.reduceOp.op.value
         for out, parts in zip(outputs, lists, strict=True):
-            fold.check(op, out.dtype)
             self._check(len(parts) == self.size(), f"reduce_scatter of {len(parts)} tensors")
             same = parts[self._rank].numel() == out.numel()
             self._check(
                 same, f"reduce_scatter of {list(parts[self._rank].shape)} into {list(out.shape)}"
             )
         steps = [
-            exchange.reduce_scatter(self.peers, o, i, op)
+            exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
         ]
         return self._run("reduce_scatter", outputs, _together(steps), opts)

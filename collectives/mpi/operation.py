@@ -14,13 +14,16 @@ from mpi4py import MPI
 from torch import Tensor
 
 from . import failure
-from .exchange import Steps
+from .exchange import Steps, complete
 
 if TYPE_CHECKING:
     from .group import MPIGroup
 
-SPINS = 200  # polls before a waiter lets other threads and ranks on this core go first
-YIELDS = 5000  # polls before it sleeps between them
+About = tuple[str, torch.Size | None, torch.dtype | None]
+
+# A waiter polls without sleeping as long as the transfer itself may take: MPI moves data inside the polls.
+BUSY_S = 1e-3
+SLOW_BYTES_PER_S = 0.5e9
 NAP_S = 50e-6
 
 
@@ -36,15 +39,15 @@ class Operation:
     def __init__(
         self,
         group: MPIGroup,
-        name: str,
+        about: About,
         tensors: list[Tensor],
         steps: Steps,
         peer: int | None = None,
     ) -> None:
         self.group = group
+        self.about = about
         self.peer = peer  # rank in the group, for a message; None for a collective
         self.call = group.calls
-        self.about = (name, tensors[0].shape, tensors[0].dtype) if tensors else (name,)
         self.done = False
         self.error: Exception | None = None
         self.source = -1  # who sent a message that might come from anyone
@@ -54,15 +57,22 @@ class Operation:
         self._requests: Any = ()
         self._future: torch.futures.Future | None = None
         self._lock = Lock()
+
+    def start(self) -> None:
+        """Take the first step."""
         try:
             self._advance()
         except Exception as error:
-            raise group.engine.explain(self, error) from error
+            raise self.group.engine.explain(self, error) from error
+
+    def resume(self, requests: Any) -> None:
+        """Take over steps that somebody else has driven up to these requests."""
+        self._requests = requests
 
     def __str__(self) -> str:
         if self.peer is None:
             return failure.text(*self.about)
-        peer = "any rank" if self.peer < 0 else f"rank {self.group.world_rank(self.peer)}"
+        peer = "any rank" if self.peer < 0 else f"rank {self.group.ranks[self.peer]}"
         return f"{failure.text(*self.about)}, peer {peer}"
 
     def poll(self) -> bool:
@@ -85,10 +95,8 @@ class Operation:
     def _arrived(self) -> bool:
         requests = self._requests
         with self.group.engine.turn:
-            if type(requests) is list:
-                return MPI.Request.Testall(requests)
             if self.peer is None or self.peer >= 0:
-                return requests.Test()
+                return complete(requests)
             status = MPI.Status()
             if arrived := requests.Test(status):
                 self.source = status.source
@@ -123,21 +131,17 @@ class Operation:
         Raises:
             PeerLost: a rank did not come in time; names it.
         """
-        polls, deadline = 0, 0.0
         patience = self.group.timeout_s if timeout_s is None else timeout_s
+        start = time.monotonic()
+        busy_until = start + BUSY_S + sum(t.nbytes for t in self._tensors) / SLOW_BYTES_PER_S
         while not self.poll():
-            polls += 1
-            if polls < SPINS:
-                continue
-            if polls < YIELDS:
+            now = time.monotonic()
+            if now < busy_until:
                 os.sched_yield()
-            else:
-                time.sleep(NAP_S)
-            if polls % 64 == 0:
-                now = time.monotonic()
-                deadline = deadline or now + patience
-                if now > deadline or self.group.engine.rollcall.left:
-                    self.group.engine.give_up(self, now > deadline, patience)
+                continue
+            time.sleep(NAP_S)
+            if now > start + patience or self.group.engine.rollcall.left:
+                self.group.engine.give_up(self, now > start + patience, patience)
         if self.error is not None:
             raise self.error
 
@@ -218,7 +222,9 @@ class ManyWork(dist.Work):
         self._works = works
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        return all([work.wait() if timeout is None else work.wait(timeout) for work in self._works])
+        for work in self._works:
+            work.wait() if timeout is None else work.wait(timeout)
+        return True
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)

@@ -52,13 +52,14 @@ class Engine:
                 "backend 'mpi' needs MPI_THREAD_MULTIPLE or _SERIALIZED, but this MPI was started with less; "
                 "start it with mpi4py.rc.thread_level = 'multiple' (mpi4py's default)"
             )
-        self.turn: Any = RLock() if level < MPI.THREAD_MULTIPLE else contextlib.nullcontext()
+        self.serial = level < MPI.THREAD_MULTIPLE
+        self.turn: Any = RLock() if self.serial else contextlib.nullcontext()
         self.wire = Wire()
         self.world = MPI.COMM_WORLD.Dup()
         self.meeting = MPI.COMM_WORLD.Dup()
         self.groups: weakref.WeakValueDictionary[str, MPIGroup] = weakref.WeakValueDictionary()
         self.abandoned: list[Any] = []
-        own = self.turn if level < MPI.THREAD_MULTIPLE else RLock()
+        own = self.turn if self.serial else RLock()
         self.rollcall = RollCall(MPI.COMM_WORLD.Dup(), own, self._state_of)
         self._under_way: deque[Operation] = deque()
         self._work, self._stop = Event(), Event()

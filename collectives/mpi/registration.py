@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -40,14 +39,13 @@ def register() -> str:
 
 
 def _create(options: Any, _: Any) -> MPIGroup:
-    group = _group(
+    return _group(
         options.global_ranks_in_group,
         options.timeout,
         options.group_id,
         options.group_rank,
         options.group_size,
     )
-    return group
 
 
 def _group(

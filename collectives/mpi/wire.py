@@ -95,7 +95,7 @@ class Wire:
     @staticmethod
     def land(twin: Tensor, t: Tensor) -> None:
         """Bring what arrived in a twin home."""
-        if twin.data_ptr() == t.data_ptr() and twin.device == t.device:
+        if twin is t or (twin.data_ptr() == t.data_ptr() and twin.device == t.device):
             return
         with torch.inference_mode(t.is_inference()):
             t.detach().copy_(twin)
@@ -123,6 +123,11 @@ def memory(t: Tensor, ranks: int = 1) -> Message:
     """Describe contiguous memory as bytes; MPI counts a buffer that holds all ranks' parts per rank."""
     n = t.nbytes
     return [MPI.memory.fromaddress(t.data_ptr(), n), n // ranks, MPI.BYTE]
+
+
+def span(address: int, n_bytes: int) -> Message:
+    """Describe a run of memory."""
+    return [MPI.memory.fromaddress(address, n_bytes), n_bytes, MPI.BYTE]
 
 
 def _make_datatype(key: Layout) -> MPI.Datatype:
