@@ -20,6 +20,7 @@ from .folding import Folding
 from .groups import Groups
 from .plan import Plan
 from .ranks import ModelRanks
+from .residual import stream_edits
 from .roles import Role
 from .rules import Rules, match, snippet
 from .shape import ModelShape
@@ -158,7 +159,9 @@ def prepare(
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
     edits += load(model, edits, ranks, weights)
-    edits = [*binding(model, shape, ranks, store, edits), *edits] if ranks.size > 1 else edits
+    if ranks.size > 1:
+        whole = binding(model, shape, ranks, store, edits)
+        edits = [*whole, *edits, *stream_edits(model, ranks, edits)]
     return edits, Parallelized(plan, ranks, shape, Edits())
 
 

@@ -192,19 +192,22 @@ class Tensor(Choice):
     Args:
         sp: cut norms and residuals along the sequence over tp (Megatron's sequence parallelism).
         replicate_kv: allow tp beyond kv_heads by copying each KV head to tp / kv_heads ranks.
+        fuse: do all-reduce, residual add and norm as one step where nothing is recorded for a backward.
     """
 
     size: int
     _: KW_ONLY
     sp: bool = False
     replicate_kv: bool = False
+    fuse: bool = True
     axis: ClassVar[str] = "tp"
     kind: ClassVar[str] = "tensor"
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sp": {"sp": True}}
 
     def __post_init__(self) -> None:
         whole("tp", self.size)
-        for name, value in (("sp", self.sp), ("replicate_kv", self.replicate_kv)):
+        for name in ("sp", "replicate_kv", "fuse"):
+            value = getattr(self, name)
             if not isinstance(value, bool):
                 raise PlanError(f"{name}={value!r}", "is not true or false", f"use {name}=True")
 

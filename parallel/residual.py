@@ -1,0 +1,240 @@
+"""The residual stream of a pre-norm decoder: all-reduce, add and the next norm as one step.
+
+Sixty-odd families of transformers share one decoder layer word for word: norm, attention, add, norm, MLP, add. Between
+two matrix products a cut layer then does: all-reduce, add, norm. `StreamLayer` does the three at once where nothing is
+recorded for a backward, and carries the norm over to the next layer. A layer whose code is not that text keeps it.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import autograd
+from ..collectives.fused import all_reduce_rms_norm
+from ..collectives.primitive import Group
+from .edits import Edit, SetAttribute, SwapClass
+from .families import decoder_layers, is_transformers
+from .ranks import ModelRanks
+from .tensor import Link, RowLinear
+
+PRE_NORM = """
+residual = hidden_states
+hidden_states = self.input_layernorm(hidden_states)
+hidden_states, _ = self.self_attn(
+    hidden_states=hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+    past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs)
+hidden_states = residual + hidden_states
+residual = hidden_states
+hidden_states = self.post_attention_layernorm(hidden_states)
+hidden_states = self.mlp(hidden_states)
+hidden_states = residual + hidden_states
+return hidden_states
+"""
+
+
+class Outlet:
+    """The link of a row layer whose sum can wait for its caller.
+
+    Whether it can is seen, not assumed: a module that returns the row layer's own tensor has done nothing to it. Until
+    its first forward has shown that, the layer sums as usual.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.group = link.group
+        self.waits = self.proved = False
+        self.out: Tensor | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Bring an activation into the region."""
+        return self.link.enter(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Take a partial activation out of the region, or leave its sum to the caller who waits for it."""
+        self.out = x if self.waits and self.proved else self.link.leave(x)
+        return self.out
+
+    def begin(self) -> None:
+        """Let the coming call's sum wait, if it may."""
+        self.waits, self.out = True, None
+
+    def end(self, returned: Tensor) -> bool:
+        """Say whether ``returned`` still wants its sum."""
+        own, waited = returned is self.out, self.proved
+        self.waits, self.out = False, None
+        if waited and not own:
+            raise RuntimeError(
+                "a layer that returned its output projection's tensor before returns another one now; "
+                "give the plan's tensor axis fuse=false (e.g. 'tp2,fuse=false')"
+            )
+        self.proved = own
+        return waited
+
+
+@dataclass
+class Norm:
+    """An RMSNorm as the fused step needs it; ``eps`` is None where the module computes something else."""
+
+    module: nn.Module
+    eps: float | None
+
+    def fuses(self, x: Tensor) -> bool:
+        """Say whether the fused step stands in for the module, hooks included."""
+        watched = self.module._forward_hooks or self.module._forward_pre_hooks
+        return self.eps is not None and x.dtype in (torch.float32, torch.bfloat16) and not watched
+
+
+@dataclass
+class Stream:
+    """What the layers of one model share: one layer's output, and what the next one's norm makes of it."""
+
+    group: Group
+    ready: tuple[Tensor, Norm | None, Tensor | None] | None = None
+
+    def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
+        """Normalise a layer's input, unless the layer before has."""
+        ready, self.ready = self.ready, None
+        if ready is not None and ready[0] is hidden and ready[1] is norm and ready[2] is not None:
+            return ready[2]
+        return norm.module(hidden)
+
+    def add(
+        self, partial: Tensor, waiting: bool, residual: Tensor, norm: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum over the ranks, add to the stream, and normalise for the reader, if there is one.
+
+        Shape: partial, residual [batch, seq, hidden] -> sum [batch, seq, hidden], and the same normalised
+        Collective: one all-reduce of ``partial`` over the model's ranks if its sum is ``waiting``.
+        """
+        if waiting and norm is not None and norm.fuses(partial):
+            assert norm.eps is not None
+            weight: Any = norm.module.weight
+            normed, total = all_reduce_rms_norm(partial, residual, weight, norm.eps, self.group)
+            return total, normed
+        total = residual + (autograd.leave(partial, self.group) if waiting else partial)
+        return total, None if norm is None else norm.module(total)
+
+
+@dataclass
+class Plumbing:
+    """Where one layer meets the stream. A None outlet sums by itself."""
+
+    stream: Stream
+    attention: Outlet | None
+    mlp: Outlet | None
+    first: Norm
+    second: Norm
+    following: Norm | None
+
+
+class StreamLayer(nn.Module):
+    """A pre-norm decoder layer that leaves the sums of its row layers to the residual stream."""
+
+    _plait_stream: Plumbing
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled() or self.training or args:
+            return super().forward(hidden_states, *args, **kwargs)
+        here = self._plait_stream
+        normed = here.stream.norm(hidden_states, here.first)
+        out, waiting = run(here.attention, self.self_attn, hidden_states=normed, **kwargs)
+        total, normed = here.stream.add(out, waiting, hidden_states, here.second)
+        assert normed is not None
+        out, waiting = run(here.mlp, self.mlp, normed)
+        total, normed = here.stream.add(out, waiting, total, here.following)
+        here.stream.ready = (total, here.following, normed)
+        return total
+
+
+def run(outlet: Outlet | None, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, bool]:
+    """Call a module that ends in a row layer; say whether its output still wants the ranks' sum."""
+    if module._forward_hooks:  # they are to see, and may change, the sum
+        outlet = None
+    if outlet is not None:
+        outlet.begin()
+    out = module(*args, **kwargs)
+    out = out[0] if isinstance(out, tuple) else out
+    return out, outlet is not None and outlet.end(out)
+
+
+def stream_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]:
+    """Let the decoder layers that are pre-norm to the letter use the fused step."""
+    if not ranks.plan.tp.fuse or ranks.span is not None or not is_transformers(model):
+        return []
+    links = {
+        id(e.owner): e.value
+        for e in roles
+        if isinstance(e, SetAttribute) and e.name == "_plait" and isinstance(e.value, Link)
+    }
+    rows = {
+        id(e.module) for e in roles if isinstance(e, SwapClass) and issubclass(e.mixin, RowLinear)
+    }
+    layers = [m for m in decoder_layers(model)[1] if is_pre_norm(type(m))]
+    stream, seen, edits = Stream(ranks.all), {}, []
+    norms = [
+        (as_norm(m.input_layernorm, seen), as_norm(m.post_attention_layernorm, seen))
+        for m in layers
+    ]
+    for i, layer in enumerate(layers):
+        outlets = []
+        for half in (layer.self_attn, layer.mlp):
+            own = [m for m in half.children() if id(m) in rows and m.bias is None]
+            outlets.append(Outlet(links[id(own[0])]) if len(own) == 1 else None)
+            if len(own) == 1:
+                edits.append(SetAttribute(own[0], "_plait", outlets[-1]))
+        if outlets == [None, None]:
+            continue
+        following = norms[i + 1][0] if i + 1 < len(layers) else None
+        edits += [
+            SetAttribute(layer, "_plait_stream", Plumbing(stream, *outlets, *norms[i], following)),
+            SwapClass(layer, StreamLayer),
+        ]
+    return edits
+
+
+def is_pre_norm(kind: type) -> bool:
+    """Say whether a decoder layer's forward is, statement for statement, the one that `StreamLayer` stands in for."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+    except (OSError, TypeError):
+        return False
+    function = ast.parse(source).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return [ast.dump(s) for s in body] == [ast.dump(s) for s in ast.parse(PRE_NORM).body]
+
+
+def as_norm(module: nn.Module, seen: dict[tuple[type, float], bool]) -> Norm:
+    """Find out whether a norm is RMSNorm by what it computes; ``seen`` remembers the classes that were tried."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = module._parameters.get("weight")
+    if not isinstance(eps, float) or weight is None or weight.dim() != 1:
+        return Norm(module, None)
+    key = (type(module), eps)
+    if key not in seen:
+        seen[key] = computes_rms_norm(module, eps)
+    return Norm(module, eps if seen[key] else None)
+
+
+@torch.no_grad()
+def computes_rms_norm(module: nn.Module, eps: float) -> bool:
+    """Compare a copy of the norm with the formula, on rows small enough for eps to show."""
+    twin = copy.deepcopy(module).to_empty(device="cpu").float()
+    g = torch.Generator().manual_seed(0)
+    width = twin.weight.numel()
+    for parameter in twin.parameters():
+        parameter.copy_(torch.rand(parameter.shape, generator=g) + 0.5)
+    x = torch.randn(4, width, generator=g) * torch.tensor([[1e-3], [1e-2], [1.0], [9.0]])
+    expected = twin.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    try:
+        return torch.allclose(twin(x), expected, rtol=1e-5, atol=0)
+    except Exception:  # a module that does not take one activation is not a norm we know
+        return False

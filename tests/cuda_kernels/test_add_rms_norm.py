@@ -1,0 +1,81 @@
+"""Add and normalise in one pass: against float64, and rounding for rounding against torch in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plait.cuda_kernels.add_rms_norm import (
+    add_rms_norm,
+    add_rms_norm_op,
+    add_rms_norm_plain,
+    add_rms_norm_reference,
+)
+
+SHAPES = [(1, 8), (3, 5, 64), (130, 33), (2, 0, 16), (257, 1024)]
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(sum(shape))
+    x, residual = (torch.randn(shape, generator=g, dtype=torch.float64) * s for s in (1.0, 30.0))
+    weight = torch.randn(shape[-1], generator=g, dtype=torch.float64)
+    return tuple(t.to(dtype) for t in (x, residual, weight))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_is_near_float64(shape: tuple[int, ...]) -> None:
+    x, residual, weight = drawn(shape, torch.float32)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    wide = residual.double() + x.double()
+    exact = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normed.double(), exact, rtol=2e-6, atol=2e-6)
+    assert torch.equal(total, residual + x)
+    if x.numel():  # the controls: another eps, another weight, no residual
+        for wrong in (
+            add_rms_norm(x, residual, weight, 30.0)[0],
+            add_rms_norm(x, residual, weight + 0.01, 1e-5)[0],
+            add_rms_norm(x, 0.99 * residual, weight, 1e-5)[0],
+        ):
+            assert (wrong - normed).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_rounds_where_torch_rounds(shape: tuple[int, ...]) -> None:
+    x, residual, weight = drawn(shape, torch.bfloat16)
+    found, total = add_rms_norm(x, residual, weight, 1e-6)
+    expected, expected_total = add_rms_norm_reference(x, residual, weight, 1e-6)
+    assert torch.equal(total, expected_total)
+    # the sum of squares is taken in another order: a tie may fall the other way, now and then
+    apart = (found != expected).float().mean() if found.numel() else torch.tensor(0.0)
+    assert apart < 0.01
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
+def test_special_values_pass_through() -> None:
+    x = torch.zeros(3, 4, dtype=torch.bfloat16)
+    residual = torch.tensor([[float("nan"), 1, 2, 3], [float("inf"), 1, 2, 3], [0, 0, 0, 0]])
+    weight = torch.ones(4, dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = (x.to(dtype), residual.to(dtype), weight.to(dtype), 1e-5)
+        for found, expected in zip(
+            add_rms_norm_plain(*args), add_rms_norm_reference(*args), strict=True
+        ):
+            torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_gradients_flow_through_both_outputs() -> None:
+    x, residual, weight = (t.requires_grad_() for t in drawn((3, 6), torch.float32))
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    (normed.sum() + total.square().sum()).backward()
+    assert all(t.grad is not None and t.grad.abs().max() > 0 for t in (x, residual, weight))
+    assert torch.equal(x.grad, residual.grad)
+
+
+def test_operator_agrees_with_its_fake() -> None:
+    x, residual, weight = drawn((4, 16), torch.float32)
+    torch.library.opcheck(add_rms_norm_op, (x, residual, weight, 1e-5))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight \[width\]"):
+        add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3), 1e-5)
