@@ -143,7 +143,7 @@ def given_store() -> dict[str, Any]:
 
 def test_a_given_store_is_used() -> None:
     for said in run_world(given_store, 2):
-        assert (said["ours"], said["sequences"], said["kv_heads"]) == (True, 3, 1)
+        assert (said["ours"], said["sequences"], said["kv_heads"]) == (True, 3, 2)
         assert "sdpa" in said["refused"]
 
 
