@@ -31,7 +31,7 @@ def decode_collectives(
     """Return the collectives of a step of `rows` tokens under kvp and tp.
 
     The embedding's all-reduce; per layer Helix's all-to-all, an all-reduce after the output projection and one after
-    the feed-forward; the gather of the logits.
+    the feed-forward, unless its experts are whole on every rank; the gather of the logits.
 
     Raises:
         ValueError: a plan whose experts lie outside one dp rank: their dispatch depends on routing.
@@ -41,7 +41,12 @@ def decode_collectives(
         raise ValueError(f"{plan}: the dispatch to experts depends on routing")
     element, ranks = element_bytes(activation), int(c.ffn_tp[0])
     reduced = float(all_reduce_bytes(ranks, rows * model.hidden * element))
-    found = [Collective("all_reduce", ranks, reduced, 1 + 2 * model.layers)]
+    whole = sum(
+        k.count
+        for k in model.kinds
+        if k.ffn.experts and not k.ffn.shared_params and c.ep * c.etp == 1
+    )
+    found = [Collective("all_reduce", ranks, reduced, 1 + 2 * model.layers - whole)]
     if plan.kvp.size > 1:
         for kind in model.kinds:
             attention = kind.attention

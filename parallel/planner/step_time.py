@@ -188,7 +188,8 @@ def routed_half(ffn: Ffn, machine: Machine, c: Candidates, rows: Any) -> Split:
     """Return the seconds of router, routed and shared experts, without their exchange."""
     done = Split(floor=machine.constants.routed)
     done.add(machine.gemm(2.0 * ffn.router_params * as_array(rows), ffn.router_params, "bf16"))
-    entering = as_array(rows) * c.dp / c.edp
+    cut = c.ep * c.etp > 1  # experts that are whole on every rank read all of its tokens
+    entering = np.where(cut, as_array(rows) * c.dp / c.edp, rows)
     touched = expert_bytes(ffn, entering, c.ep, c.etp, 1.0, machine.cover)
     done.add(machine.gemm(expert_flops(ffn, entering, c.ep, c.etp), touched, grouped=True))
     if ffn.shared_params:
@@ -200,15 +201,16 @@ def routed_half(ffn: Ffn, machine: Machine, c: Candidates, rows: Any) -> Split:
 def _expert_exchange(ffn: Ffn, machine: Machine, c: Candidates, rows: Any) -> Array:
     """Seconds of reaching the experts and coming back.
 
-    Where one dp rank's own ranks hold all experts, every rank has every token and one all-reduce sums them. Else
-    tokens go by all-to-all, each rank its own part of them, and are gathered after.
+    Where one dp rank's own ranks hold all experts, every rank has every token and one all-reduce sums them; none where
+    nothing is cut. Else tokens go by all-to-all, each rank its own part of them, and are gathered after.
     """
     away = c.ep * c.etp > c.ffn_tp
+    cut = (c.ep * c.etp > 1) | (ffn.shared_params > 0)
     travel = _dispatch(ffn, machine, c, as_array(rows) / c.ffn_tp)
     element = element_bytes(machine.activation)
     gathered = as_array(rows) * ffn.hidden * element * (1 - 1 / c.ffn_tp)
     rest = machine.network.seconds(gathered, c.ffn_tp)
-    return np.where(away, travel + rest, _reduce(machine, c, rows, ffn.hidden))
+    return np.where(away, travel + rest, cut * _reduce(machine, c, rows, ffn.hidden))
 
 
 def _dispatch(ffn: Ffn, machine: Machine, c: Candidates, own: Array) -> Array:
@@ -263,7 +265,7 @@ def _prefill_layer(
         layer.add(machine.gemm(2.0 * ffn.expert_params / c.tp * rows, ffn.expert_params / c.ffn_tp))
         return layer
     layer.floor = layer.floor + machine.constants.routed
-    entering = rows * c.dp * c.sequence / c.edp
+    entering = np.where(c.ep * c.etp > 1, rows * c.dp * c.sequence / c.edp, rows)
     touched = expert_bytes(ffn, entering, c.ep, c.etp, 1.0, machine.cover)
     layer.add(machine.gemm(expert_flops(ffn, entering, c.ep, c.etp), touched, grouped=True))
     shared = ffn.shared_params / c.tp
