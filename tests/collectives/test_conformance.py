@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from conformance import CHECKS, GLOO, Abilities, run_all
 
-from conformance import CHECKS, GLOO, run_all
+from plait.collectives import shm
 from world import current_rank, run_world
 
 RANKS = 4
@@ -18,12 +19,18 @@ def on_gloo(folder: str) -> list[str]:
     return run_all(CHECKS, GLOO)
 
 
+def on_shm(folder: str) -> list[str]:
+    shm.register()
+    open_world("shm", folder)
+    return run_all(CHECKS, Abilities())
+
+
 def open_world(backend: str, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group(backend, store=store, rank=current_rank(), world_size=RANKS)
 
 
-@pytest.mark.parametrize("run", [on_gloo])
+@pytest.mark.parametrize("run", [on_gloo, on_shm])
 def test_backends_pass_every_check(run, tmp_path: Path) -> None:
     for passed in run_world(run, RANKS, str(tmp_path), backend=None, timeout=60):
         assert passed == [check.__name__ for check in CHECKS]

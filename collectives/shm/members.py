@@ -1,0 +1,179 @@
+"""The processes of a group: how they meet, and how one sees that another is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendUnavailable, PeerLost
+from .segment import Layout, Segment
+
+# What a rank notes for the others, in order; a word that only it writes.
+ABSENT, MAPPED, OPEN, CLOSED, FAILED = range(5)
+_FAILED_BASE = 1 << 8  # FAILED notes are this plus the rank that was lost, or plus 255
+
+
+class Members:
+    """The ranks of a group and the memory they share.
+
+    State: the segment, and a handle on every other process by which its end is seen at once.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, names: list[int], timeout: timedelta, name: str
+    ) -> None:
+        self.rank, self.ranks, self.name = rank, len(names), name
+        self._names = names  # of the ranks in the world
+        self._files: list[int] = []
+        self._deadline = time.monotonic() + timeout.total_seconds()
+        self._store = store
+        self.layout = Layout(self.ranks)
+        check_platform()
+        self._fd = -1
+        if rank == 0:
+            self.segment, self._fd = Segment.create(f"plait-{name}", self.layout.size)
+        self.cards = self._exchange_cards(store, self._fd, timeout)
+        self._handles = [self._handle(r) for r in range(self.ranks)]
+        if rank:
+            self.segment = Segment.open(self.cards[0]["pid"], self.cards[0]["fd"], self.layout.size)
+
+    def open(self, prepare: Callable[[], None]) -> None:
+        """Wait until all ranks have mapped the segment. Rank 0 prepares first, alone; then the others do."""
+        self.note(MAPPED)
+        if self.rank:
+            self._await(0, OPEN)
+            prepare()
+        else:
+            for r in range(1, self.ranks):
+                self._await(r, MAPPED)
+            for r in range(self.ranks):  # all have read them; a group of this name may come again
+                self._store.delete_key(f"card/{r}")
+            os.close(self._fd)
+            prepare()
+        self.note(OPEN)
+
+    def _exchange_cards(self, store: Any, fd: int, timeout: timedelta) -> list[dict[str, Any]]:
+        card = {"host": _host(), "on": socket.gethostname(), "pid": os.getpid(), "fd": fd}
+        card["born"] = _born(os.getpid())
+        store.set(f"card/{self.rank}", json.dumps(card))
+        keys = [f"card/{r}" for r in range(self.ranks)]
+        try:
+            store.wait(keys, timeout)
+        except RuntimeError as error:
+            late = [self._names[r] for r, key in enumerate(keys) if not store.check([key])]
+            raise PeerLost(
+                f"group {self.name} of {self.ranks} ranks cannot open: ranks {late} did not come within "
+                f"{timeout.total_seconds():g} s"
+            ) from error
+        cards = [json.loads(store.get(key)) for key in keys]
+        hosts = [card["host"] for card in cards]
+        if len(set(hosts)) > 1:
+            places = [card["on"] for card in cards]
+            raise BackendUnavailable(
+                f"backend 'shm' is for ranks on one host (and in one pid namespace), but the ranks of group "
+                f"{self.name} run on {places}; use backend 'gloo' for this group"
+            )
+        return cards
+
+    def _handle(self, rank: int) -> select.poll | None:
+        """Make what tells that a process has ended; it keeps its file to itself."""
+        if rank == self.rank:
+            return None
+        card = self.cards[rank]
+        try:
+            fd = os.pidfd_open(card["pid"])
+        except ProcessLookupError:
+            fd = -1
+        if fd < 0 or _born(card["pid"]) != card["born"]:
+            raise PeerLost(f"{self._who(rank)} ended while group {self.name} opened")
+        self._files.append(fd)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return poll
+
+    def _await(self, rank: int, level: int) -> None:
+        while self.note_of(rank) < level:
+            if why := self.lost(rank):
+                raise PeerLost(f"group {self.name} cannot open: {why}")
+            if time.monotonic() > self._deadline:
+                raise PeerLost(f"group {self.name} cannot open: {self.slow(rank)}")
+            time.sleep(2e-4)
+
+    def note(self, value: int) -> None:
+        """Leave a note for the others."""
+        self.segment.words[self.layout.note(self.rank) // 8] = value
+
+    def note_of(self, rank: int) -> int:
+        """Read the note of a rank."""
+        return int(self.segment.words[self.layout.note(rank) // 8])
+
+    def note_failure(self, lost: int | None) -> None:
+        """Tell the others that this rank gives up the group, and whom it lost."""
+        self.note(_FAILED_BASE + (255 if lost is None else lost))
+
+    def lost(self, rank: int) -> str:
+        """Say why a rank will never come; "" if it may."""
+        note, who = self.note_of(rank), self._who(rank)
+        if note >= _FAILED_BASE:
+            other = note - _FAILED_BASE
+            why = "" if other == 255 else f", for it lost rank {self._names[other]}"
+            return f"{who} has given up this group{why}"
+        handle = self._handles[rank]
+        if handle is not None and handle.poll(0):
+            return f"{who} has ended"
+        return f"{who} has closed this group" if note == CLOSED else ""
+
+    def slow(self, rank: int) -> str:
+        """Say of a rank that lives but did not come what it looks like from outside."""
+        stat = _stat(self.cards[rank]["pid"])
+        how = "is stopped" if stat[:1] == ["T"] else "lives but did not come"
+        return f"{self._who(rank)} {how}"
+
+    def called(self, rank: int) -> int:
+        """Number a rank as in the world."""
+        return self._names[rank]
+
+    def _who(self, rank: int) -> str:
+        return f"rank {self._names[rank]} (process {self.cards[rank]['pid']})"
+
+    def close(self) -> None:
+        """Tell the others, and let go of their processes."""
+        if self.note_of(self.rank) < CLOSED:
+            self.note(CLOSED)
+        for fd in self._files:
+            os.close(fd)
+        self._files = []
+        self._handles = [None] * self.ranks
+
+
+def check_platform() -> None:
+    """Refuse a system without the calls that this backend rests on."""
+    if not (sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
+        raise BackendUnavailable("backend 'shm' needs Linux 5.3 or later; use backend 'gloo'")
+
+
+def _host() -> str:
+    """Identify this boot of this host and the processes that are seen on it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _born(pid: int) -> str:
+    """When a process began: with its pid, this names it for ever."""
+    stat = _stat(pid)
+    return stat[19] if stat else ""

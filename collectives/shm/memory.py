@@ -1,0 +1,211 @@
+"""Raw memory for kernels: addresses as integers, acquire and release, 16-bit floats, strided copies.
+
+A tensor reaches a kernel as a *view*, a row of int64: address, number of dims (0: dense), bytes of an
+element, then `MAX_DIMS` sizes and as many strides in bytes. Elements count in logical order, whatever
+the strides, so ranks may lay the same tensor out differently.
+
+Numba caches a kernel by its own file only: after an edit here, touch the files that use it.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+MAX_DIMS = 6
+VIEW_WORDS = 3 + 2 * MAX_DIMS
+
+_PAUSE = platform.machine().lower() in ("x86_64", "amd64", "i686")
+
+sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
+memmove: Any = types.ExternalFunction(
+    "memmove", types.intp(types.intp, types.intp, types.intp)
+)  # regions may be one and the same (an in-place all-gather)
+
+
+def _pointer(builder: Any, address: Any, bits: int) -> Any:
+    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+
+@intrinsic
+def load(typingctx, address):
+    """Read an int64 that another process writes; what it wrote before is then seen too (acquire)."""
+
+    def build(context, builder, signature, args):
+        return builder.load_atomic(_pointer(builder, args[0], 64), ordering="acquire", align=8)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic
+def store(typingctx, address, value):
+    """Write an int64 after everything written before it (release)."""
+
+    def build(context, builder, signature, args):
+        pointer = _pointer(builder, args[0], 64)
+        builder.store_atomic(args[1], pointer, ordering="release", align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the core that this is a spin loop."""
+
+    def build(context, builder, signature, args):
+        if _PAUSE:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            name = "llvm.x86.sse2.pause"
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@intrinsic
+def at(typingctx, address, like):
+    """Make a pointer to elements like those of an array."""
+
+    def build(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), build
+
+
+# In kernels uint16 always is a bfloat16 and int16 a float16, which Numba has no CPU types for.
+
+
+@intrinsic
+def widen(typingctx, x):
+    """Turn a 16-bit float into float32; leave any other number."""
+    x = types.unliteral(x)
+
+    def build(context, builder, signature, args):
+        if x == types.uint16:
+            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+            return builder.bitcast(wide, ir.FloatType())
+        if x == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        return args[0]
+
+    return (types.float32 if x in (types.uint16, types.int16) else x)(x), build
+
+
+@intrinsic
+def narrow(typingctx, x, like):
+    """Turn what `widen` and arithmetic made into an element of `like`; 16-bit floats round to even."""
+    x = types.unliteral(x)
+    to = like.dtype
+    wide = types.float32 if to in (types.uint16, types.int16) else to
+
+    def build(context, builder, signature, args):
+        value = context.cast(builder, args[0], x, wide)
+        if to == types.int16:
+            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        if to == types.uint16:
+            return _round_to_bfloat16(builder, value)
+        return value
+
+    return to(x, like), build
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+    quiet = builder.or_(builder.lshr(bits, word(16)), word(0x40))
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(kept, ir.IntType(16))
+
+
+_U8, _U16, _U32, _U64 = (np.empty(0, f"u{n}") for n in (1, 2, 4, 8))
+
+
+@njit(nogil=True, cache=True)
+def _copy_row(to, to_step, of, of_step, count, item):
+    """Copy equally spaced elements to equally spaced places."""
+    if to_step == item and of_step == item:
+        memmove(to, of, count * item)
+    elif item == 4:
+        for i in range(count):
+            carray(at(to + i * to_step, _U32), 1)[0] = carray(at(of + i * of_step, _U32), 1)[0]
+    elif item == 2:
+        for i in range(count):
+            carray(at(to + i * to_step, _U16), 1)[0] = carray(at(of + i * of_step, _U16), 1)[0]
+    elif item == 1:
+        for i in range(count):
+            carray(at(to + i * to_step, _U8), 1)[0] = carray(at(of + i * of_step, _U8), 1)[0]
+    elif item == 8:
+        for i in range(count):
+            carray(at(to + i * to_step, _U64), 1)[0] = carray(at(of + i * of_step, _U64), 1)[0]
+    else:
+        for i in range(count):
+            memmove(to + i * to_step, of + i * of_step, item)
+
+
+@njit(nogil=True, cache=True)
+def _walk(view, first, count, dense, take):
+    """Copy elements [first, first + count) of a strided view to dense memory, or from it."""
+    dims, item = view[1], view[2]
+    index = np.empty(MAX_DIMS, np.int64)
+    rest = first
+    for d in range(dims - 1, -1, -1):
+        index[d] = rest % view[3 + d]
+        rest //= view[3 + d]
+    last = dims - 1
+    step = view[3 + MAX_DIMS + last]
+    while count > 0:
+        address = view[0]
+        for d in range(dims):
+            address += index[d] * view[3 + MAX_DIMS + d]
+        run = min(count, view[3 + last] - index[last])
+        if take:
+            _copy_row(dense, item, address, step, run, item)
+        else:
+            _copy_row(address, step, dense, item, run, item)
+        dense += run * item
+        count -= run
+        index[last] += run
+        d = last
+        while d > 0 and index[d] == view[3 + d]:
+            index[d] = 0
+            d -= 1
+            index[d] += 1
+
+
+@njit(nogil=True, cache=True)
+def take(view, first, count, dense):
+    """Copy elements [first, first + count) of a view into dense memory."""
+    if view[1] == 0:
+        memmove(dense, view[0] + first * view[2], count * view[2])
+    else:
+        _walk(view, first, count, dense, True)
+
+
+@njit(nogil=True, cache=True)
+def put(view, first, count, dense):
+    """Copy dense memory into elements [first, first + count) of a view."""
+    if view[1] == 0:
+        memmove(view[0] + first * view[2], dense, count * view[2])
+    else:
+        _walk(view, first, count, dense, False)
+
+
+@intrinsic
+def call_fold(typingctx, function, out, inputs, ranks, first, count, op, scratch):
+    """Call one of the functions of fold.py by its address."""
+
+    def build(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 7)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), build

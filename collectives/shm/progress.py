@@ -1,0 +1,150 @@
+"""The pending work of one group, and the thread that does it when nobody waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable
+
+from ..errors import PeerLost
+from .members import Members
+from .work import Pending
+
+REST_S = 1e-3  # the thread looks at idle peers this often
+
+
+class Progress:
+    """Lines of work; within a line one at a time, in order.
+
+    Collectives are one line, so all ranks do them in the order they were called. What is sent to one rank is
+    another line each, and each receive a line of its own: nothing there waits for a collective.
+
+    State: `lock` is held by whoever moves work or starts a call; nobody holds it while asleep.
+    """
+
+    def __init__(self, members: Members, timeout_s: float) -> None:
+        self.members, self.timeout_s = members, timeout_s
+        self.lock = threading.Lock()
+        self.collectives: deque[Pending] = deque()
+        self.lines: list[deque[Pending]] = [self.collectives]
+        self.broken: Exception | None = None
+        self._awake = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, line: deque[Pending], work: Pending) -> Pending:
+        """Put work at the end of a line; the caller holds the lock."""
+        if not any(line is known for known in self.lines):
+            self.lines.append(line)
+        line.append(work)
+        return work
+
+    def wake(self) -> None:
+        """Have the thread do what is pending while the caller does other things."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_attend, args=(weakref.ref(self), self._awake), name="plait-shm", daemon=True
+            )
+            self._thread.start()
+        self._awake.set()
+
+    def drive(self, patience: int) -> bool:
+        """Move what can move; fail what cannot any more."""
+        with self.lock:
+            moved = self._move(patience)
+            if not moved:
+                self._watch()
+        return moved
+
+    def _move(self, patience: int) -> bool:
+        moved = False
+        for line in list(self.lines):
+            while line and self._step(line, line[0], patience):
+                moved = True
+            if not line and line is not self.collectives:
+                self.lines = [known for known in self.lines if known is not line]
+        return moved
+
+    def _step(self, line: deque[Pending], work: Pending, patience: int) -> bool:
+        """Advance the first work of a line; say whether it left the line."""
+        try:
+            if not work.advance(patience):
+                work.since = work.since or time.monotonic()
+                return False
+            line.popleft()
+            work.finish()
+        except Exception as error:  # whoever waits for the work gets it
+            self.fail(line, error)
+        return True
+
+    def fail(self, line: deque[Pending], error: Exception) -> None:
+        """End the first work of a line with an error; a broken collective ends all that follow."""
+        if line is self.collectives:
+            self.broken = error
+            peers = line[0].peers() if isinstance(error, PeerLost) else []
+            self.members.note_failure(peers[0] if peers else None)
+            while line:
+                line.popleft().finish(error)
+        else:
+            line.popleft().finish(error)
+
+    def _watch(self) -> None:
+        """Look after the peers of work that does not move."""
+        for line in list(self.lines):
+            if not line:
+                continue
+            lost = self._lost(line[0])
+            if lost and not self._step(line, line[0], 1):  # it may have given all before it went
+                self.fail(line, lost)
+
+    def _lost(self, work: Pending) -> PeerLost | None:
+        """Say whom work waits for in vain: all of its peers are gone, or its time is over."""
+        members = self.members
+        peers = [rank for rank in work.peers() if rank != members.rank]
+        gone = [why for rank in peers if (why := members.lost(rank))]
+        if gone and len(gone) == len(peers):
+            return PeerLost(self._say(work, gone))
+        if work.since and time.monotonic() - work.since > self.timeout_s:
+            return PeerLost(
+                self._say(work, (members.slow(rank) for rank in peers))
+                + f" within {self.timeout_s:g} s"
+            )
+        return None
+
+    def _say(self, work: Pending, reasons: Iterable[str]) -> str:
+        return f"{work.what} in group {self.members.name}: {'; '.join(reasons)}"
+
+    def rest(self, events: threading.Event) -> float | None:
+        """One turn of the thread: seconds to sleep, or None when it should end."""
+        if self._closed:
+            return None
+        events.clear()
+        moved = self.drive(0)
+        if any(self.lines):
+            events.set()
+        return 0.0 if moved else REST_S
+
+    def close(self) -> None:
+        """End what is pending, and the thread."""
+        with self.lock:
+            self._closed = True
+            self.broken = RuntimeError(f"group {self.members.name} is closed")
+            for line in self.lines:
+                while line:
+                    line.popleft().finish(self.broken)
+        self._awake.set()
+
+
+def _attend(of: weakref.ref[Progress], awake: threading.Event) -> None:
+    """Attend a group until it closes or is forgotten."""
+    nap = 1e-5
+    while True:
+        awake.wait()
+        progress = of()
+        if progress is None or (rest := progress.rest(awake)) is None:
+            return
+        del progress
+        nap = 1e-5 if rest == 0.0 else min(rest, 1.5 * nap)
+        time.sleep(nap)

@@ -1,0 +1,182 @@
+"""Reductions over the ranks of a group: every element in rank order, so all ranks get the same bits."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from .fold import BLOCK
+from .memory import call_fold, memmove, put, store, take
+from .steps import (
+    DONE,
+    FIRST_INPUT,
+    INPUTS,
+    LARGEST,
+    MISMATCH,
+    PEER,
+    PHASE,
+    PLACE,
+    RANK,
+    SCRATCH,
+    SLOT_BYTES,
+    STEP,
+    STUCK,
+    WAITING,
+    WORLD,
+    agree,
+    all_came,
+    begin,
+    has_come,
+    header_word,
+    line_of,
+    may_fill,
+    publish,
+    slot_of,
+)
+
+ONE_SHOT = 32 << 10  # up to these bytes every rank reduces everything
+
+
+@njit(nogil=True, cache=True)
+def fold(state, out, first, count, function, op):
+    """Reduce elements of the memory at the ranks' inputs into `out`."""
+    call_fold(function, out, state[INPUTS], state[WORLD], first, count, op, state[SCRATCH])
+
+
+@njit(nogil=True, cache=True)
+def part_of(count, ranks, rank, item):
+    """Split elements over ranks in runs of whole cache lines: first element and number."""
+    grain = max(1, 64 // item)
+    run = -(-count // (ranks * grain)) * grain
+    first = min(rank * run, count)
+    return first, min(run, count - first)
+
+
+@njit(nogil=True, cache=True)
+def all_reduce(state, view, function, count, op, root, code, patience):
+    """Reduce a tensor over the ranks, in place; on the root only, unless that is -1.
+
+    One step a chunk. Up to ONE_SHOT bytes each rank reduces all slots by itself (one crossing); beyond,
+    each reduces its part and copies the others' results.
+    """
+    rank, world, item = state[RANK], state[WORLD], view[2]
+    keep = root < 0 or root == rank
+    while True:
+        step, done = state[STEP], state[PLACE]
+        n = min(state[SLOT_BYTES] // item, count - done)
+        if state[PHASE] == 0:
+            if not may_fill(state, patience):
+                return WAITING
+            take(view, done, n, slot_of(state, rank, step))
+            publish(state, code, count, 0)
+            state[PHASE] = 1
+        if state[PHASE] == 1:
+            if not all_came(state, step, 2 * step, patience):
+                return WAITING
+            if not agree(state, code, count):
+                return MISMATCH
+            for r in range(world):
+                state[FIRST_INPUT + r] = slot_of(state, r, step)
+            result = slot_of(state, rank, step) + state[SLOT_BYTES]
+            if n * item > ONE_SHOT:
+                first, run = part_of(n, world, rank, item)
+                fold(state, result, first, run, function, op)
+                store(line_of(state, rank, step), 2 * step + 1)
+                state[PHASE] = 2
+            elif keep and view[1] == 0:
+                fold(state, view[0] + done * item, 0, n, function, op)
+            elif keep:
+                fold(state, result, 0, n, function, op)
+                put(view, done, n, result)
+        if state[PHASE] == 2:
+            while keep and state[PEER] < world:
+                peer = state[PEER]
+                if peer != rank and not has_come(state, peer, step, 2 * step + 1, patience):
+                    return WAITING
+                first, run = part_of(n, world, peer, item)
+                put(view, done + first, run, slot_of(state, peer, step) + state[SLOT_BYTES])
+                state[PEER] += 1
+        state[STEP] += 1
+        state[PHASE] = state[PEER] = 0
+        state[PLACE] += n
+        if state[PLACE] >= count:
+            begin(state)
+            return DONE
+
+
+@njit(nogil=True, cache=True)
+def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, patience):
+    """Reduce tensors that lie at one offset of every rank's shared memory, where they lie.
+
+    Each rank reduces its part of all tensors and writes it into all of them: no copy in, none out.
+    """
+    rank, world = state[RANK], state[WORLD]
+    step = state[STEP]
+    if state[PHASE] == 0:
+        if not may_fill(state, patience):
+            return WAITING
+        publish(state, code, count, offset)
+        state[PHASE] = 1
+    if state[PHASE] == 1:
+        if not all_came(state, step, 2 * step, patience):
+            return WAITING
+        for r in range(world):
+            state[FIRST_INPUT + r] = bases[r] + offset
+            if header_word(state, r, LARGEST) != offset:
+                state[STUCK] = r
+                return MISMATCH
+        if not agree(state, code, count):
+            return MISMATCH
+        first, run = part_of(count, world, rank, item)
+        result = slot_of(state, rank, step)
+        for start in range(first, first + run, BLOCK):
+            n = min(BLOCK, first + run - start)
+            fold(state, result, start, n, function, op)
+            for r in range(world):
+                memmove(state[FIRST_INPUT + r] + start * item, result, n * item)
+        store(line_of(state, rank, step), 2 * step + 1)
+        state[PHASE] = 2
+    if not all_came(state, step, 2 * step + 1, patience):
+        return WAITING
+    state[STEP] += 1
+    begin(state)
+    return DONE
+
+
+@njit(nogil=True, cache=True)
+def reduce_scatter(state, views, starts, out, function, count, op, code, patience):
+    """Reduce `count` elements for each rank: those that `starts` shows in a view, or in one for each rank.
+
+    A slot is cut into a piece for each rank; one step moves as many elements as a piece holds.
+    """
+    rank, world, item = state[RANK], state[WORLD], out[2]
+    piece = (state[SLOT_BYTES] // world) // 64 * 64
+    while True:
+        step, done = state[STEP], state[PLACE]
+        n = min(piece // item, count - done)
+        if state[PHASE] == 0:
+            if not may_fill(state, patience):
+                return WAITING
+            slot = slot_of(state, rank, step)
+            for r in range(world):
+                view = views[r if views.shape[0] > 1 else 0]
+                take(view, starts[r] + done, n, slot + r * piece)
+            publish(state, code, count, 0)
+            state[PHASE] = 1
+        if not all_came(state, step, 2 * step, patience):
+            return WAITING
+        if not agree(state, code, count):
+            return MISMATCH
+        for r in range(world):
+            state[FIRST_INPUT + r] = slot_of(state, r, step) + rank * piece
+        if out[1] == 0:
+            fold(state, out[0] + done * item, 0, n, function, op)
+        else:
+            result = slot_of(state, rank, step) + state[SLOT_BYTES]
+            fold(state, result, 0, n, function, op)
+            put(out, done, n, result)
+        state[STEP] += 1
+        state[PHASE] = 0
+        state[PLACE] += n
+        if state[PLACE] >= count:
+            begin(state)
+            return DONE

@@ -1,0 +1,88 @@
+"""Memory that the ranks of a group share: anonymous, so it is gone with the last process that maps it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+
+from ..errors import BackendUnavailable
+from .channel import RING
+from .steps import LINE
+
+SLOT = 1 << 20  # bytes of a rank's slot in a set, the largest chunk of a step
+RESULT = SLOT // 2  # place for a rank's part of a chunk, behind the slot
+# A slot starts 17 cache lines further into its page than the one before: copies between addresses equal
+# modulo 4096 are several times slower on x86 (a load seems to depend on the store).
+STRIDE = SLOT + RESULT + 17 * 64
+PAGE = 4096
+
+
+class Segment:
+    """A piece of shared memory, mapped into this process.
+
+    Attributes:
+        address: where it begins here.
+        words: the same memory as int64.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._map = mmap.mmap(fd, size)  # lives as long as an array or a tensor over it
+        self.words = np.frombuffer(self._map, np.int64)
+        self.address: int = self.words.ctypes.data
+
+    @staticmethod
+    def create(name: str, size: int) -> tuple[Segment, int]:
+        """Make a segment of zeros; the file that others open must be closed when they have.
+
+        No name stands in a file system: nothing can be left over, and a small /dev/shm (64 MB in
+        a container) is no limit.
+        """
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        return Segment(fd, size), fd
+
+    @staticmethod
+    def open(pid: int, fd: int, size: int) -> Segment:
+        """Map the segment that another process has made."""
+        try:
+            own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise BackendUnavailable(
+                f"backend 'shm' cannot open the memory of process {pid}: {error}. All ranks must run as one user "
+                "and see each other's processes (one pid namespace); else use backend 'gloo'"
+            ) from error
+        try:
+            return Segment(own, size)
+        finally:
+            os.close(own)
+
+    @property
+    def bytes(self) -> Any:
+        """The memory as a buffer for torch."""
+        return self._map
+
+
+class Layout:
+    """Where things lie in the segment of a group: lines, tables, notes, slots, rings.
+
+    Pages that no call touches take no memory, so this is a bound: 3 MiB for each rank, and 256 KiB for each pair
+    that sends.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.notes = ranks * 2 * LINE + ranks * ranks * 16
+        self.data = -(-(self.notes + ranks * LINE) // PAGE) * PAGE
+        self.rings = -(-(self.data + 2 * ranks * STRIDE) // PAGE) * PAGE
+        self.size = self.rings + ranks * ranks * RING
+
+    def ring(self, sender: int, receiver: int) -> int:
+        """Find the ring from one rank to another."""
+        return self.rings + (sender * self.ranks + receiver) * RING
+
+    def note(self, rank: int) -> int:
+        """Find the word in which a rank leaves notes for the others (see members.py)."""
+        return self.notes + rank * LINE

@@ -1,0 +1,175 @@
+"""What a call gives back: work that is done, or that its group still has to do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future, collect_all
+
+PATIENCE = 100  # turns of yielding the processor before a waiting kernel returns to Python
+
+
+class Driver(Protocol):
+    """Who moves pending work on."""
+
+    def drive(self, patience: int) -> bool:
+        """Move everything that can move; say whether something did. Fails work whose peers are lost."""
+        ...
+
+
+class Finished(dist.Work):
+    """Work that was done before the call returned."""
+
+    def __init__(self, outputs: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._outputs = list(outputs)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Tensor]:
+        return self._outputs
+
+    def synchronize(self) -> None:
+        return None
+
+    def get_future(self) -> Future:
+        future: Future = Future()
+        future.set_result(self._outputs)
+        return future
+
+
+class Pending(dist.Work):
+    """Work of a group; whoever waits for it does it, else the group's own thread.
+
+    Attributes:
+        advance: moves it on with some patience; True when it is done.
+        peers: the ranks it waits for now, asked when nothing moves.
+        since: when its turn came; 0.0 before.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        what: str,
+        advance: Callable[[int], bool],
+        peers: Callable[[], Sequence[int]],
+        outputs: Sequence[Tensor] = (),
+        alive: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self._alive = alive  # what a kernel reads by its address
+        self.what, self.advance, self.peers = what, advance, peers
+        self.since = 0.0
+        self.source = -1
+        self._driver = driver
+        self._outputs = list(outputs)
+        self._ending = threading.Lock()  # between the end and the asking for a future
+        self._done = False
+        self._error: Exception | None = None
+        self._future: Future | None = None
+
+    def finish(self, error: Exception | None = None) -> None:
+        """End it; called once, by whoever drives."""
+        self._error = error
+        with self._ending:
+            self._done = True
+            future = self._future
+            self._alive = None
+        if future is not None:
+            self._resolve(future)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Do the work, or see it done.
+
+        Raises:
+            PeerLost: a rank it needs is gone, or did not come within the group's timeout.
+        """
+        nap = 0.0
+        while not self._done:
+            moved = self._driver.drive(PATIENCE)
+            if not self._done:
+                nap = 0.0 if moved else min(1e-3, nap * 1.3 + 1e-5)
+                time.sleep(nap)
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def is_completed(self) -> bool:
+        if not self._done:
+            self._driver.drive(0)
+        return self._done
+
+    def is_success(self) -> bool:
+        return self._done and self._error is None
+
+    def exception(self) -> Exception | None:
+        return self._error
+
+    def result(self) -> list[Tensor]:
+        return self._outputs
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def source_rank(self) -> int:
+        return self.source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Future:
+        """Make a future of the outputs; the group's own thread resolves it if nobody waits."""
+        with self._ending:
+            future, done = self._future or Future(), self._done
+            fresh = self._future is None
+            self._future = future
+        if done and fresh:
+            self._resolve(future)
+        return future
+
+    def _resolve(self, future: Future) -> None:
+        if self._error is None:
+            future.set_result(self._outputs)
+        else:
+            future.set_exception(self._error)
+
+
+class Several(dist.Work):
+    """Several works as one."""
+
+    def __init__(self, works: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._works, self._outputs = list(works), list(outputs)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self._works:
+            work.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        return all(work.is_success() for work in self._works)
+
+    def result(self) -> list[Tensor]:
+        return self._outputs
+
+    def get_future(self) -> Future:
+        whole = collect_all([work.get_future() for work in self._works])
+        return whole.then(lambda done: [f.value() for f in done.value()] and self._outputs)
