@@ -102,6 +102,8 @@ def take(meta, bins, counts, afters, out):
     at = 0
     for i in range(len(counts)):
         need, after = counts[i], afters[i]
+        if after >= 0 and meta[STATE, after] == _FREE:
+            after = -1  # nobody's page: the next one need not begin a run
         while need > 0:
             first = after + 1
             if after < 0 or first >= meta.shape[1] or meta[STATE, first] != _FREE:

@@ -12,6 +12,7 @@ Needs hypothesis.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,16 +28,30 @@ from .spec import KVSpec
 from .step import Step
 from .store import KVStore
 
+TENANTS = st.sampled_from([None, "", "../a\0"])
+# Prompts that share beginnings: a run of zeros, then a few that differ.
+PROMPTS = st.builds(
+    lambda zeros, tail: [0] * zeros + tail,
+    st.integers(0, 20),
+    st.lists(st.integers(0, 1), max_size=5),
+)
+
 
 @dataclass
 class ModelSequence:
-    """What the dictionary knows of one sequence: per layer the tensors of every token."""
+    """What the dictionary knows of one sequence: per layer the tensors of every token.
+
+    `ids` are the token ids told so far (a prompt's may run ahead of its tokens), None if none are.
+    """
 
     tokens: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    ids: list[int] | None = None
+    tenant: str | None = None
 
     def copy(self) -> ModelSequence:
         """Copy the lists; the tensors of a token never change."""
-        return ModelSequence([list(layer) for layer in self.tokens])
+        ids = None if self.ids is None else list(self.ids)
+        return ModelSequence([list(layer) for layer in self.tokens], ids, self.tenant)
 
     @property
     def length(self) -> int:
@@ -45,12 +60,17 @@ class ModelSequence:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Random opens, steps, forks, truncations, reorders and closes on store and dictionary alike."""
+    """Random opens, prompts, steps, forks, truncations, evictions and closes on store and dictionary.
+
+    The keys and values of a token whose id is known are a function of its tenant and of all ids up to
+    it, as a model's would be: a page shared where it must not be has the wrong content.
+    """
 
     spec: ClassVar[KVSpec] = KVSpec(
         layers=2, kv_heads=2, head_dim=3, value_dim=2, page_tokens=4, dtype=torch.float64
     )
     heads: ClassVar[int] = 4
+    policy: ClassVar[str] = "lru"
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,13 +80,28 @@ class StoreMachine(RuleBasedStateMachine):
         self.step: Step | None = None
         self.pending: dict[Sequence, ModelSequence] = {}
         self.draws = torch.Generator().manual_seed(0)
+        self.content = torch.Generator()
 
     def make_store(self, spec: KVSpec) -> KVStore:
         """Make the store under test; small, so that it fills and grows."""
-        return KVStore(spec, num_pages=2, device_bytes=24 * spec.bytes_per_page)
+        most = 24 * spec.bytes_per_page
+        return KVStore(spec, num_pages=2, device_bytes=most, evict=self.policy)
 
     def _rows(self, *shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=self.draws)
+
+    def _model_rows(self, mine: ModelSequence, layer: int, first: int, stop: int) -> list[Any]:
+        """Compute the keys and values of tokens; what is unknown is random."""
+        rows = []
+        for at in range(first, stop):
+            if mine.ids is not None:
+                text = f"{mine.tenant!r} {layer} {mine.ids[: at + 1]}"
+                self.content.manual_seed(zlib.crc32(text.encode()))
+            draws = self.draws if mine.ids is None else self.content
+            shape = (self.spec.kv_heads, self.spec.head_dim + self.spec.v_dim)
+            row = torch.randn(*shape, dtype=torch.float64, generator=draws)
+            rows.append(row.split([self.spec.head_dim, self.spec.v_dim], -1))
+        return rows
 
     def _pick(self, data: Any, least: int = 1) -> list[Sequence]:
         free = [s for s in self.model if self.step is None or s not in self.step.seqs]
@@ -83,30 +118,70 @@ class StoreMachine(RuleBasedStateMachine):
             assert seq.cached_tokens == 0
             self.model[seq] = ModelSequence([[] for _ in range(self.spec.layers)])
 
+    @rule(data=st.data(), tenant=TENANTS)
+    def open_prompts(self, data: Any, tenant: str | None) -> None:
+        """Open prompts that often begin alike; what is cached has the content of their tokens."""
+        self._open(data, tenant)
+
+    def _open(self, data: Any, tenant: str | None) -> list[Sequence]:
+        prompts = data.draw(st.lists(PROMPTS, min_size=1, max_size=3))
+        found = self.store.match(prompts, tenant)
+        seqs = self.store.open_batch(prompts, tenant)
+        assert [seq.cached_tokens for seq in seqs] == found
+        for seq, prompt in zip(seqs, prompts, strict=True):
+            assert seq.length == seq.cached_tokens <= max(len(prompt) - 1, 0)
+            mine = ModelSequence([], list(prompt), tenant)
+            layers = range(self.spec.layers)
+            mine.tokens = [self._model_rows(mine, layer, 0, seq.length) for layer in layers]
+            self.model[seq] = mine
+        return seqs
+
+    @precondition(lambda self: self.step is None)
+    @rule(data=st.data(), tenant=TENANTS, more=st.integers(0, 5), close=st.booleans())
+    def serve(self, data: Any, tenant: str | None, more: int, close: bool) -> None:
+        """Open prompts, compute them and some generated tokens, and mostly close them."""
+        seqs = self._open(data, tenant)
+        left = [len(self.model[s].ids or []) - s.length for s in seqs]
+        self._reserve(data, seqs, [max(count, 0) + more for count in left])
+        if self.step is not None:
+            self.commit()
+        if close:
+            self._close(seqs)
+
     @precondition(lambda self: self.step is None and self.model)
     @rule(data=st.data())
     def reserve_and_append(self, data: Any) -> None:
         """Open a step over some sequences and write all its layers."""
         seqs = self._pick(data)
-        counts = [data.draw(st.integers(0, 9)) for _ in seqs]
-        before = self.store.counters()["pages_free"]
+        self._reserve(data, seqs, [data.draw(st.integers(0, 9)) for _ in seqs])
+
+    def _reserve(self, data: Any, seqs: list[Sequence], counts: list[int]) -> None:
+        before = self.store.counters()
         try:
             step = self.store.reserve(seqs, counts)
         except PoolExhausted as full:
             if full.needed <= full.free:
                 raise AssertionError("the pool refused although it had room") from full
-            assert self.store.counters()["pages_free"] == before
+            assert self.store.counters() == before
             return
         self.pending = {seq: self.model[seq].copy() for seq in seqs}
+        for seq, count in zip(seqs, counts, strict=True):
+            mine = self.pending[seq]
+            if mine.ids is not None:
+                more = mine.length + count - len(mine.ids)
+                mine.ids += [data.draw(st.integers(0, 1)) for _ in range(more)]
         for layer in range(self.spec.layers):
-            k = self._rows(step.num_tokens, self.spec.kv_heads, self.spec.head_dim)
-            v = self._rows(step.num_tokens, self.spec.kv_heads, self.spec.v_dim)
-            self.store.append(step, layer, k, v)
-            at = 0
+            rows: list[Any] = []
             for seq, count in zip(seqs, counts, strict=True):
-                rows = zip(k[at : at + count], v[at : at + count], strict=True)
-                self.pending[seq].tokens[layer].extend(rows)
-                at += count
+                mine = self.pending[seq]
+                first = len(mine.tokens[layer])
+                mine.tokens[layer] += self._model_rows(mine, layer, first, first + count)
+                rows += mine.tokens[layer][first:]
+            k, v = (torch.stack(column) for column in zip(*rows, strict=True)) if rows else (
+                self._rows(0, self.spec.kv_heads, self.spec.head_dim),
+                self._rows(0, self.spec.kv_heads, self.spec.v_dim),
+            )  # fmt: skip
+            self.store.append(step, layer, k, v)
         self.step = step
         for seq in seqs:
             self._compare(seq, self.pending[seq], step)
@@ -122,9 +197,19 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.step is not None)
     @rule()
     def commit(self) -> None:
-        """Commit the open step."""
+        """Commit the open step; ids go with it if all its sequences have them, else after it."""
         assert self.step is not None
-        self.store.commit(self.step)
+        told = {}
+        for seq, mine in self.pending.items():
+            before = self.model[seq]
+            if mine.ids is not None and before.ids is not None:
+                told[seq] = mine.ids[before.length : mine.length], mine.ids[len(before.ids) :]
+        if len(told) == len(self.pending):
+            self.store.commit(self.step, [rows for rows, _ in told.values()])
+        else:
+            self.store.commit(self.step)
+            for seq, (_, new) in told.items():
+                self.store.tell(seq, new)
         self.model.update(self.pending)
         self.step, self.pending = None, {}
 
@@ -150,8 +235,11 @@ class StoreMachine(RuleBasedStateMachine):
         for seq in self._pick(data)[:1]:
             length = data.draw(st.integers(0, self.model[seq].length))
             self.store.truncate(seq, length)
-            for layer in self.model[seq].tokens:
+            mine = self.model[seq]
+            for layer in mine.tokens:
                 del layer[length:]
+            if mine.ids is not None:
+                del mine.ids[length:]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -169,11 +257,23 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(data=st.data())
     def close(self, data: Any) -> None:
-        """Close some sequences; closing again is refused."""
-        for seq in self._pick(data):
+        """Close some sequences; a prompt that goes on from one finds all of it."""
+        self._close(self._pick(data))
+
+    def _close(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
             self.store.close(seq)
-            del self.model[seq]
+            mine = self.model.pop(seq)
             self.closed.append(seq)
+            if mine.ids is not None:
+                prompt = [*mine.ids[: mine.length], 0]
+                assert self.store.match([prompt], mine.tenant) == [mine.length]
+
+    @rule(count=st.integers(1, 9) | st.none())
+    def evict(self, count: int | None) -> None:
+        """Lose some cached pages, or all."""
+        cached = self.store.counters()["pages_cached"]
+        assert self.store.evict(count) == (cached if count is None else min(count, cached))
 
     @precondition(lambda self: self.closed)
     @rule(data=st.data())
@@ -186,6 +286,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.store.truncate(seq, 0),
             lambda: self.store.reserve([seq], [1]),
             lambda: self.store.keys_values(seq, 0),
+            lambda: self.store.tell(seq, [1]),
         )
         for call in calls:
             try:
@@ -240,6 +341,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.abort(self.step)
         self.store.close(list(self.model))
         counters = self.store.counters()
+        assert counters["pages_free"] + counters["pages_cached"] == counters["pages"]
+        self.store.evict()
+        counters = self.store.counters()
         assert counters["pages_free"] == counters["pages"]
         assert counters["pages_allocated"] == counters["pages_freed"]
+        assert counters["tenants_cached"] == 0
         self.store.check_integrity()

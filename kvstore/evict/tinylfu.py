@@ -14,6 +14,8 @@ _ROWS = 4
 _MOST = 255
 _SAMPLES = 10  # uses per counter before all counters are halved
 
+_ASKED = 15  # pages of the main part that one eviction compares: four levels of the heap
+
 _WINDOW, _MAIN = 1, 2
 
 
@@ -46,23 +48,46 @@ def popularity(sketch, key):
 
 
 @njit(cache=True)
+def _promote(window, main, where, rank, queue, sizes, parents, page):
+    """Move a leaf of the window to the main part, and the pages before it."""
+    heap_drop(window, where, rank, page)
+    heap_push(main, where, rank, page)
+    while page >= 0 and queue[page] == _WINDOW:
+        queue[page] = _MAIN
+        sizes[_WINDOW] -= 1
+        sizes[_MAIN] += 1
+        page = parents[page]
+
+
+@njit(cache=True)
+def _least_popular(heap, sketch, keys):
+    """Give the least popular of some of the longest unused: those near the top of the heap."""
+    page = heap[1]
+    least = popularity(sketch, keys[page])
+    for at in range(2, min(heap[0], _ASKED) + 1):
+        uses = popularity(sketch, keys[heap[at]])
+        if uses < least:
+            page, least = heap[at], uses
+    return page
+
+
+@njit(cache=True)
 def _choose(
     window, main, where, rank, sketch, keys, queue, sizes, share, parents, children, holders, gone,
     out,
 ):  # fmt: skip
     """Fill `out` with victims; sizes: clock, pages of the window, pages of the main part."""
     count = 0
+    room = (1 - share) * (sizes[_WINDOW] + sizes[_MAIN])
     while count < len(out) and window[0] + main[0] > 0:
-        page = main[1] if main[0] > 0 else window[1]
-        full = sizes[_WINDOW] > share * (sizes[_WINDOW] + sizes[_MAIN])
-        if main[0] > 0 and window[0] > 0 and full:
+        page = _least_popular(main, sketch, keys) if main[0] > 0 else window[1]
+        if window[0] > 0:
             newcomer = window[1]
+            if sizes[_MAIN] < room and window[0] > 1:
+                _promote(window, main, where, rank, queue, sizes, parents, newcomer)
+                continue
             if popularity(sketch, keys[newcomer]) > popularity(sketch, keys[page]):
-                heap_drop(window, where, rank, newcomer)
-                queue[newcomer] = _MAIN
-                sizes[_WINDOW] -= 1
-                sizes[_MAIN] += 1
-                heap_push(main, where, rank, newcomer)
+                _promote(window, main, where, rank, queue, sizes, parents, newcomer)
             else:
                 page = newcomer
         heap_drop(main if queue[page] == _MAIN else window, where, rank, page)
@@ -77,9 +102,10 @@ def _choose(
 
 
 class TinyLFU:
-    """Evict the less popular of the oldest newcomer and the oldest of the others.
+    """Evict the less popular of the oldest newcomer and the least popular of the oldest others.
 
-    Popularity is counted in a sketch over all content that came by, also what is long evicted, and
+    The paper's main part is a segmented LRU; here the longest unused are compared by popularity, since
+    a store evicts to make room and does not always have a newcomer to compare with. Popularity is counted in a sketch over all content that came by, also what is long evicted, and
     halved now and then.
 
     Args:
