@@ -47,7 +47,7 @@ class MPIGroup(dist.ProcessGroup):
         self.engine = engine()
         self.ranks = list(ranks)
         self._rank = self.ranks.index(self.engine.world.rank)
-        super().__init__(self._rank, len(self.ranks))
+        super().__init__(self._rank, len(self.ranks))  # pyright: ignore[reportCallIssue]
         self.timeout_s = timeout.total_seconds()
         self.calls = 0
         self.lost: Exception | None = None
@@ -216,7 +216,7 @@ class MPIGroup(dist.ProcessGroup):
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
         return self.reduce_scatter_single_coalesced([out], [t], opts)
 
-    _reduce_scatter_base = reduce_scatter_single
+    _reduce_scatter_base = reduce_scatter_single  # pyright: ignore[reportAssignmentType]
 
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
@@ -227,7 +227,7 @@ class MPIGroup(dist.ProcessGroup):
         parts = [_parts(t, self.size()) for t in inputs]
         return self.reduce_scatter(list(outputs), parts, opts)
 
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
 
     # ---- moving
 
@@ -254,7 +254,7 @@ class MPIGroup(dist.ProcessGroup):
     def all_gather_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
         return self.all_gather_single_coalesced([out], [t], opts)
 
-    _allgather_base = all_gather_single
+    _allgather_base = all_gather_single  # pyright: ignore[reportAssignmentType]
 
     def all_gather_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
@@ -266,7 +266,7 @@ class MPIGroup(dist.ProcessGroup):
         steps = _together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
         return self._run("all_gather_into_tensor", list(outputs), steps, opts)
 
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore[reportAssignmentType]
 
     def all_to_all_single(
         self, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
@@ -282,7 +282,7 @@ class MPIGroup(dist.ProcessGroup):
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
         return self._run("all_to_all_single", [out], steps, opts)
 
-    alltoall_base = all_to_all_single
+    alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]
 
     def alltoall(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None

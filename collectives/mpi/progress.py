@@ -32,7 +32,7 @@ NAP_S = 100e-6
 WARM_NAPS = (
     200  # naps after the last operation before the thread sleeps: a busy program need not wake it
 )
-FAREWELL_S = 5.0
+FAREWELL_S = 2.0
 
 
 class Engine:
@@ -103,8 +103,8 @@ class Engine:
     def give_up(self, operation: Operation, late: bool, patience_s: float) -> None:
         """End an operation that is late, or waits for a rank that has left."""
         group = operation.group
-        alone = operation.peer is not None and operation.peer >= 0
-        asked = [group.ranks[operation.peer]] if alone else group.ranks
+        peer = operation.peer
+        asked = group.ranks if peer is None or peer < 0 else [group.ranks[peer]]
         ranks = [r for r in asked if r != self.world.rank]
         left = self.rollcall.left
         if not late and (left.keys().isdisjoint(ranks) or self._arrives(operation)):

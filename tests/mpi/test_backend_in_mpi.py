@@ -1,0 +1,319 @@
+"""The mpi backend under four ranks of mpirun, started by collectives/test_mpi_backend.py (or `make test-mpi-4`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from conformance import CHECKS, Abilities, Check
+from plait.collectives.mpi import register
+from plait.collectives.world import World, init
+
+RANKS = 4
+pytestmark = [
+    pytest.mark.mpi(min_size=RANKS),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*process_group is None"),
+]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    world = init(register(), timeout_s=30)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def gloo(world: World) -> Any:
+    return dist.new_group(backend="gloo")
+
+
+@pytest.fixture
+def folder(world: World, tmp_path: Path) -> Path:
+    """One folder for all ranks."""
+    shared = [str(tmp_path)]
+    dist.broadcast_object_list(shared, 0)
+    return Path(shared[0])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance(world: World, check: Check) -> None:
+    check(Abilities())
+    dist.barrier()
+
+
+# ---- what the shared checks do not reach
+
+
+def strided(t: Tensor, run: int) -> Tensor:
+    """The same values in runs of so many elements with holes between them: short runs are packed, long ones not."""
+    wide = torch.full((t.numel() // run, 2 * run), -1).to(t.dtype)
+    wide[:, :run] = t.view(-1, run)
+    return wide[:, :run]
+
+
+@pytest.mark.parametrize("run", [1, 16, 1024])
+def test_messages_of_any_stride(world: World, run: int) -> None:
+    after, before = (world.rank + 1) % RANKS, (world.rank - 1) % RANKS
+    source = torch.arange(8192.0) + 10_000 * world.rank
+    sent = dist.isend(strided(source, run), after)
+    into = strided(torch.zeros(8192), run)
+    dist.recv(into, before)
+    sent.wait()
+    assert torch.equal(into.flatten(), torch.arange(8192.0) + 10_000 * before)
+    holes = into.as_strided(into.shape, into.stride(), run)
+    assert bool((holes == -1).all()), "wrote between the runs"
+    parts = [strided(torch.zeros(8192), run) for _ in range(RANKS)]
+    dist.all_gather(parts, strided(source, run))
+    for r, part in enumerate(parts):
+        assert torch.equal(part.flatten(), torch.arange(8192.0) + 10_000 * r)
+
+
+def test_one_description_of_equal_memory(world: World) -> None:
+    from plait.collectives.mpi.wire import layout
+
+    x = torch.empty(6, 8, 10)
+    assert layout(x[:, :4]) == (160, ((6, 320),))
+    assert layout(x[:, :4].reshape(6, 2, 2, 10)) == layout(x[:, :4])
+    assert layout(x.transpose(0, 1)) == (40, ((8, 40), (6, 320)))
+    assert layout(x[..., ::2]) == (4, ((240, 8),))
+
+
+def test_uneven_exchange_of_strided_rows(world: World) -> None:
+    assert torch.equal(*uneven_exchange(world.rank))
+
+
+def uneven_exchange(rank: int) -> tuple[Tensor, Tensor]:
+    """Counts of equal totals, so that swapped ones stay inside the tensors."""
+    counts = [[(j - i) % RANKS + 1 for j in range(RANKS)] for i in range(RANKS)]
+    total = sum(counts[0])
+    rows = [torch.arange(total * 6.0).view(6, total).t() + 1000 * r for r in range(RANKS)]
+    send, receive = counts[rank], [counts[r][rank] for r in range(RANKS)]
+    found = torch.empty(6, total).t()
+    dist.all_to_all_single(found, rows[rank], receive, send)
+    return found, torch.cat([rows[r].split(counts[r])[rank] for r in range(RANKS)])
+
+
+def test_average_is_rounded_once(world: World) -> None:
+    value = 1.0 + torch.arange(100) / 128 + world.rank / 256
+    x = value.bfloat16()
+    dist.all_reduce(x, dist.ReduceOp.AVG)
+    parts = [(1.0 + torch.arange(100) / 128 + r / 256).bfloat16().double() for r in range(RANKS)]
+    assert torch.equal(x, (torch.stack(parts).sum(0) / RANKS).bfloat16())
+    whole = torch.tensor([-7 - world.rank])
+    dist.all_reduce(whole, dist.ReduceOp.AVG)
+    assert whole.item() == -8  # -34 / 4, toward zero
+
+
+def test_gradients_and_inference_do_not_mind(world: World) -> None:
+    leaf = torch.ones(70_000, requires_grad=True)
+    dist.all_reduce(leaf)
+    assert bool((leaf == RANKS).all())
+    with torch.inference_mode():
+        x = torch.ones(70_000)
+        work = dist.all_reduce(x, async_op=True)
+    work.wait()
+    assert bool((x == RANKS).all())
+
+
+def test_groups_of_threads(world: World) -> None:
+    """Each thread has its own group; their calls interleave freely."""
+    groups = [dist.new_group() for _ in range(3)]
+    sums: dict[int, list[float]] = {}
+
+    def talk(i: int) -> None:
+        sums[i] = []
+        for step in range(20):
+            x = torch.full((1 + 40_000 * (step % 2),), float(world.rank + step))
+            dist.all_reduce(x, group=groups[i])
+            sums[i].append(x[-1].item())
+
+    threads = [threading.Thread(target=talk, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [sums[i] for i in range(3)] == [[float(6 + 4 * step) for step in range(20)]] * 3
+
+
+def test_what_cannot_be_is_refused_at_once(world: World) -> None:
+    with pytest.raises(TypeError, match="BAND of torch.float32"):
+        dist.all_reduce(torch.ones(2), dist.ReduceOp.BAND)
+    with pytest.raises(ValueError, match=r"all_gather_into_tensor of \[2\] into \[3\]"):
+        dist.all_gather_into_tensor(torch.empty(3), torch.empty(2))
+    with pytest.raises(ValueError, match="5 input rows"):
+        dist.all_to_all_single(torch.empty(4), torch.empty(5))
+    dist.barrier()
+
+
+def test_it_says_how_cuda_tensors_travel(world: World) -> None:
+    assert dist.group.WORLD.cuda in ("direct", "staged")
+
+
+# ---- a mutated version must fail
+
+
+def test_swapped_counts_are_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.collectives.mpi import exchange
+
+    true = exchange.all_to_all_single
+    monkeypatch.setattr(exchange, "all_to_all_single", lambda p, o, t, r, s: true(p, o, t, s, r))
+    assert not torch.equal(*uneven_exchange(world.rank))
+    dist.barrier()
+
+
+def test_a_piece_left_out_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.collectives.mpi.reduction import Reduction
+
+    true = Reduction._fold
+    monkeypatch.setattr(Reduction, "_fold", lambda self, out, parts: true(self, out, parts[:-1]))
+    for length in (10, 100_000):
+        x = torch.ones(length)
+        dist.all_reduce(x)
+        assert not bool((x == RANKS).all())
+    dist.barrier()
+
+
+def test_a_wrong_stride_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from plait.collectives.mpi import wire
+
+    true = wire.layout
+    monkeypatch.setattr(
+        wire, "layout", lambda t: (true(t)[0], tuple((n, s // 2) for n, s in true(t)[1]))
+    )
+    parts = [strided(torch.zeros(8192), 1024) for _ in range(RANKS)]
+    dist.all_gather(parts, strided(torch.arange(8192.0), 1024))
+    assert not torch.equal(parts[world.rank - 1].flatten(), torch.arange(8192.0))
+    dist.barrier()
+
+
+# ---- those who use a backend: the same over gloo
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(7)
+    layers = (nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    return nn.Sequential(*layers).double()
+
+
+def batch(rank: int) -> Tensor:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+
+
+def gradients(wrap: Callable[[nn.Module], nn.Module], rank: int) -> list[Tensor]:
+    model = wrap(make_model())
+    for _ in range(2):
+        model(batch(rank)).square().mean().backward()
+    grads = [p.grad for p in model.parameters()]
+    return [g.full_tensor() if isinstance(g, DTensor) else g for g in grads if g is not None]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_ddp(world: World, gloo: Any) -> None:
+    def wrap(group: Any) -> Callable[[nn.Module], nn.Module]:
+        # small buckets, so that several all-reduces are under way in one backward pass
+        return lambda m: DistributedDataParallel(m, process_group=group, bucket_cap_mb=0.001)
+
+    close(gradients(wrap(dist.group.WORLD), world.rank), gradients(wrap(gloo), world.rank))
+
+
+def test_fsdp2(world: World, gloo: Any) -> None:
+    def wrap(group: Any) -> Callable[[nn.Module], nn.Module]:
+        mesh = DeviceMesh.from_group(group, "cpu")
+
+        def shard(model: nn.Module) -> nn.Module:
+            for layer in model.children():
+                fully_shard(layer, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+
+        return shard
+
+    close(gradients(wrap(dist.group.WORLD), world.rank), gradients(wrap(gloo), world.rank))
+
+
+def test_dtensor_redistributes(world: World) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    x = torch.arange(5 * 7, dtype=torch.float64).view(5, 7)
+    d = distribute_tensor(x, mesh, [Shard(0), Shard(1)])
+    for placements in ([Shard(1), Replicate()], [Replicate(), Shard(0)], [Shard(0), Shard(0)]):
+        d = d.redistribute(mesh, placements)
+        assert torch.equal(d.full_tensor(), x)
+    part = DTensor.from_local(x, mesh, [Partial(), Partial()])
+    assert torch.equal(part.redistribute(mesh, [Shard(0), Replicate()]).full_tensor(), 4 * x)
+    a = distribute_tensor(x, mesh["tp"], [Shard(1)])
+    b = distribute_tensor(x.t().contiguous(), mesh["tp"], [Shard(0)])
+    assert torch.equal((a @ b).full_tensor(), x @ x.t())
+
+
+def pipeline_loss(group: Any, rank: int) -> Tensor:
+    layers = list(make_model())
+    stage = rank % 2
+    part = nn.Sequential(*layers[:3]) if stage == 0 else nn.Sequential(*layers[3:])
+    pipe = PipelineStage(part, stage, 2, torch.device("cpu"), group=group)
+    schedule = Schedule1F1B(pipe, n_microbatches=4, loss_fn=lambda y, t: (y - t).square().mean())
+    target = torch.zeros(8, 4, dtype=torch.float64)
+    losses: list[Tensor] = []
+    if stage == 0:
+        schedule.step(batch(5))
+    else:
+        schedule.step(target=target, losses=losses)
+    weights = [p.grad for p in part.parameters() if p.grad is not None]
+    return torch.cat([g.flatten() for g in weights] + [x.flatten() for x in losses])
+
+
+def test_pipelining(world: World) -> None:
+    found = {}
+    for backend in (None, "gloo"):
+        pairs = [dist.new_group([0, 1], backend=backend), dist.new_group([2, 3], backend=backend)]
+        found[backend] = pipeline_loss(pairs[world.rank // 2], world.rank)
+    torch.testing.assert_close(found[None], found["gloo"], rtol=1e-12, atol=1e-12)
+
+
+def test_checkpoint(world: World, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    x = torch.arange(50.0).view(10, 5)
+    saved = {"x": distribute_tensor(x, mesh, [Shard(0)]), "step": torch.tensor(7)}
+    checkpoint.save(saved, checkpoint_id=str(folder / "saved"))
+    loaded = {"x": distribute_tensor(torch.zeros(10, 5), mesh, [Shard(1)]), "step": torch.tensor(0)}
+    checkpoint.load(loaded, checkpoint_id=str(folder / "saved"))
+    assert torch.equal(loaded["x"].full_tensor(), x)
+    assert loaded["step"].item() == 7
+
+
+# ---- last, for it ends the world: the name that torch keeps for MPI
+
+
+@pytest.mark.filterwarnings("ignore:For MPI backend")
+def test_the_name_mpi_of_torch(world: World) -> None:
+    dist.destroy_process_group()
+    dist.init_process_group("mpi")
+    assert (dist.get_rank(), dist.get_world_size()) == (world.rank, world.size)
+    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    x = torch.tensor([2**world.rank])
+    dist.all_reduce(x, group=pairs[world.rank % 2])
+    assert x.item() == (5 if world.rank % 2 == 0 else 10)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    whole = distribute_tensor(torch.arange(8.0), mesh, [Shard(0), Shard(0)])
+    assert torch.equal(whole.full_tensor(), torch.arange(8.0))
+    dist.destroy_process_group()
