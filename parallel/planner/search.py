@@ -86,6 +86,8 @@ def points_of(
 def aggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points:
     """Price decode and prefill on the same ranks in the fluid limit: each step admits batch/output prompts."""
     c, memory = fitting(model, machine, goal)
+    if not len(c):
+        return points_of(goal, machine, c, memory, Split(), "aggregated", np.ones(0))
     single = c.take((c.batch == 1) & (c.chunks == 1) & (c.draft == 0))
     first = prefill(model, machine, single, goal.prompt, max(0, goal.context - goal.prompt)).total
     first = first[_same_plan(c, single)]

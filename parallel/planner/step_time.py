@@ -254,11 +254,13 @@ def _prefill_layer(
     layer.add(machine.gemm(2.0 * share * rows, weights))
     flops = prefill_flops(attention, new, past) / (c.tp * c.sequence)
     read = kv_bytes_on_rank(attention, new + past, element_bytes(machine.kv), c.tp, 1.0)
-    layer.add(machine.attend(flops, read))
+    kernel = machine.attend(flops, read)
     moved = read * (c.sequence - 1) / c.sequence
     ring = machine.network.seconds(moved, np.where(c.sequence > 1, c.tp * c.sequence, 1.0))
-    hidden_by = flops / (machine.constants.attention.compute * machine.part.peak("bf16"))
-    layer.communication = layer.communication + np.maximum(ring - hidden_by, 0.0)
+    kernel.communication = np.maximum(
+        ring - (kernel.total - kernel.floor), 0.0
+    )  # the rest hides behind attention
+    layer.add(kernel)
     payload = rows * attention.hidden * element_bytes(machine.activation)
     layer.communication = layer.communication + 2 * machine.network.all_reduce(c.tp, payload)
     if not ffn.experts:
