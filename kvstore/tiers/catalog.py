@@ -90,14 +90,14 @@ class Catalog:
         """Tell the eviction order that a page was wanted."""
         self._order.used(key)
 
-    def claim(self, key: bytes, length: int, evict: bool) -> Record | None:
+    def claim(self, key: bytes, length: int) -> Record | None:
         """Take a slot to write a page into, a free one or a victim's.
 
         Raises:
             StoreError: if the eviction order names a page that is not held.
         """
         if not self._free:
-            victim = self._order.victim() if evict else None
+            victim = self._order.victim()
             if victim is None:
                 return None
             if victim not in self.slots:

@@ -126,17 +126,17 @@ class DiskTier(Tier):
         held = [False] * len(keys)
         pieces: list[Piece] = []
         others: list[int] = []  # another call is writing them, or this one a place before
-        with self._lock:
-            failures = self._sync_failures
-            for i, (key, view) in enumerate(zip(keys, views, strict=True)):
-                if key in self._catalog.slots:
-                    self._catalog.use(key)
-                    held[i] = True
-                elif key in self._catalog.writing:
-                    others.append(i)
-                elif (record := self._claim(key, view.size)) is not None:
-                    pieces.append(Piece(i, record, view, "not written"))
         try:
+            with self._lock:
+                failures = self._sync_failures
+                for i, (key, view) in enumerate(zip(keys, views, strict=True)):
+                    if key in self._catalog.slots:
+                        self._catalog.use(key)
+                        held[i] = True
+                    elif key in self._catalog.writing:
+                        others.append(i)
+                    elif (record := self._claim(key, view.size)) is not None:
+                        pieces.append(Piece(i, record, view, "not written"))
             for run in self._io.runs(pieces):
                 self._io.write(run, self._form)
                 self._publish(run, failures)
@@ -162,7 +162,7 @@ class DiskTier(Tier):
                     False  # no room: make do with what there is, and ask again after a commit
                 )
                 self._counts["growth_refused"] += 1
-        return catalog.claim(key, length, evict=True)
+        return catalog.claim(key, length)
 
     def _publish(self, run: list[Piece], failures: int) -> None:
         with self._lock:

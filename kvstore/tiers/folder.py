@@ -139,8 +139,14 @@ class Folder:
         return os.pwritev(handle, buffers, offset)
 
     def sync(self, handle: int) -> None:
-        """Make durable what was written to a file, and its length."""
+        """Make durable what was written to a file, and its length.
+
+        Raises:
+            FileNotFoundError: if the file was deleted meanwhile: nothing in it can be durable.
+        """
         _sync(handle)
+        if os.fstat(handle).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "a file was deleted while in use; open the directory again")
 
     def sync_names(self) -> None:
         """Make durable which names the directory has."""

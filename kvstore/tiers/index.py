@@ -65,7 +65,7 @@ class Index:
             if len(block) < BLOCK or self._allocated > MAX_BYTES:
                 return
             self.geometry, _ = read_geometry(block, INDEX)
-            self.whole = self._replay()
+            self.whole = self._replay() and self._allocated % CHUNK == 0  # else it was cut off
         except (Damaged, OSError):
             self.whole = False
 
