@@ -97,12 +97,12 @@ class Stream:
     """What the layers of one model share: one layer's output, and what the next one's norm makes of it."""
 
     group: Group
-    ready: tuple[Tensor, Norm | None, Tensor | None] | None = None
+    ready: tuple[Tensor, Norm | None, Tensor] | None = None
 
     def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
         """Normalise a layer's input, unless the layer before has."""
         ready, self.ready = self.ready, None
-        if ready is not None and ready[0] is hidden and ready[1] is norm and ready[2] is not None:
+        if ready is not None and ready[0] is hidden and ready[1] is norm:
             return ready[2]
         return norm.module(hidden)
 
@@ -150,7 +150,7 @@ class StreamLayer(nn.Module):
         assert normed is not None
         out, waiting = run(here.mlp, self.mlp, normed)
         total, normed = here.stream.add(out, waiting, total, here.following)
-        here.stream.ready = (total, here.following, normed)
+        here.stream.ready = None if normed is None else (total, here.following, normed)
         return total
 
 
