@@ -62,7 +62,7 @@ class ShmGroup(dist.ProcessGroup):
     """
 
     def __init__(self, members: Members, timeout_s: float, spins: int) -> None:
-        super().__init__(members.rank, members.ranks)
+        super().__init__(members.rank, members.ranks)  # type: ignore[call-arg]
         self._members = members
         self._name = self._description = ""
         self._progress = Progress(members, timeout_s)
@@ -374,11 +374,11 @@ class ShmGroup(dist.ProcessGroup):
         return self._call(exchange, arguments, code_of(_KIND["barrier"]), 0, [], wait)
 
     # the names of the same methods before torch 2.13
-    _allgather_base = all_gather_single
-    _reduce_scatter_base = reduce_scatter_single
-    alltoall_base = all_to_all_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    _allgather_base: Any = all_gather_single  # type: ignore[assignment]
+    _reduce_scatter_base: Any = reduce_scatter_single  # type: ignore[assignment]
+    alltoall_base: Any = all_to_all_single  # type: ignore[assignment]
+    allgather_into_tensor_coalesced: Any = all_gather_single_coalesced  # type: ignore[assignment]
+    reduce_scatter_tensor_coalesced: Any = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     # ---- point to point
 

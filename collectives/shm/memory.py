@@ -16,11 +16,12 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
 
+intrinsic: Any = numba_intrinsic  # its signature in Python is not the one it compiles
 _PAUSE = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())

@@ -1,4 +1,4 @@
-"""Every backend passes the same checks (tests/conformance.py): one world per backend, all checks in it."""
+"""Every backend passes the same checks (tests/conformance*.py): one world per backend, all checks in it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conformance import CHECKS, GLOO, Abilities, run_all
+from conformance_users import USERS
 
 from plait.collectives import shm
 from world import current_rank, run_world
 
 RANKS = 4
+ALL = (*CHECKS, *USERS)
 
 
 def on_gloo(folder: str) -> list[str]:
     open_world("gloo", folder)
-    return run_all(CHECKS, GLOO)
+    return run_all(ALL, GLOO)
 
 
 def on_shm(folder: str) -> list[str]:
     shm.register()
     open_world("shm", folder)
-    return run_all(CHECKS, Abilities())
+    return run_all(ALL, Abilities())
 
 
 def open_world(backend: str, folder: str) -> None:
@@ -32,5 +34,5 @@ def open_world(backend: str, folder: str) -> None:
 
 @pytest.mark.parametrize("run", [on_gloo, on_shm])
 def test_backends_pass_every_check(run, tmp_path: Path) -> None:
-    for passed in run_world(run, RANKS, str(tmp_path), backend=None, timeout=60):
-        assert passed == [check.__name__ for check in CHECKS]
+    for passed in run_world(run, RANKS, str(tmp_path), backend=None, timeout=200):
+        assert passed == [check.__name__ for check in ALL]
