@@ -153,7 +153,7 @@ def test_groups_of_threads(world: World) -> None:
 
 
 def test_what_cannot_be_is_refused_at_once(world: World) -> None:
-    with pytest.raises(TypeError, match="BAND of torch.float32"):
+    with pytest.raises(TypeError, match=r"BAND of torch\.float32"):
         dist.all_reduce(torch.ones(2), dist.ReduceOp.BAND)
     with pytest.raises(ValueError, match=r"all_gather_into_tensor of \[2\] into \[3\]"):
         dist.all_gather_into_tensor(torch.empty(3), torch.empty(2))

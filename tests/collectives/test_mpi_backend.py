@@ -1,0 +1,107 @@
+"""Starts mpirun for the mpi backend: what it does (mpi/test_backend_in_mpi.py), and how a lost rank ends it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import Ended, find_mpirun, mpirun, run_job, torchrun
+
+HERE = Path(__file__).parent
+TESTS = HERE.parent / "mpi" / "test_backend_in_mpi.py"
+LOST = HERE / "job_mpi_lost.py"
+# asked for within a second after the timeout, on top of what ran before the loss and a crowded machine
+BOUND_S = 20.0
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def needs_mpi() -> None:
+    pytest.importorskip("mpi4py")
+
+
+def under_pytest(folder: Path, *options: str, **env: str) -> Ended:
+    pytest.importorskip("pytest_mpi")
+    command = [*mpirun(4), "-m", "pytest", "-p", "no:cacheprovider", "-q", "--with-mpi", str(TESTS)]
+    return run_job([*command, *options], folder, OMP_NUM_THREADS="1", **env)
+
+
+def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
+    started = time.monotonic()
+    ended = run_job(
+        [*mpirun(ranks, *options), str(LOST), how],
+        folder,
+        PYTHONPATH=str(HERE.parent),
+        OMP_NUM_THREADS="1",
+    )
+    assert time.monotonic() - started < 90
+    assert ended.code != 0
+    return ended
+
+
+def test_conformance_and_users(tmp_path: Path) -> None:
+    ended = under_pytest(tmp_path)
+    assert ended.code == 0, ended.output
+    assert ended.output.count(" passed") == 4, ended.output
+    assert " skipped" not in ended.output
+
+
+def test_calls_take_turns_where_mpi_wants_it(tmp_path: Path) -> None:
+    """MPI_THREAD_SERIALIZED: one MPI call at a time, from any thread."""
+    chosen = "groups or async or futures or large or threads or uneven"
+    ended = under_pytest(tmp_path, "-k", chosen, MPI4PY_RC_THREAD_LEVEL="serialized")
+    assert ended.code == 0, ended.output
+    assert ended.output.count(" passed") == 4, ended.output
+
+
+def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
+    ended = lose("stop", tmp_path, ranks=3)
+    assert set(ended.reports) == {0, 2}, ended.output
+    for told in ended.reports.values():
+        assert "rank 1 does not answer: it is dead or stopped" in told["lost"]
+        assert told["lost"].startswith(("all_reduce [", "broadcast ["))
+        assert told["again"] == told["lost"]
+        assert told["seconds"] < BOUND_S
+
+
+def test_an_error_of_one_rank_reaches_the_others(tmp_path: Path) -> None:
+    ended = lose("raise", tmp_path)
+    assert set(ended.reports) == {0}, ended.output
+    for told in ended.reports.values():
+        assert "rank 1 has ended with ValueError: my own error" in told["lost"]
+        assert told["seconds"] < BOUND_S
+
+
+def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
+    """By default mpirun ends all ranks when one dies, and says which."""
+    ended = lose("kill", tmp_path)
+    assert ended.reports == {}
+    assert "signal 9" in ended.output or "Killed" in ended.output
+
+
+def test_a_killed_rank_is_named_by_a_fault_tolerant_mpi(tmp_path: Path) -> None:
+    if "Open MPI" not in run_job([find_mpirun(), "--version"], tmp_path).output:
+        pytest.skip("--with-ft is an option of Open MPI")
+    ended = lose("kill", tmp_path, "--with-ft", "ulfm", ranks=3)
+    assert set(ended.reports) == {0, 2}, ended.output
+    for told in ended.reports.values():
+        assert "rank 1 is dead" in told["lost"]
+        assert told["seconds"] < BOUND_S
+
+
+def test_torchrun_cannot_start_it(tmp_path: Path) -> None:
+    job = tmp_path / "job.py"
+    job.write_text(
+        "from plait.collectives import BackendUnavailable, init\n"
+        "from plait.collectives.mpi import register\n"
+        "try:\n"
+        "    init(register(), timeout_s=60)\n"
+        "except BackendUnavailable as error:\n"
+        "    print('refused:', error, flush=True)\n"
+    )
+    ended = run_job([*torchrun(2), str(job)], tmp_path / "reports")
+    assert ended.output.count("refused: torch counts this as rank") == 2, ended.output
+    assert "under torchrun use gloo" in ended.output
