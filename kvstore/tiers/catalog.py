@@ -26,6 +26,7 @@ class Catalog:
         slots: held pages.
         pending: the last change of each slot that the index does not have yet.
         writing: keys that are being written.
+        num_slots: slots of all slabs that are there.
     """
 
     def __init__(self, order: EvictionOrder, last_seq: int) -> None:
@@ -39,7 +40,7 @@ class Catalog:
         self._free: list[int] = []
         self._seqs = np.zeros(0, np.uint64)
         self._lengths = np.zeros(0, np.int64)
-        self._num_slots = 0
+        self.num_slots = 0
 
     def add_slots(self, slots: range) -> None:
         """More room: a slab's slots, free until `restore` says otherwise."""
@@ -47,7 +48,7 @@ class Catalog:
         if short > 0:
             self._seqs = np.concatenate([self._seqs, np.zeros(short, np.uint64)])
             self._lengths = np.concatenate([self._lengths, np.zeros(short, np.int64)])
-        self._num_slots += len(slots)
+        self.num_slots += len(slots)
         self._free[:0] = reversed(slots)  # the lowest free slot is taken first: runs stay together
 
     def restore(self, records: Iterable[Record], page_bytes: int) -> int:
@@ -168,7 +169,7 @@ class Catalog:
         known = [*held, *self._free, *self.leaving]
         checks = {
             "a slot is in two states": len(set(known)) != len(known),
-            "a slot is lost": len(known) + len(self.writing) != self._num_slots,
+            "a slot is lost": len(known) + len(self.writing) != self.num_slots,
             "a held page is also being written": bool(self.writing & self.slots.keys()),
         }
         for what, wrong in checks.items():

@@ -146,7 +146,9 @@ class Folder:
         """
         _sync(handle)
         if os.fstat(handle).st_nlink == 0:
-            raise FileNotFoundError(errno.ENOENT, "a file was deleted while in use; open the directory again")
+            raise FileNotFoundError(
+                errno.ENOENT, "a file was deleted while in use; open the directory again"
+            )
 
     def sync_names(self) -> None:
         """Make durable which names the directory has."""

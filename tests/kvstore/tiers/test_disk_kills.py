@@ -1,0 +1,42 @@
+"""kill -9 while pages are written: the harness of tests/kvstore/faults.py, a few dozen times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HARNESS = Path(__file__).parent.parent / "faults.py"
+
+
+def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path) -> None:
+    command = [
+        sys.executable,
+        HARNESS,
+        "--kills",
+        "24",
+        "--seed",
+        "3",
+        "--json",
+        "--folder",
+        tmp_path,
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    counts = json.loads(ended.stdout)
+    assert counts["kills"] == 24
+    assert counts["bits flipped"] > 0
+    assert counts["pages read"] > 100, "the children wrote too little for this to mean anything"
+
+
+def test_the_harness_sees_a_tier_that_forgets_to_write_its_index() -> None:
+    """Negative control: a commit that only says it was one."""
+    code = f"import runpy, sys; sys.argv = ['faults.py', '--kills', '6', '--json']; \
+from plait.kvstore.tiers import index; index.Index.append = lambda self, records: list(records); \
+runpy.run_path({str(HARNESS)!r}, run_name='__main__')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert json.loads(ended.stdout)["committed pages lost"] > 0
