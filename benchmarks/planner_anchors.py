@@ -3,8 +3,8 @@
     python benchmarks/planner_anchors.py [--by hardware] [--aiconfigurator PYTHON]
 
 Columns: what was measured; the left-out prediction and its error; the speed of light of the same formulas (a bound).
-With ``--aiconfigurator`` the interpreter of an environment that has it (``pip install aiconfigurator``, 850 MB) answers the
-same rows, and its errors stand beside ours. Nothing is timed here and no accelerator is needed.
+With ``--aiconfigurator`` the interpreter of an environment that has it (``pip install aiconfigurator``, 850 MB)
+answers the same rows, and its errors stand beside ours. Nothing is timed here and no accelerator is needed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from plait.parallel.planner.efficiency import ideal
 ASK = """
 import json, sys
 from importlib.metadata import version
-from aiconfigurator.cli import cli_estimate
+from aiconfigurator.cli.api import cli_estimate
 MODELS = {"deepseek-r1": "deepseek-ai/DeepSeek-R1", "kimi-k2": "moonshotai/Kimi-K2.5", "minimax-m2.5":
     "MiniMaxAI/MiniMax-M2.5", "qwen3-32b": "Qwen/Qwen3-32B", "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B-FP8",
     "qwen3.5-397b-a17b": "Qwen/Qwen3.5-397B-A17B"}
 SYSTEMS = {"h100": "h100_sxm", "h200": "h200_sxm", "b200": "b200_sxm", "b300": "b300_sxm"}
 answers = []
 for row in json.load(sys.stdin):
-    quant = {"bf16": None, "nvfp4": "nvfp4", "fp8": "fp8"}[row["precision"]]
+    quant = None if row["precision"] == "bf16" else row["precision"]
+    experts = "fp8_block" if quant == "fp8" and row["engine"] == "sglang" else quant
     try:
         said = cli_estimate(
             model_path=MODELS[row["model"]], system_name=SYSTEMS.get(row["hardware"], row["hardware"]),
             backend_name=row["engine"], isl=row["input_tokens"], osl=row["output_tokens"], batch_size=row["batch"],
             tp_size=row["tp"], attention_dp_size=row["dp"], moe_tp_size=row["etp"], moe_ep_size=row["ep"],
-            gemm_quant_mode=quant, moe_quant_mode=quant)
+            gemm_quant_mode=quant, moe_quant_mode=experts,
+            mode="agg" if row["aggregated"] else "static_gen")
         answers.append(float(said.tpot))
     except Exception as error:
         answers.append(f"{type(error).__name__}: {error}"[:60])
@@ -68,7 +70,8 @@ def main() -> None:
             else other
         )
         print(
-            f"{row.anchor.name:86} {row.anchor.tpot_ms:8.2f} {row.predicted_ms:10.2f} {row.error:+6.0%} {bound:6.2f}   {said}"
+            f"{row.anchor.name:86} {row.anchor.tpot_ms:8.2f} {row.predicted_ms:10.2f} {row.error:+6.0%} {bound:6.2f}   "
+            f"{said}"
         )
     print(
         f"\nplait: {accuracy.band(held)}; {sum(abs(r.error) <= 0.25 for r in held)} of {len(held)} within 25 %"

@@ -19,6 +19,8 @@ from ..shape import ModelShape
 from .roofline import Array, as_array
 from .shapes import Decoder
 
+COLUMNS = ("tp", "kvp", "cp", "dp", "pp", "ep", "etp")  # of a row of `grids`
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:

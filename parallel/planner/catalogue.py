@@ -123,6 +123,12 @@ def catalogue() -> dict[str, Hardware]:
                      ASSUMED, 64e9, SHEET),
             "like": "h100", "notes": ("the 8-bit peak is INT8: there is no FP8 unit",),
         }),
+        "cpu": ("CPU, one rank of a server", {
+            "memory": Figure(64e9, "B", ASSUMED), "memory_bandwidth": Figure(20e9, "B/s", ASSUMED, "read"),
+            "bf16": Figure(1e12, "FLOP/s", ASSUMED),
+            **_links(5e9, 256, 50e-6, 1e9, ASSUMED, ASSUMED, 20e9, ASSUMED),
+            "like": "h100", "notes": ("plait plan --calibrate measures yours",),
+        }),
         "ascend910b": ("Ascend 910B", {
             **_chip(64, 1.6, 280, 0, 0, f"{STEP3}; memory size: {SHEET}"),
             **_links(196e9, 8, 10e-6, 25e9, SHEET, ASSUMED, 32e9, SHEET),
@@ -133,11 +139,15 @@ def catalogue() -> dict[str, Hardware]:
 
 
 def hardware(name: str) -> Hardware:
-    """Return a part by name, however it is written: ``GB200 NVL72``, ``gb200``, ``H100-SXM``.
+    """Return a part by name, however it is written: ``GB200 NVL72``, ``gb200``, ``H100-SXM``; or a calibrated file.
 
     Raises:
         PlanError: naming the nearest parts.
     """
+    if name.endswith(".json"):
+        from .calibration import load  # which needs torch
+
+        return load(name)
     parts = catalogue()
     key = "".join(c for c in name.lower() if c.isalnum())
     for tail in ("", "nvl72", "sxm80g", "sxm5", "sxm"):

@@ -16,7 +16,7 @@ def plan(
         str, typer.Argument(help="A config.json, its directory, or a name we ship (see --list).")
     ] = "",
     hardware: Annotated[
-        str, typer.Option(help="For example gb200, h100, mi300x (see --list).")
+        str, typer.Option(help="For example gb200, h100 (see --list), or a calibrated file.json.")
     ] = "h100",
     gpus: Annotated[int, typer.Option(help="How many there are.")] = 8,
     context: Annotated[
@@ -64,11 +64,20 @@ def plan(
     list_names: Annotated[
         bool, typer.Option("--list", help="Name the models and the hardware we ship.")
     ] = False,
+    calibrate: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE.json", help="Measure this machine into a file that --hardware reads."
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Find the best plans of MODEL on some hardware for a latency goal; nothing is launched."""
     from ..errors import PlanError
 
+    if calibrate:
+        _calibrate(calibrate)
+        return
     if list_names or not model:
         _list()
         return
@@ -99,6 +108,16 @@ def plan(
     except PlanError as error:
         typer.echo(f"Refused: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+def _calibrate(path: str) -> None:
+    from .calibration import calibrate, save
+
+    found = calibrate()
+    save(found, path)
+    for name, figure in found.figures().items():
+        typer.echo(f"{name:20} {figure.value:12.4g} {figure.unit:7} {figure.source}")
+    typer.echo(f"wrote {path}; use it with --hardware {path}")
 
 
 def _list() -> None:

@@ -85,7 +85,9 @@ def ideal() -> Efficiency:
 
 
 def fitted(part: Hardware) -> Efficiency:
-    """Return the constants of a part, or of the part it is said to be like."""
+    """Return the constants of a part: calibrated on it, fitted to it, or to the part it is said to be like."""
+    if part.constants is not None:
+        return part.constants
     like = part.name if part.name in ATTENTION else part.like or "h100"
     gemm = {unit: kernel for (name, unit), kernel in GEMM.items() if name == like}
     gemm.setdefault("fp4", gemm.get("fp8", gemm["bf16"]))

@@ -25,6 +25,7 @@ class Goal:
         output: tokens each request generates.
         weights, kv: precisions to choose from.
         helix: whether kvp is searched; `split` whether attention and experts may have ranks of their own.
+        axes: those that may have more than one rank.
         draft: most tokens drafted per step, each accepted with chance `acceptance`; 0 is no speculation.
     """
 
@@ -40,6 +41,7 @@ class Goal:
     acceptance: float = 0.7
     helix: bool = True
     split: bool = False
+    axes: tuple[str, ...] = ("tp", "kvp", "cp", "dp", "pp", "ep", "etp")
 
     def __post_init__(self) -> None:
         for name in ("ranks", "context", "output"):

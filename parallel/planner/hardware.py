@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 from .precision import UNITS, element_bytes
+
+if TYPE_CHECKING:
+    from .efficiency import Efficiency
 
 UNITS_OF_MEASURE = ("B", "B/s", "FLOP/s", "s", "ranks", "USD/h")
 DIRECTIONS = ("read", "per direction", "both directions")
@@ -52,6 +56,7 @@ class Hardware:
 
     Args:
         like: whose measured kernel and collective constants stand for this part's where it has none.
+        constants: what was calibrated on this very machine; None: the fitted ones.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Hardware:
     host_link: Figure
     price: Figure | None = None
     like: str = ""
+    constants: Efficiency | None = None
     notes: tuple[str, ...] = field(default=())
 
     def figures(self) -> dict[str, Figure]:

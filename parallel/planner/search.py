@@ -56,6 +56,8 @@ def fitting(
 ) -> tuple[Candidates, Array]:
     """Return every candidate that fits into memory, and its bytes."""
     plans = enumeration.grids(model, goal.ranks, helix=goal.helix, whole=whole)
+    closed = [i for i, axis in enumerate(enumeration.COLUMNS) if axis not in goal.axes]
+    plans = plans[np.all(plans[:, closed] == 1, axis=1)]
     c = enumeration.crossed(plans, BATCHES, CHUNKS if goal.helix else (1,), goal.drafts)
     memory = fits(model, machine, c, goal.context)
     inside = memory <= machine.part.memory.value
