@@ -94,6 +94,22 @@ def _fit(meta, bins, need):
 
 
 @njit(cache=True)
+def _split(meta, bins, need):
+    """Find room to grow for an owner whose neighbour is in its way: the middle of a long run."""
+    for c in range(BINS - 1, 0, -1):
+        run = bins[c]
+        if run >= 0:
+            span = meta[SPAN, run]
+            if span < 4 * need:
+                return -1
+            _unlink(meta, bins, run)
+            _link(meta, bins, run, span // 2)
+            _link(meta, bins, run + span // 2, span - span // 2)
+            return run + span // 2
+    return -1
+
+
+@njit(cache=True)
 def take(meta, bins, counts, afters, out):
     """Take `counts[i]` pages for each owner, RESERVED with one holder, after page `afters[i]` if free.
 
@@ -104,10 +120,14 @@ def take(meta, bins, counts, afters, out):
         need, after = counts[i], afters[i]
         if after >= 0 and meta[STATE, after] == _FREE:
             after = -1  # nobody's page: the next one need not begin a run
+        grows = after >= 0
         while need > 0:
             first = after + 1
             if after < 0 or first >= meta.shape[1] or meta[STATE, first] != _FREE:
-                first = _fit(meta, bins, need)
+                first = _split(meta, bins, need) if grows else -1
+                if first < 0:
+                    first = _fit(meta, bins, need)
+                grows = False
             span = meta[SPAN, first]
             got = min(need, span)
             _unlink(meta, bins, first)
