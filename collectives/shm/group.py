@@ -32,6 +32,7 @@ from .steps import (
     MISMATCH,
     RANK,
     SCRATCH,
+    SETS,
     SLOT_BYTES,
     SPINS,
     STEP,
@@ -73,6 +74,7 @@ class ShmGroup(dist.ProcessGroup):
         state[[RANK, WORLD, SLOT_BYTES, STRIDE_BYTES]] = members.rank, members.ranks, SLOT, STRIDE
         self._scratch = np.zeros(SCRATCH_BYTES, np.uint8)
         state[[SPINS, STEP, SCRATCH]] = spins, 1, self._scratch.ctypes.data
+        state[SETS] = 1
         state[INPUTS] = state[FIRST_INPUT:].ctypes.data
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self._view = dense_view(0, 1)

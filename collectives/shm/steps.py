@@ -22,7 +22,8 @@ DONE, WAITING, MISMATCH = 0, 1, 2
 # words of the state, private to a rank
 CONTROL, DATA, RANK, WORLD, SLOT_BYTES, STRIDE_BYTES, SPINS, SCRATCH, INPUTS = range(9)
 STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
-FIRST_INPUT = 14  # from here an address for each rank; INPUTS is where these words lie
+SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
+FIRST_INPUT = 15  # from here an address for each rank; INPUTS is where these words lie
 # words of a line, written by one rank, read by all
 FLAG, CODE, COUNT, LARGEST = range(4)
 
@@ -32,20 +33,20 @@ LINE = 128  # bytes; two cache lines, for processors that fetch them in pairs
 @njit(nogil=True, cache=True)
 def line_of(state, rank, step):
     """Find the line of a rank for a step."""
-    return state[CONTROL] + (2 * rank + (step & 1)) * LINE
+    return state[CONTROL] + (2 * rank + (step & state[SETS])) * LINE
 
 
 @njit(nogil=True, cache=True)
 def sizes_of(state, rank, step):
     """Find the table of what a rank sends to each rank in a step."""
     world = state[WORLD]
-    return state[CONTROL] + (2 * LINE + 16 * rank + 8 * (step & 1)) * world
+    return state[CONTROL] + (2 * LINE + 16 * rank + 8 * (step & state[SETS])) * world
 
 
 @njit(nogil=True, cache=True)
 def slot_of(state, rank, step):
     """Find the slot of a rank for a step; behind it is the place of its results."""
-    return state[DATA] + ((step & 1) * state[WORLD] + rank) * state[STRIDE_BYTES]
+    return state[DATA] + ((step & state[SETS]) * state[WORLD] + rank) * state[STRIDE_BYTES]
 
 
 @njit(nogil=True, cache=True)
