@@ -111,7 +111,9 @@ class DiskMachine(RuleBasedStateMachine):
             else:
                 value = buffer[:length].tobytes()
                 assert value in self.allowed[key], "a wrong byte"
-                assert self.current.setdefault(key, value) == value, "a stale page"
+                assert self.current.get(key, value) == value, "a stale page"
+                if not self.deleted:  # else it may be there only as long as its file is open
+                    self.current[key] = value
         self.note_victims()
 
     @rule(key=st.sampled_from(KEYS))

@@ -1,0 +1,222 @@
+"""The codec contract: page to page, page to bytes, bytes to bytes, in that order, and the chain of them.
+
+    codec = find_codec("int8+zstd:level=3")
+    data = codec.encode(page)                      # bytes of some length up to codec.max_bytes(layout)
+    page = codec.decode(data, PageLayout.of(page))
+
+A codec is a frozen value: its options stand in its text form, and `find_codec(str(codec)) == codec`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import StoreError
+
+
+class CodecError(StoreError, ValueError):
+    """A page that a codec cannot take, or bytes that it did not make."""
+
+
+class PageLayout(NamedTuple):
+    """What a page is: dims `[..., head_dim]`; the last one is a token's vector of one head."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, page: Tensor) -> PageLayout:
+        """The layout of a page."""
+        return cls(tuple(page.shape), page.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Elements of a page."""
+        return math.prod(self.shape)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page as it is in memory."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CodecPart(ABC):
+    """What all three kinds share: a name, options, and whether every bit comes back."""
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    def __str__(self) -> str:
+        options = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return ":".join([self.name, *options])
+
+
+class PageToPage(CodecPart):
+    """Gives another page, such as one of another dtype."""
+
+    @abstractmethod
+    def layout(self, layout: PageLayout) -> PageLayout:
+        """The layout of what it gives.
+
+        Raises:
+            CodecError: if it cannot take such a page.
+        """
+
+    @abstractmethod
+    def encode(self, page: Tensor) -> Tensor:
+        """Make the other page."""
+
+    @abstractmethod
+    def decode(self, page: Tensor, layout: PageLayout) -> Tensor:
+        """Make a page of the first layout again."""
+
+
+class PageToBytes(CodecPart):
+    """Writes a page down. A chain has exactly one."""
+
+    @abstractmethod
+    def max_bytes(self, layout: PageLayout) -> int:
+        """Length of the longest result.
+
+        Raises:
+            CodecError: if it cannot take such a page.
+        """
+
+    @abstractmethod
+    def encode(self, page: Tensor) -> np.ndarray:
+        """Write a contiguous page in host memory. Shape: -> `[bytes]` uint8."""
+
+    @abstractmethod
+    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+        """Read it back.
+
+        Raises:
+            CodecError: if `encode` cannot have made these bytes.
+        """
+
+
+class BytesToBytes(CodecPart):
+    """Makes bytes fewer. Always lossless."""
+
+    lossless = True
+
+    @abstractmethod
+    def max_bytes(self, length: int) -> int:
+        """Length of the longest result for so many bytes."""
+
+    @abstractmethod
+    def encode(self, data: np.ndarray) -> np.ndarray:
+        """Make them fewer."""
+
+    @abstractmethod
+    def decode(self, data: np.ndarray, max_bytes: int) -> np.ndarray:
+        """Make them what they were, at most `max_bytes`: damaged bytes cannot ask for more memory.
+
+        Raises:
+            CodecError: if `encode` cannot have made these bytes.
+        """
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A chain: pages to pages, one page to bytes, bytes to bytes."""
+
+    pages: tuple[PageToPage, ...]
+    writer: PageToBytes
+    packers: tuple[BytesToBytes, ...]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, (*self.pages, self.writer, *self.packers)))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every bit of a page comes back."""
+        return all(part.lossless for part in (*self.pages, self.writer, *self.packers))
+
+    def _layouts(self, layout: PageLayout) -> list[PageLayout]:
+        layouts = [layout]
+        for part in self.pages:
+            layouts.append(part.layout(layouts[-1]))
+        return layouts
+
+    def _limits(self, layout: PageLayout) -> list[int]:
+        limits = [self.writer.max_bytes(self._layouts(layout)[-1])]
+        for part in self.packers:
+            limits.append(part.max_bytes(limits[-1]))
+        return limits
+
+    def max_bytes(self, layout: PageLayout) -> int:
+        """Length of the longest result: what a tier's slots must hold.
+
+        Raises:
+            CodecError: if the chain cannot take such a page.
+        """
+        return self._limits(layout)[-1]
+
+    def encode(self, page: Tensor) -> np.ndarray:
+        """Write a page down. Shape: -> `[bytes]` uint8.
+
+        Raises:
+            CodecError: if the chain cannot take it.
+        """
+        self.max_bytes(PageLayout.of(page))
+        page = page.detach().cpu()
+        for part in self.pages:
+            page = part.encode(page)
+        data = self.writer.encode(page.contiguous())
+        for part in self.packers:
+            data = part.encode(data)
+        return data
+
+    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+        """Read a page of this layout back, exactly if `lossless`.
+
+        Raises:
+            CodecError: if `encode` cannot have made these bytes of such a page.
+        """
+        layouts, limits = self._layouts(layout), self._limits(layout)
+        for part, limit in zip(self.packers[::-1], limits[-2::-1], strict=True):
+            data = part.decode(data, limit)
+        page = self.writer.decode(data, layouts[-1])
+        for part, before in zip(self.pages[::-1], layouts[-2::-1], strict=True):
+            page = part.decode(page, before)
+        return page
+
+
+def bits_per_element(num_bytes: int, layout: PageLayout) -> float:
+    """What an element really takes, scales and headers included."""
+    return 8 * num_bytes / layout.numel
+
+
+def need_length(data: np.ndarray, length: int, name: str) -> None:
+    """Raise unless the bytes are as many as they must be.
+
+    Raises:
+        CodecError: saying how many they are.
+    """
+    if data.size != length:
+        raise CodecError(
+            f"{name}: {data.size} bytes where a page takes {length}; damaged, or another layout"
+        )
+
+
+def tensor_bytes(page: Tensor) -> np.ndarray:
+    """See a contiguous tensor as bytes. Shape: `[...]` -> `[bytes]` uint8."""
+    return page.reshape(-1).view(torch.uint8).numpy()
+
+
+def bytes_tensor(data: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Copy bytes into a new flat tensor. Shape: `[bytes]` -> `[elements]`."""
+    return torch.from_numpy(np.array(data, np.uint8)).view(dtype)
