@@ -19,9 +19,9 @@ from ..plan import Plan
 from .anchors import Anchor, unique
 from .candidates import one
 from .catalogue import hardware
+from .columns import Array
 from .efficiency import Efficiency, fitted
 from .reading import decoder
-from .roofline import Array
 from .step_time import Machine, decode_step, prefill
 
 GRID: dict[str, tuple[float, ...]] = {

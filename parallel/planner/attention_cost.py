@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .roofline import Array, as_array
+from .columns import Array, as_array
 from .shapes import Attention, Decoder
 
 STATE_BYTES = 4.0  # a linear layer's state is kept in fp32

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from .candidates import Candidates, crossed
+from .columns import Array, as_array
 from .goals import Goal
 from .memory import HEAD_BYTES, attention_weights, request_bytes
 from .points import Points
 from .precision import element_bytes
-from .roofline import Array, as_array
 from .search import BATCHES
 from .shapes import Decoder, LayerKind
 from .step_time import CAUSES, Machine, Split, attention_half, routed_half

@@ -16,7 +16,7 @@ from ..axes import Helix, Pipeline, Ring, Tensor
 from ..legality import divisors
 from ..plan import Plan
 from ..shape import ModelShape
-from .roofline import Array, as_array
+from .columns import Array, as_array
 from .shapes import Decoder
 
 COLUMNS = ("tp", "kvp", "cp", "dp", "pp", "ep", "etp")  # of a row of `grids`

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .columns import Array, as_array
 from .efficiency import Efficiency
 from .hardware import Hardware
-from .roofline import Array, as_array
 
 LSE_BYTES = 4.0
 

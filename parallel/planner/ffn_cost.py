@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .roofline import Array, as_array
+from .columns import Array, as_array
 from .shapes import Ffn
 
 Coverage = Callable[
@@ -122,8 +122,3 @@ def zero_expert_capacity(
 def zero_expert_time(ratio: float) -> float:
     """Return measured time relative to plain MoE: ``0.22 + 0.96 ratio``; a fifth does not shrink."""
     return 0.22 + 0.96 * ratio
-
-
-def latent_saving(hidden: int, latent: int) -> float:
-    """Return by how much LatentMoE (arXiv 2601.18089) divides dispatch and expert bytes: ``d / l``."""
-    return hidden / latent

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .roofline import Array, as_array
+from .columns import Array, as_array
 
 
 def kv_read_seconds(

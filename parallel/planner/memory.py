@@ -8,7 +8,7 @@ import numpy as np
 
 from .attention_cost import kv_bytes_on_rank
 from .candidates import Candidates
-from .roofline import Array, as_array
+from .columns import Array, as_array
 from .shapes import Attention, Decoder, Ffn
 
 HEAD_BYTES = 2.0  # embedding and head stay in 16 bits in every published recipe

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .candidates import Candidates
-from .roofline import Array
+from .columns import Array
 from .step_time import CAUSES
 
 Index = NDArray[np.intp]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import PlanError
-from .roofline import Array
+from .columns import Array
 
 
 @dataclass(frozen=True, slots=True)

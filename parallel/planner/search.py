@@ -10,13 +10,13 @@ import numpy as np
 from ..errors import PlanError
 from . import candidates as enumeration
 from .candidates import Candidates
+from .columns import Array, as_array
 from .efficiency import Efficiency, fitted
 from .goals import Goal
 from .hardware import Hardware
 from .memory import rank_bytes
 from .points import Index, Points, frontier
 from .precision import element_bytes
-from .roofline import Array, as_array
 from .serving import accepted_tokens
 from .shapes import Decoder
 from .step_time import CAUSES, Machine, Split, decode_step, prefill

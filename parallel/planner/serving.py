@@ -1,4 +1,4 @@
-"""Serving arithmetic: speculation, chunked and layered prefill, aggregated steps, rate matching, transfers."""
+"""Serving arithmetic: speculation, chunked and layered prefill, rate matching, transfers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ def accepted_tokens(draft: int, acceptance: float) -> float:
 def speculation_gain(tokens_per_step: float, step_ratio: float) -> float:
     """Return the speed-up of speculation: tokens per step over how much longer a step is."""
     return tokens_per_step / step_ratio
-
-
-def aggregated_tpot(decode_step: float, prefill: float, batch: float, output_tokens: int) -> float:
-    """Return ``t_d + (B / OSL) t_prefill``: in the fluid limit each step admits B/OSL prompts."""
-    return decode_step + batch / output_tokens * prefill
 
 
 def decodes_per_chunk(prompt: int, generated: int, chunk: int) -> float:

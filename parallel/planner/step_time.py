@@ -14,6 +14,7 @@ import numpy as np
 
 from .attention_cost import decode_flops, kv_bytes_on_rank, prefill_flops
 from .candidates import Candidates
+from .columns import Array, as_array
 from .communication import Network, all_gather_bytes, helix_bytes
 from .efficiency import Efficiency, Kernel
 from .ffn_cost import Coverage, dispatch_payload, expert_bytes, expert_flops, uniform, zipf
@@ -21,7 +22,6 @@ from .hardware import Hardware
 from .helix_roofline import overlapped
 from .memory import HEAD_BYTES, attention_weights, cut_qkv
 from .precision import element_bytes
-from .roofline import Array, as_array
 from .shapes import Attention, Decoder, Ffn, LayerKind
 
 CAUSES = ("weights", "kv", "compute", "communication", "floor")
