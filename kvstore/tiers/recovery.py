@@ -105,6 +105,9 @@ def open_to_write(
         undo.callback(slabs.close)
         opened = _restore(folder, index, slabs, order)
         catalog = opened.catalog
+        if opened.scanned:  # a scan also finds pages that a killed writer had not synced yet
+            for number in slabs.numbers:
+                slabs.sync(number)
         if not index.whole or opened.dropped or index.is_long(len(catalog.slots)):
             index.rewrite(geometry, catalog.durable())
         else:
