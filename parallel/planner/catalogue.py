@@ -53,10 +53,11 @@ def _price(dollars: float) -> dict[str, Figure]:
     return {"price": Figure(dollars, "USD/h", STEP3)}
 
 
-@cache
-def catalogue() -> dict[str, Hardware]:
-    """Return every part by its short name."""
-    rows: dict[str, tuple[str, dict[str, Any]]] = {
+Rows = dict[str, tuple[str, dict[str, Any]]]
+
+
+def _nvidia() -> Rows:
+    return {
         "a100": ("A100 SXM 80G", {
             **_chip(80, 2.039, 312, 624, 0, AIC),
             **_links(300e9, 8, 8e-6, 25e9, AIC, GRAPH, 32e9, f"{AIC}, PCIe 4"),
@@ -107,6 +108,11 @@ def catalogue() -> dict[str, Hardware]:
                      f"{SHEET}: NVLink-C2C 450 GB/s per two-GPU superchip (aiconfigurator: 64)"),
             "like": "gb200",
         }),
+    }  # fmt: skip
+
+
+def _others() -> Rows:
+    return {
         "mi300x": ("MI300X", {
             **_chip(192, 5.3, 1307, 2615, 0, INFX),
             **_links(448e9, 8, 8e-6, 50e9, INFX, f"{ASSUMED}, as A100", 64e9, SHEET),
@@ -135,6 +141,12 @@ def catalogue() -> dict[str, Hardware]:
             **_price(0.67), "like": "a100",
         }),
     }  # fmt: skip
+
+
+@cache
+def catalogue() -> dict[str, Hardware]:
+    """Return every part by its short name."""
+    rows = {**_nvidia(), **_others()}
     return {name: Hardware(name=name, title=title, **row) for name, (title, row) in rows.items()}
 
 

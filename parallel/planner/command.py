@@ -8,70 +8,40 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Option, Argument = typer.Option, typer.Argument
+Model = Annotated[str, Argument(help="A config.json, its directory, or a name we ship (--list).")]
+Part = Annotated[str, Option(help="For example gb200, h100 (--list), or a calibrated file.json.")]
+Gpus = Annotated[int, Option(help="How many there are.")]
+Context = Annotated[str, Option(help="Cached tokens of each request: 4096, 128k, 1M.")]
+Ttl = Annotated[str, Option(help="Most time from token to token: 20ms. None: most throughput.")]
+Prompt = Annotated[str, Option(help="New tokens of each request, computed here too: 8k.")]
+Output = Annotated[int, Option(help="Tokens each request generates, with --prompt.")]
+Ftl = Annotated[str, Option(help="Most time to the first token, unloaded, with --prompt: 2s.")]
+Weights = Annotated[str, Option(help="Precisions to choose from: fp8,nvfp4. Default: 8 bits.")]
+Kv = Annotated[str, Option(help="Precisions of the cache to choose from: bf16,fp8,mxfp4.")]
+Draft = Annotated[int, Option(help="Most tokens drafted per step.")]
+Acceptance = Annotated[float, Option(help="Chance that a drafted token is accepted.")]
+Only = Annotated[str, Option("--plan", help='Price this plan alone, e.g. "kvp8 tp8".')]
+Batch = Annotated[int, Option(help="Requests per dp rank, with --plan.")]
+NoHelix = Annotated[bool, Option("--no-helix", help="Leave kvp out of the search.")]
+Apart = Annotated[bool, Option("--split", help="Also attention and experts on ranks of their own.")]
+Top = Annotated[int, Option(help="Rows of the table.")]
+Pareto = Annotated[str, Option(help="Draw interactivity against throughput: a PNG or SVG.")]
+Layers = Annotated[str, Option(help="Draw time per layer against context: a PNG or SVG.")]
+Names = Annotated[bool, Option("--list", help="Name the models and the hardware we ship.")]
+Calibrate = Annotated[
+    str, Option(metavar="FILE.json", help="Measure this machine into a file for --hardware.")
+]
+Json = Annotated[bool, Option("--json", help="Print JSON for a program to read.")]
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="A config.json, its directory, or a name we ship (see --list).")
-    ] = "",
-    hardware: Annotated[
-        str, typer.Option(help="For example gb200, h100 (see --list), or a calibrated file.json.")
-    ] = "h100",
-    gpus: Annotated[int, typer.Option(help="How many there are.")] = 8,
-    context: Annotated[
-        str, typer.Option(help="Cached tokens of each request: 4096, 128k, 1M.")
-    ] = "8k",
-    ttl: Annotated[
-        str, typer.Option(help="Most time from token to token: 20ms. None: the most throughput.")
-    ] = "",
-    prompt: Annotated[
-        str, typer.Option(help="New tokens of each request, computed here too: 8k.")
-    ] = "0",
-    output: Annotated[
-        int, typer.Option(help="Tokens each request generates, with --prompt.")
-    ] = 1024,
-    ftl: Annotated[
-        str, typer.Option(help="Most time to the first token, unloaded, with --prompt: 2s.")
-    ] = "",
-    weights: Annotated[
-        str, typer.Option(help="Precisions to choose from: fp8,nvfp4. Default: 8 bits.")
-    ] = "",
-    kv: Annotated[
-        str, typer.Option(help="Precisions of the cache to choose from: bf16,fp8,mxfp4.")
-    ] = "bf16",
-    draft: Annotated[int, typer.Option(help="Most tokens drafted per step.")] = 0,
-    acceptance: Annotated[
-        float, typer.Option(help="Chance that a drafted token is accepted.")
-    ] = 0.7,
-    only: Annotated[
-        str, typer.Option("--plan", help='Price this plan alone, e.g. "kvp8 tp8".')
-    ] = "",
-    batch: Annotated[int, typer.Option(help="Requests per dp rank, with --plan.")] = 1,
-    no_helix: Annotated[
-        bool, typer.Option("--no-helix", help="Leave kvp out of the search.")
-    ] = False,
-    split: Annotated[
-        bool, typer.Option("--split", help="Also attention and experts on ranks of their own.")
-    ] = False,
-    top: Annotated[int, typer.Option(help="Rows of the table.")] = 10,
-    pareto: Annotated[
-        str, typer.Option(help="Draw interactivity against throughput into this PNG or SVG.")
-    ] = "",
-    layers: Annotated[
-        str, typer.Option(help="Draw time per layer against context into this PNG or SVG.")
-    ] = "",
-    list_names: Annotated[
-        bool, typer.Option("--list", help="Name the models and the hardware we ship.")
-    ] = False,
-    calibrate: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE.json", help="Measure this machine into a file that --hardware reads."
-        ),
-    ] = "",
-    as_json: Json = False,
-) -> None:
+    model: Model = "", hardware: Part = "h100", gpus: Gpus = 8, context: Context = "8k", ttl: Ttl = "",
+    prompt: Prompt = "0", output: Output = 1024, ftl: Ftl = "", weights: Weights = "", kv: Kv = "bf16",
+    draft: Draft = 0, acceptance: Acceptance = 0.7, only: Only = "", batch: Batch = 1,
+    no_helix: NoHelix = False, split: Apart = False, top: Top = 10, pareto: Pareto = "",
+    layers: Layers = "", list_names: Names = False, calibrate: Calibrate = "", as_json: Json = False,
+) -> None:  # fmt: skip
     """Find the best plans of MODEL on some hardware for a latency goal; nothing is launched."""
     from ..errors import PlanError
 
@@ -81,7 +51,7 @@ def plan(
     if list_names or not model:
         _list()
         return
-    wishes = {
+    words = {
         "ttl": ttl,
         "ftl": ftl,
         "context": context,
@@ -94,17 +64,8 @@ def plan(
         "split": split,
     }  # fmt: skip
     try:
-        _answer(
-            model,
-            hardware,
-            _goal(hardware, wishes, numbers),
-            only,
-            batch,
-            top,
-            pareto,
-            layers,
-            as_json,
-        )
+        goal = _goal(hardware, words, numbers)
+        _answer(model, hardware, goal, only, batch, top, pareto, layers, as_json)
     except PlanError as error:
         typer.echo(f"Refused: {error}", err=True)
         raise typer.Exit(2) from None
@@ -131,21 +92,21 @@ def _list() -> None:
     )
 
 
-def _goal(hardware: str, wishes: dict[str, str], numbers: dict[str, Any]) -> Any:
+def _goal(hardware: str, words: dict[str, str], numbers: dict[str, Any]) -> Any:
     from ..explain.run import token_count
     from .catalogue import hardware as part_named
     from .goals import Goal, seconds_of
 
     part = part_named(hardware)
-    weights = wishes["weights"] or ("fp8" if part.fp8 else "bf16")
-    prompt, context = token_count(wishes["prompt"]), token_count(wishes["context"])
+    weights = words["weights"] or ("fp8" if part.fp8 else "bf16")
+    prompt, context = token_count(words["prompt"]), token_count(words["context"])
     return Goal(
         context=max(context, prompt),
         prompt=prompt,
-        ttl=seconds_of(wishes["ttl"]) if wishes["ttl"] else None,
-        ftl=seconds_of(wishes["ftl"]) if wishes["ftl"] else None,
+        ttl=seconds_of(words["ttl"]) if words["ttl"] else None,
+        ftl=seconds_of(words["ftl"]) if words["ftl"] else None,
         weights=tuple(weights.split(",")),
-        kv=tuple(wishes["kv"].split(",")),
+        kv=tuple(words["kv"].split(",")),
         **numbers,
     )
 
