@@ -28,7 +28,7 @@ from .scratch import Room, Scratch
 from .wire import Wire, memory, span
 
 # Up to this many gathered bytes everyone sends all to all and reduces alone: one step.
-ONE_SHOT_BYTES = 256 * 1024
+ONE_SHOT_BYTES = 512 * 1024
 SEGMENT_BYTES = 1 << 20  # of what is folded at once
 
 Run = tuple[int, int]  # address and bytes
@@ -80,7 +80,7 @@ def meet(comm: MPI.Intracomm, ranks: Sequence[int], name: str) -> Steps:
 
 def complete(requests: Requests) -> bool:
     """Test requests, dropping those that are complete; say whether all are."""
-    if type(requests) is not list:
+    if isinstance(requests, MPI.Request):
         return requests.Test()
     while requests and requests[-1].Test():
         requests.pop()

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 IDLE_S = 0.1  # between looks at the roll call when nothing is under way
 NAP_S = 100e-6
-WARM_NAPS = (
-    200  # naps after the last operation before the thread sleeps: a busy program need not wake it
-)
+# After the last operation the thread naps on for a while before it sleeps: a busy program need not wake it each time.
+WARM_NAP_S = 2e-3
+WARM_NAPS = 20
 FAREWELL_S = 2.0
 
 
@@ -84,7 +84,7 @@ class Engine:
                     self._work.wait(IDLE_S)
             self._round()
             warm = WARM_NAPS if self._under_way else max(0, warm - 1)
-            time.sleep(NAP_S)
+            time.sleep(NAP_S if self._under_way else WARM_NAP_S)
 
     def _round(self) -> None:
         now = time.monotonic()

@@ -6,6 +6,7 @@ The pages of fresh memory cost more than the messages themselves, up to some MB.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -42,24 +43,27 @@ class Scratch:
     def __init__(self) -> None:
         self._free: dict[Key, Room] = {}
         self._bytes = 0
+        self._lock = Lock()
 
     def take(self, ranks: int, like: Tensor) -> Room:
         """Get room for tensors like this one from so many ranks."""
         key = (ranks, like.shape, like.dtype, like.device)
-        room = self._free.pop(key, None)
-        if room is None:
-            return _build(key)
-        self._bytes -= room.n_bytes
-        return room
+        with self._lock:
+            room = self._free.pop(key, None)
+            if room is not None:
+                self._bytes -= room.n_bytes
+                return room
+        return _build(key)
 
     def give_back(self, room: Room) -> None:
         """Keep a room for the next call."""
-        if self._bytes + room.n_bytes > KEPT_BYTES:
-            self._free.clear()
-            self._bytes = 0
-        if room.n_bytes <= KEPT_BYTES and room.key not in self._free:
-            self._free[room.key] = room
-            self._bytes += room.n_bytes
+        with self._lock:
+            if self._bytes + room.n_bytes > KEPT_BYTES:
+                self._free.clear()
+                self._bytes = 0
+            if room.n_bytes <= KEPT_BYTES and room.key not in self._free:
+                self._free[room.key] = room
+                self._bytes += room.n_bytes
 
 
 def _build(key: Key) -> Room:
