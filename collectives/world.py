@@ -20,6 +20,9 @@ from .errors import BackendUnavailable, LaunchError
 from .launch import Launch
 from .rendezvous import meet
 
+CHOSEN = "chosen by the caller"
+"""How the description of a default group begins whose backend somebody asked for."""
+
 _visits = (
     itertools.count()
 )  # a world may be closed and opened again; its keys in a shared store must differ
@@ -67,8 +70,8 @@ def init(
     A second call returns the same world. A process group that the caller has started already is taken as it is.
 
     Args:
-        backend: "nccl", "gloo", or any backend registered with torch.distributed; None takes nccl
-            where CUDA is, else gloo.
+        backend: "nccl", "gloo", "shm", or any backend registered with torch.distributed; None takes nccl
+            where CUDA is, else gloo, and gives the groups of a plan shared memory where their ranks are on one host.
         timeout_s: how long to wait for ranks that have not come, and later for a collective.
         environ: read in place of the process environment.
 
@@ -107,6 +110,8 @@ def init(
         world_size=launch.world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+    if backend is not None and dist.group.WORLD is not None:
+        dist.group.WORLD._set_group_desc(f"{CHOSEN}: {backend}")
     atexit.register(_close_at_exit)
     return World(
         rank=launch.rank,
@@ -168,6 +173,10 @@ def _choose_backend(asked: str | None) -> str:
         raise BackendUnavailable(
             "backend 'mpi' comes in a later version of plait; under mpirun use plait.init('gloo')"
         )
+    if asked == "shm":
+        from .shm import register  # its kernels take a while to import
+
+        register()
     if not dist.is_backend_available(asked):
         there = [name for name in dist.Backend.backend_list if dist.is_backend_available(name)]
         raise BackendUnavailable(

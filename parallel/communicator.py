@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -24,6 +25,9 @@ from torch._C._distributed_c10d import (
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..collectives.errors import BackendUnavailable
+from ..collectives.shm import register as register_shm
+from ..collectives.world import CHOSEN
 from .errors import PlanError
 
 
@@ -54,21 +58,36 @@ class Communicators(Protocol):
 
 
 class TorchCommunicators:
-    """Real communicators, by ``torch.distributed.new_group`` of the default backend."""
+    """Real communicators, by ``torch.distributed.new_group``.
+
+    Over shared memory where the world is gloo by default and all members are on one host; else of its backend.
+    """
+
+    def __init__(self) -> None:
+        self._shares_memory = may_share_memory()
 
     def make(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """Make a communicator.
 
-        Collective: the members only, in one order. No data; gloo connects its members here, NCCL
+        Collective: the members only, in one order. No data; gloo and shm connect their members here, NCCL
         at the first collective.
         """
+        if self._shares_memory:
+            register_shm()
+            with suppress(BackendUnavailable):  # several hosts; every member is told the same
+                return self._new(ranks, "shm")
+        return self._new(ranks, None)
+
+    def _new(self, ranks: tuple[int, ...], backend: str | None) -> dist.ProcessGroup:
         ordered: dict[str, Any] = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
         if ordered and "sort_ranks" not in inspect.signature(dist.new_group).parameters:
             asked = f"a communicator of ranks in the order {list(ranks)}"
             why = f"cannot be made by torch {torch.__version__}"
             raise PlanError(asked, why, "use torch>=2.13, or a plan with tp=1 or kvp=1")
         with _named(_fresh_name(ranks)):
-            group = dist.new_group(list(ranks), use_local_synchronization=True, **ordered)
+            group = dist.new_group(
+                list(ranks), backend=backend, use_local_synchronization=True, **ordered
+            )
         assert isinstance(group, dist.ProcessGroup), "called by a rank that is no member"
         return group
 
@@ -77,7 +96,7 @@ class TorchCommunicators:
             dist.destroy_process_group(group)
 
     def whole(self) -> dist.ProcessGroup | None:
-        return dist.group.WORLD
+        return None if self._shares_memory else dist.group.WORLD
 
     def mesh(
         self,
@@ -87,6 +106,20 @@ class TorchCommunicators:
         device: str,
     ) -> DeviceMesh:
         return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=names)
+
+
+def may_share_memory() -> bool:
+    """Say whether groups of this world should be over shared memory: gloo was nobody's choice, and torch has no other.
+
+    ``plait.init("gloo")`` chooses it; see `World`.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    return (
+        sys.platform == "linux"
+        and dist.get_backend() == "gloo"
+        and not world.group_desc.startswith(CHOSEN)
+    )
 
 
 def _fresh_name(ranks: tuple[int, ...]) -> str:

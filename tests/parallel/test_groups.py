@@ -1,4 +1,4 @@
-"""Communicators of a folding: real worlds over gloo, a world of one, and fake worlds."""
+"""Communicators of a folding: real worlds over gloo and shared memory, a world of one, and fake worlds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from plait.collectives.world import CHOSEN
 from plait.parallel.errors import PlanError
 from plait.parallel.folding import Folding
 from plait.parallel.groups import Groups
@@ -27,8 +28,15 @@ def fold(text: str) -> Folding:
 # --- real worlds -----------------------------------------------------------------------------
 
 
-def sums_over_every_axis(text: str) -> tuple[int, dict[str, str]]:
+def choose_gloo() -> None:
+    """Say what ``plait.init("gloo")`` says: groups are gloo's, not of the best kind there is."""
+    dist.group.WORLD._set_group_desc(CHOSEN)
+
+
+def sums_over_every_axis(text: str, backend: str) -> tuple[int, dict[str, str]]:
     """Each rank adds its own bit: the sum over a group names exactly the ranks in it."""
+    if backend == "gloo":
+        choose_gloo()
     folding, names = fold(text), {}
     with Groups.create(folding) as groups:
         assert groups.count == 0
@@ -38,13 +46,17 @@ def sums_over_every_axis(text: str) -> tuple[int, dict[str, str]]:
             if group is None:
                 assert groups.ranks(axis) == (groups.rank,)
             else:
+                assert dist.get_backend(group) == backend
                 dist.all_reduce(bits, group=group)
                 assert dist.get_process_group_ranks(group) == list(groups.ranks(axis))
                 assert groups.group(axis) is group
             assert bits.item() == sum(2**r for r in folding.group(groups.rank, axis)), axis
             names[axis] = groups.axis_of(group)
-        assert groups.group("world") is (dist.group.WORLD if folding.size > 1 else None)
-        distinct = {groups.ranks(a) for a in AXES if 1 < len(groups.ranks(a)) < folding.size}
+        assert (groups.group("world") is dist.group.WORLD) == (backend == "gloo")
+        most = (
+            folding.size if backend == "gloo" else folding.size + 1
+        )  # gloo's world is there already
+        distinct = {groups.ranks(a) for a in AXES if 1 < len(groups.ranks(a)) < most}
         assert groups.count == len(distinct)
         return groups.count, names
 
@@ -53,9 +65,10 @@ def sums_over_every_axis(text: str) -> tuple[int, dict[str, str]]:
     ("text", "ranks", "count"),
     [("kvp2 tp2 ep2 etp2", 4, 2), ("tp2 dp2 ep4", 4, 2), ("kvp3 tp2", 6, 2), ("tp3", 3, 0)],
 )
-def test_groups_join_the_right_ranks(text: str, ranks: int, count: int) -> None:
-    counts, names = zip(*run_world(sums_over_every_axis, ranks, text), strict=True)
-    assert set(counts) == {count}
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
+def test_groups_join_the_right_ranks(text: str, ranks: int, count: int, backend: str) -> None:
+    counts, names = zip(*run_world(sums_over_every_axis, ranks, text, backend), strict=True)
+    assert set(counts) == {count if backend == "gloo" else count + 1}
     assert names[0]["tp"] == "tp"
     assert names[0]["dp"] in ("dp", "self")
     if text.startswith("kvp2"):
@@ -93,7 +106,7 @@ def meshes_over_groups(text: str) -> int:
 
 
 def test_device_meshes_make_no_communicators() -> None:
-    assert run_world(meshes_over_groups, 4, "kvp2 tp2") == [2] * 4
+    assert run_world(meshes_over_groups, 4, "kvp2 tp2") == [3] * 4
 
 
 def closed_and_made_again() -> None:
