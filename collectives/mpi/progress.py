@@ -166,11 +166,11 @@ class Engine:
             MPI.COMM_WORLD.Abort(1)
 
     def _farewell(self) -> bool:
-        """Meet everyone once more; a late rank may have caught up, then MPI ends as usual."""
+        """Give the others time to raise and to come; if all do, a late one included, MPI ends as usual."""
         with contextlib.suppress(MPI.Exception):
             request, end = self.world.Ibarrier(), time.monotonic() + FAREWELL_S
             while not request.Test():
-                if time.monotonic() > end or self.rollcall.left:
+                if time.monotonic() > end:
                     return False
                 self.rollcall.attend()
                 time.sleep(0.01)
