@@ -1,0 +1,183 @@
+"""The disk tier against a raw O_DIRECT loop over one preallocated file: store and cold load.
+
+    python benchmarks/kv_disk.py DIR [--page 2MiB] [--bytes 256MiB] [--rounds 7] [--threads 4]
+
+Every contender moves the same bytes from the same aligned memory with the same number of threads, in interleaved
+rounds; all reads and writes go past the page cache, so every load is cold. "raw" has no checksum, no header, no
+index; "raw, synced" adds one fdatasync a group. plait checksums every page, syncs slab and index after every
+group, and overwrites the pages of the round before. Prints GB/s (min / median / max), the ratio to raw in the
+same round (median), and CPU seconds a GB. "file per page" writes a temporary file and renames it, unsynced, as
+the file tiers of serving engines do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+sys.path.insert(0, str(Path(__file__).parent))
+from contest import heading
+
+from plait.kvstore.spec import parse_bytes
+from plait.kvstore.tiers import DiskTier
+from plait.kvstore.tiers.memory import aligned_region
+from plait.kvstore.tiers.moves import Moves
+
+GROUP_BYTES = 32 << 20  # what is synced together
+
+
+class Raw:
+    """The floor: one file, a thread pool, preadv and pwritev."""
+
+    def __init__(self, folder: Path, pages: np.ndarray, pool: ThreadPoolExecutor) -> None:
+        self.pages, self.pool, self.size = pages, pool, pages.shape[1]
+        self.group = max(1, GROUP_BYTES // self.size)
+        self.file = os.open(folder / "raw", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        os.posix_fallocate(self.file, 0, pages.size)
+        self.folder = folder
+
+    def write(self, synced: bool = False) -> None:
+        """Store all pages."""
+        for begin in range(0, len(self.pages), self.group if synced else len(self.pages)):
+            part = (
+                range(begin, min(begin + self.group, len(self.pages)))
+                if synced
+                else range(len(self.pages))
+            )
+            list(
+                self.pool.map(lambda i: os.pwritev(self.file, [self.pages[i]], i * self.size), part)
+            )
+            if synced:
+                os.fdatasync(self.file)
+
+    def read(self, out: np.ndarray) -> None:
+        """Load all pages."""
+        list(
+            self.pool.map(lambda i: os.preadv(self.file, [out[i]], i * self.size), range(len(out)))
+        )
+
+    def files(self) -> None:
+        """Store a file a page, as serving engines do."""
+
+        def one(i: int) -> None:
+            path = self.folder / f"page-{i}"
+            new = path.with_suffix(".tmp")
+            file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o600)
+            os.write(file, self.pages[i])
+            os.close(file)
+            new.rename(path)
+
+        list(self.pool.map(one, range(len(self.pages))))
+
+
+class Ours:
+    """The disk tier behind Moves; every round has keys of its own."""
+
+    def __init__(self, folder: Path, pages: np.ndarray, threads: int) -> None:
+        self.pages, self.group = pages, max(1, GROUP_BYTES // pages.shape[1])
+        room = (len(pages) + 1) * (pages.shape[1] + 4096)
+        self.tier = DiskTier(folder / "plait", page_bytes=pages.shape[1], max_bytes=room)
+        self.moves = Moves(self.tier, threads)
+        self.round = 0
+
+    def keys(self) -> list[bytes]:
+        return [b"%d/%d" % (self.round, i) for i in range(len(self.pages))]
+
+    def write(self) -> None:
+        """Store all pages, durably."""
+        self.round += 1
+        keys = self.keys()
+        every = range(0, len(keys), self.group)
+        moves = [
+            self.moves.store(keys[i : i + self.group], self.pages[i : i + self.group])
+            for i in every
+        ]
+        assert all(move.wait() and all(move.held) for move in moves)
+
+    def read(self, out: np.ndarray) -> None:
+        """Load all pages, checked."""
+        move = self.moves.load(self.keys(), list(out))
+        assert move.wait()
+        assert all(move.held)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--page", default="2MiB")
+    parser.add_argument("--bytes", default="256MiB")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=4)
+    args = parser.parse_args()
+    size = parse_bytes(args.page)
+    count = parse_bytes(args.bytes) // size
+    pages, out = aligned_region(count, size), aligned_region(count, size)
+    pages[:] = np.random.default_rng(0).integers(0, 256, pages.shape, dtype=np.uint8)
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        with ThreadPoolExecutor(args.threads) as pool:
+            raw, ours = Raw(folder, pages, pool), Ours(folder, pages, args.threads)
+            calls: dict[str, Callable[[], None]] = {
+                "store raw": raw.write,
+                "store raw, synced": lambda: raw.write(synced=True),
+                "store plait": ours.write,
+                "store file per page": raw.files,
+                "load raw": lambda: raw.read(out),
+                "load plait": lambda: ours.read(out),
+            }
+            print(
+                heading("xxhash"), f"; {count} pages of {args.page}, {args.threads} threads", sep=""
+            )
+            print(f"O_DIRECT {ours.tier.folder.direct}; xxhash {xxhash.VERSION}")
+            compare(calls, pages, out, args.rounds)
+            ours.moves.close()
+            ours.tier.close()
+    finally:
+        shutil.rmtree(folder)
+
+
+def compare(
+    calls: dict[str, Callable[[], None]], pages: np.ndarray, out: np.ndarray, rounds: int
+) -> None:
+    """Time the calls in turn and print them."""
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(
+        rounds + 2
+    ):  # two to warm up: the first write of a slab also converts its extents
+        for name, call in calls.items():
+            if name.startswith("load"):
+                out[:, ::4096] = 0
+            begin, busy = time.perf_counter(), time.process_time()
+            call()
+            took, used = time.perf_counter() - begin, time.process_time() - busy
+            if name.startswith("load"):
+                assert np.array_equal(out, pages), f"{name} is wrong"
+            if number >= 2:
+                wall[name].append(took)
+                cpu[name].append(used)
+    print(f"{'':22}{'GB/s min / median / max':>26}{'of raw':>9}{'CPU s/GB':>10}")
+    for name, seconds in wall.items():
+        base = wall[f"{name.split()[0]} raw"]
+        ratio = statistics.median(b / a for a, b in zip(seconds, base, strict=True))
+        gb = pages.size / 1e9
+        speeds = sorted(gb / took for took in seconds)
+        spread = f"{speeds[0]:.2f} / {statistics.median(speeds):.2f} / {speeds[-1]:.2f}"
+        print(f"{name:22}{spread:>26}{ratio:>9.2f}{statistics.median(cpu[name]) / gb:>10.2f}")
+
+
+if __name__ == "__main__":
+    main()
