@@ -118,3 +118,10 @@ def merged_dims(x: Tensor) -> tuple[list[int], list[int]]:
 def views_of(tensors: list[Tensor]) -> Any:
     """Describe several tensors of one dtype, a row for each."""
     return np.stack([view_of(x) for x in tensors])
+
+
+def real_of(x: Tensor, op: Any) -> Tensor:
+    """See a complex tensor as pairs of numbers, which can be added."""
+    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        raise ValueError(f"shm: {op} has no meaning for {x.dtype}; complex tensors can be summed")
+    return torch.view_as_real(x)

@@ -72,3 +72,5 @@ def pull(ring, view, cursor, count, patience):
         if cursor[0] >= count:
             return DONE
     return WAITING
+
+# inlines memory.py 0b09dfcb

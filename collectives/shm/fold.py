@@ -139,3 +139,5 @@ def _bits(like: Any, wide: Any) -> Any:
 
 
 _ADDRESS = np.empty(0, np.int64)
+
+# inlines memory.py 0b09dfcb

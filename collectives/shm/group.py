@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,45 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from .calls import KINDS, code_of, dense_view, describe, operator, view_of, views_of
-from .exchange import exchange
-from .fold import SCRATCH_BYTES, fold_address
+from .calls import real_of, view_of, views_of
+from .engine import Engine
 from .mailbox import Mailbox
 from .members import Members
-from .progress import Progress
-from .reductions import all_reduce, reduce_scatter
-from .segment import SLOT, STRIDE
-from .steps import (
-    CODE,
-    CONTROL,
-    COUNT,
-    DATA,
-    DONE,
-    FIRST_INPUT,
-    INPUTS,
-    LINE,
-    MISMATCH,
-    RANK,
-    SCRATCH,
-    SETS,
-    SLOT_BYTES,
-    SPINS,
-    STEP,
-    STRIDE_BYTES,
-    STUCK,
-    WORLD,
-)
-from .work import PATIENCE, Finished, Pending, Several
+from .reductions import reduce_scatter
+from .steps import STEP
+from .work import Several
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
     dist.AllreduceOptions(), AllgatherOptions(), dist.ReduceScatterOptions(), dist.AllToAllOptions()
 )  # fmt: skip
-_KIND = {name: number for number, name in enumerate(KINDS)}
-Kernel = Callable[..., int]
-
-
-class CallMismatch(RuntimeError):
-    """Ranks of a group are in different calls; the message shows both sides."""
 
 
 class ShmGroup(dist.ProcessGroup):
@@ -66,20 +37,8 @@ class ShmGroup(dist.ProcessGroup):
         super().__init__(members.rank, members.ranks)  # type: ignore[call-arg]
         self._members = members
         self._name = self._description = ""
-        self._progress = Progress(members, timeout_s)
-        self._mailbox = Mailbox(members, self._progress)
-        self._state = state = np.zeros(FIRST_INPUT + members.ranks, np.int64)
-        base = members.segment.address
-        state[[CONTROL, DATA]] = base, base + members.layout.data
-        state[[RANK, WORLD, SLOT_BYTES, STRIDE_BYTES]] = members.rank, members.ranks, SLOT, STRIDE
-        self._scratch = np.zeros(SCRATCH_BYTES, np.uint8)
-        state[[SPINS, STEP, SCRATCH]] = spins, 1, self._scratch.ctypes.data
-        state[SETS] = 1
-        state[INPUTS] = state[FIRST_INPUT:].ctypes.data
-        self._reductions: dict[Any, tuple[int, int, int]] = {}
-        self._view = dense_view(0, 1)
-        self._empty = views_of([torch.empty(0)])
-        self._finished = Finished()
+        self.engine = Engine(members, timeout_s, spins)
+        self._mailbox = Mailbox(members, self.engine.progress)
 
     # ---- who it is
 
@@ -119,133 +78,22 @@ class ShmGroup(dist.ProcessGroup):
     def __repr__(self) -> str:
         return f"ShmGroup({self._name!r}, rank {self.rank()} of {self.size()})"
 
-    # ---- what every call goes through
-
-    def _call(
-        self,
-        kernel: Kernel,
-        arguments: tuple[Any, ...],
-        code: int,
-        count: int,
-        outputs: list[Tensor],
-        wait: bool,
-        inputs: list[Tensor] | None = None,
-    ) -> dist.Work:
-        """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
-        progress = self._progress
-        with progress.lock:
-            if progress.broken is not None:
-                raise progress.broken
-            if not progress.collectives:
-                status = kernel(self._state, *arguments, code, PATIENCE if wait else 0)
-                if status == DONE:
-                    return self._finished if wait else Finished(outputs)
-            work = self._pend(kernel, arguments, code, count, outputs, inputs)
-        if not wait:
-            progress.wake()
-            return work
-        work.wait()
-        return self._finished
-
-    def _pend(
-        self,
-        kernel: Kernel,
-        arguments: Any,
-        code: int,
-        count: int,
-        outputs: list[Tensor],
-        inputs: list[Tensor] | None,
-    ) -> Pending:
-        state = self._state
-
-        def advance(patience: int) -> bool:
-            status = kernel(state, *arguments, code, patience)
-            if status == MISMATCH:
-                raise self._mismatch(code, count)
-            return status == DONE
-
-        self._view = dense_view(0, 1)  # the work keeps the one that was in use
-        work = Pending(
-            self._progress,
-            describe(code, count),
-            advance,
-            lambda: [int(state[STUCK])],
-            outputs,
-            alive=inputs,
-        )
-        return self._progress.add(self._progress.collectives, work)
-
-    def _mismatch(self, code: int, count: int) -> CallMismatch:
-        other = int(self._state[STUCK])
-        line = (2 * other + int(self._state[STEP]) % 2) * LINE // 8
-        header = self._members.segment.words[line : line + LINE // 8]
-        called = self._members.called
-        theirs = describe(int(header[CODE]), int(header[COUNT]))
-        return CallMismatch(
-            f"ranks of group {self._name!r} made different calls: rank {called(self.rank())} is in "
-            f"{describe(code, count)}, rank {called(other)} in {theirs}"
-        )
-
-    def _reduction(
-        self, kind: str, dtype: torch.dtype, op: Any, root: int = -1
-    ) -> tuple[int, int, int]:
-        """Look up, or compile once, what reduces a dtype by an operator: function, operator, code."""
-        key = (kind, dtype, op, root)
-        found = self._reductions.get(key)
-        if found is None:
-            number = operator(dtype, op)
-            code = code_of(_KIND[kind], dtype, number, root)
-            found = self._reductions[key] = fold_address(dtype, number), number, code
-        return found
-
-    def _reduce(self, x: Tensor, op: Any, root: int, kind: str, wait: bool) -> dist.Work:
-        x = real_of(x, op) if x.is_complex() else x
-        function, number, code = self._reduction(kind, x.dtype, op, root)
-        if self.size() == 1:
-            return Finished([x])
-        count = x.numel()
-        if x.is_contiguous():
-            view = self._view  # described without an allocation
-            view[0], view[2] = x.data_ptr(), x.element_size()
-        else:
-            view = view_of(x)
-        arguments = (view, function, count, number, root)
-        return self._call(all_reduce, arguments, code, count, [x], wait)
-
-    def _exchange(
-        self,
-        kind: str,
-        sends: list[Tensor],
-        sent: Any,
-        receives: list[Tensor],
-        received: Any,
-        wait: bool,
-        root: int = -1,
-        shared: bool = False,
-    ) -> dist.Work:
-        """Move elements between ranks; see `exchange` for the tables."""
-        of = (sends or receives)[0]
-        views = [views_of(x) if x else self._empty for x in (sends, receives)]
-        code = code_of(_KIND[kind], of.dtype, root=root)
-        meet = root < 0  # with a root, only those wait who receive
-        count = int(sent[self.rank(), 1] if shared else sent[:, 1].sum())
-        arguments = (views[0], sent, views[1], received, shared, meet, of.element_size())
-        return self._call(exchange, arguments, code, count, receives, wait, sends)
-
     # ---- collectives, as torch names them
 
     def allreduce(self, tensors: list[Tensor], opts: Any = _SUM) -> dist.Work:
         if len(tensors) != 1:
             return self.allreduce_coalesced(tensors, opts)
-        return self._reduce(tensors[0], opts.reduceOp, -1, "all_reduce", not opts.asyncOp)
+        return self.engine.reduce(tensors[0], opts.reduceOp, -1, "all_reduce", not opts.asyncOp)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = _SUM) -> dist.Work:
         op, wait = opts.reduceOp, not opts.asyncOp
-        return Several([self._reduce(x, op, -1, "all_reduce", wait) for x in tensors], tensors)
+        return Several(
+            [self.engine.reduce(x, op, -1, "all_reduce", wait) for x in tensors], tensors
+        )
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
-        return self._reduce(x, opts.reduceOp, opts.rootRank, "reduce", not opts.asyncOp)
+        return self.engine.reduce(x, opts.reduceOp, opts.rootRank, "reduce", not opts.asyncOp)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
@@ -255,7 +103,7 @@ class ShmGroup(dist.ProcessGroup):
             sent[:, 1] = n
         else:
             received[root, 1] = n
-        return self._exchange(
+        return self.engine.exchange(
             "broadcast", [x], sent, [x], received, not opts.asyncOp, root, shared=True
         )
 
@@ -266,7 +114,7 @@ class ShmGroup(dist.ProcessGroup):
         _check(len(found) == self.size(), f"all_gather into {len(found)} tensors", self)
         own = found[self.rank()]
         _check(own.numel() == x.numel(), f"{_shapes(x)} gathered into {_shapes(own)}", self)
-        return self._exchange(
+        return self.engine.exchange(
             "all_gather", [x], self._table(x.numel()), found, self._lengths(found),
             not opts.asyncOp, shared=True,
         )  # fmt: skip
@@ -275,7 +123,7 @@ class ShmGroup(dist.ProcessGroup):
         n = input.numel()
         whole = n * self.size()
         _check(output.numel() == whole, f"{_shapes(input)} gathered into {_shapes(output)}", self)
-        return self._exchange(
+        return self.engine.exchange(
             "all_gather", [input], self._table(n), [output], self._runs(n),
             not opts.asyncOp, shared=True,
         )  # fmt: skip
@@ -297,7 +145,7 @@ class ShmGroup(dist.ProcessGroup):
         (x,), root = inputs, opts.rootRank
         found = outputs[0] if self.rank() == root else []
         received = self._lengths(found) if found else self._table()
-        return self._exchange(
+        return self.engine.exchange(
             "gather", [x], self._table(x.numel()), found, received, not opts.asyncOp, root, shared=True
         )  # fmt: skip
 
@@ -308,7 +156,9 @@ class ShmGroup(dist.ProcessGroup):
         received[root, 1] = out.numel()
         sent = self._lengths(parts) if parts else self._table()
         receives = [out] * self.size()  # a view for each rank: all of one tensor
-        return self._exchange("scatter", parts, sent, receives, received, not opts.asyncOp, root)
+        return self.engine.exchange(
+            "scatter", parts, sent, receives, received, not opts.asyncOp, root
+        )
 
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = _SCATTER
@@ -335,14 +185,14 @@ class ShmGroup(dist.ProcessGroup):
         result = out
         if out.is_complex():
             parts, out, starts = [real_of(x, op) for x in parts], real_of(out, op), 2 * starts
-        function, number, code = self._reduction("reduce_scatter", out.dtype, op)
+        function, number, code = self.engine.reduction("reduce_scatter", out.dtype, op)
         n = out.numel()
         if self.size() == 1:
             table = self._table(n)
-            return self._exchange("all_to_all", parts, table, [out], table, not opts.asyncOp)
+            return self.engine.exchange("all_to_all", parts, table, [out], table, not opts.asyncOp)
         arguments = (views_of(parts), starts, view_of(out), function, n, number)
         wait = not opts.asyncOp
-        return self._call(reduce_scatter, arguments, code, n, [result], wait, parts)
+        return self.engine.run(reduce_scatter, arguments, code, n, [result], wait, parts)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = _SCATTER
@@ -356,7 +206,7 @@ class ShmGroup(dist.ProcessGroup):
         fits = len(outputs) == len(inputs) == self.size()
         _check(fits, f"all_to_all of {len(inputs)} tensors into {len(outputs)}", self)
         sent, received = self._lengths(inputs), self._lengths(outputs)
-        return self._exchange("all_to_all", inputs, sent, outputs, received, not opts.asyncOp)
+        return self.engine.exchange("all_to_all", inputs, sent, outputs, received, not opts.asyncOp)
 
     def all_to_all_single(
         self,
@@ -367,13 +217,13 @@ class ShmGroup(dist.ProcessGroup):
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
         sent, received = self._split(input, input_splits), self._split(output, output_splits)
-        return self._exchange("all_to_all", [input], sent, [output], received, not opts.asyncOp)
+        return self.engine.exchange(
+            "all_to_all", [input], sent, [output], received, not opts.asyncOp
+        )
 
     def barrier(self, opts: Any = None) -> dist.Work:
         wait = opts is None or not opts.asyncOp
-        nothing = self._table()
-        arguments = (self._empty, nothing, self._empty, nothing, True, True, 1)
-        return self._call(exchange, arguments, code_of(_KIND["barrier"]), 0, [], wait)
+        return self.engine.exchange("barrier", [], self._table(), [], self._table(), wait)
 
     # the names of the same methods before torch 2.13
     _allgather_base: Any = all_gather_single  # type: ignore[assignment]
@@ -399,21 +249,20 @@ class ShmGroup(dist.ProcessGroup):
         """Do nothing: calls are done one by one."""
 
     def _end_coalescing(self, device: torch.device) -> dist.Work:
-        return Several([line[-1] for line in list(self._progress.lines) if line], [])
+        return Several([line[-1] for line in list(self.engine.progress.lines) if line], [])
 
     def _set_sequence_number_for_group(self) -> None:
         """Do nothing: the steps are counted anyway."""
 
     def _get_sequence_number_for_group(self) -> int:
-        return int(self._state[STEP])
+        return int(self.engine.state[STEP])
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._progress.timeout_s = timeout.total_seconds()
+        self.engine.progress.timeout_s = timeout.total_seconds()
 
     def shutdown(self) -> None:
         """Leave the group: a rank that still waits for this one is told at once."""
-        self._progress.close()
-        self._members.close()
+        self.engine.close()
 
     abort = shutdown
 
@@ -443,13 +292,6 @@ class ShmGroup(dist.ProcessGroup):
         _check(fits, f"{_shapes(x)} with split sizes {list(rows)}", self)
         counts = np.array(rows) * (x.numel() // max(1, length))
         return np.stack([np.cumsum(counts) - counts, counts], 1)
-
-
-def real_of(x: Tensor, op: Any) -> Tensor:
-    """See a complex tensor as pairs of numbers, which can be added."""
-    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-        raise ValueError(f"shm: {op} has no meaning for {x.dtype}; complex tensors can be summed")
-    return torch.view_as_real(x)
 
 
 def _shapes(*tensors: Tensor) -> str:

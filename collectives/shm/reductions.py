@@ -33,7 +33,7 @@ from .steps import (
     slot_of,
 )
 
-ONE_SHOT = 32 << 10  # up to these bytes every rank reduces everything
+ONE_SHOT = 16 << 10  # up to these bytes every rank reduces everything
 
 
 @njit(nogil=True, cache=True)
@@ -66,7 +66,13 @@ def all_reduce(state, view, function, count, op, root, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            take(view, done, n, slot_of(state, rank, step))
+            slot = slot_of(state, rank, step)
+            first, run = part_of(n, world, rank, item)
+            if n * item <= ONE_SHOT or view[1] > 0:
+                take(view, done, n, slot)
+            else:  # nobody else reads the own part
+                take(view, done, first, slot)
+                take(view, done + first + run, n - first - run, slot + (first + run) * item)
             publish(state, code, count, 0)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -76,6 +82,8 @@ def all_reduce(state, view, function, count, op, root, code, patience):
                 return MISMATCH
             for r in range(world):
                 state[FIRST_INPUT + r] = slot_of(state, r, step)
+            if n * item > ONE_SHOT and view[1] == 0:
+                state[FIRST_INPUT + rank] = view[0] + done * item
             result = slot_of(state, rank, step) + state[SLOT_BYTES]
             if n * item > ONE_SHOT:
                 first, run = part_of(n, world, rank, item)
@@ -180,3 +188,5 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
         if state[PLACE] >= count:
             begin(state)
             return DONE
+
+# inlines memory.py and steps.py 05cdb4ca

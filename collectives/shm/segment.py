@@ -14,10 +14,11 @@ from .steps import LINE
 
 SLOT = 1 << 20  # bytes of a rank's slot in a set, the largest chunk of a step
 RESULT = SLOT // 2  # place for a rank's part of a chunk, behind the slot
-# A slot starts 17 cache lines further into its page than the one before: copies between addresses equal
-# modulo 4096 are several times slower on x86 (a load seems to depend on the store).
-STRIDE = SLOT + RESULT + 17 * 64
+STRIDE = SLOT + RESULT
 PAGE = 4096
+# Large tensors begin at the start of a page. A copy to an address a little higher than its source modulo 4096 is
+# several times slower on x86 (loads seem to depend on earlier stores), so slots begin in the middle of a page.
+HALF_PAGE = PAGE // 2
 
 
 class Segment:
@@ -75,7 +76,7 @@ class Layout:
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         self.notes = ranks * 2 * LINE + ranks * ranks * 16
-        self.data = -(-(self.notes + ranks * LINE) // PAGE) * PAGE
+        self.data = -(-(self.notes + ranks * LINE) // PAGE) * PAGE + HALF_PAGE
         self.rings = -(-(self.data + 2 * ranks * STRIDE) // PAGE) * PAGE
         self.size = self.rings + ranks * ranks * RING
 

@@ -95,7 +95,7 @@ def soak(folder: str, calls: int, seed: int, sets: int) -> int:
     run = Soak(seed)
     for group in run.groups:
         if isinstance(group, shm.ShmGroup):
-            group._state[SETS_WORD] = sets - 1
+            group.engine.state[SETS_WORD] = sets - 1
     for call in range(calls):
         run.step(call)
     run.settle()

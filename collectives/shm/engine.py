@@ -1,0 +1,200 @@
+"""What every call of a group goes through: the kernels, their state, and what becomes of a call that must wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .calls import KINDS, code_of, describe, operator, real_of, view_of, views_of
+from .exchange import exchange
+from .fold import SCRATCH_BYTES, fold_address
+from .members import Members
+from .progress import Progress
+from .reductions import all_reduce, all_reduce_symmetric
+from .segment import SLOT, STRIDE, Segment
+from .steps import (
+    CODE,
+    CONTROL,
+    COUNT,
+    DATA,
+    DONE,
+    FIRST_INPUT,
+    INPUTS,
+    LINE,
+    MISMATCH,
+    RANK,
+    SCRATCH,
+    SETS,
+    SLOT_BYTES,
+    SPINS,
+    STEP,
+    STRIDE_BYTES,
+    STUCK,
+    WORLD,
+)  # fmt: skip
+from .work import PATIENCE, Finished, Pending
+
+_KIND = {name: number for number, name in enumerate(KINDS)}
+Kernel = Callable[..., int]
+
+
+class CallMismatch(RuntimeError):
+    """Ranks of a group are in different calls; the message shows both sides."""
+
+
+class Engine:
+    """Runs the kernels of one rank in a group.
+
+    State: where the group is in the row of steps (an array that the kernels keep), pending work, symmetric memory.
+    """
+
+    def __init__(self, members: Members, timeout_s: float, spins: int) -> None:
+        self.members = members
+        self.progress = Progress(members, timeout_s)
+        self.state = state = np.zeros(FIRST_INPUT + members.ranks, np.int64)
+        self._scratch = np.zeros(SCRATCH_BYTES, np.uint8)
+        base = members.segment.address
+        state[[CONTROL, DATA]] = base, base + members.layout.data
+        state[[RANK, WORLD, SLOT_BYTES, STRIDE_BYTES]] = members.rank, members.ranks, SLOT, STRIDE
+        state[[SPINS, STEP, SETS]] = spins, 1, 1
+        state[[SCRATCH, INPUTS]] = self._scratch.ctypes.data, state[FIRST_INPUT:].ctypes.data
+        self._reductions: dict[Any, tuple[int, int, int]] = {}
+        self._finished = Finished()
+        self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
+        self._symmetric: list[tuple[list[Segment], Any, int]] = []  # with the ranks' bases, bytes
+
+    def run(
+        self,
+        kernel: Kernel,
+        arguments: tuple[Any, ...],
+        code: int,
+        count: int,
+        outputs: list[Tensor],
+        wait: bool,
+        inputs: list[Tensor] | None = None,
+    ) -> dist.Work:
+        """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
+        progress = self.progress
+        with progress.lock:
+            if progress.broken is not None:
+                raise progress.broken
+            if not progress.collectives:
+                status = kernel(self.state, *arguments, code, PATIENCE if wait else 0)
+                if status == DONE:
+                    return self._finished if wait else Finished(outputs)
+            work = self._pend(kernel, arguments, code, count, outputs, inputs)
+        if not wait:
+            progress.wake()
+            return work
+        work.wait()
+        return self._finished
+
+    def _pend(
+        self,
+        kernel: Kernel,
+        arguments: Any,
+        code: int,
+        count: int,
+        outputs: list[Tensor],
+        inputs: list[Tensor] | None,
+    ) -> Pending:
+        state = self.state
+
+        def advance(patience: int) -> bool:
+            status = kernel(state, *arguments, code, patience)
+            if status == MISMATCH:
+                raise self._mismatch(code, count)
+            return status == DONE
+
+        work = Pending(
+            self.progress,
+            describe(code, count),
+            advance,
+            lambda: [int(state[STUCK])],
+            outputs,
+            alive=inputs,
+        )
+        return self.progress.add(self.progress.collectives, work)
+
+    def _mismatch(self, code: int, count: int) -> CallMismatch:
+        other = int(self.state[STUCK])
+        line = (2 * other + int(self.state[STEP]) % 2) * LINE // 8
+        header = self.members.segment.words[line : line + LINE // 8]
+        called = self.members.called
+        theirs = describe(int(header[CODE]), int(header[COUNT]))
+        return CallMismatch(
+            f"ranks of group {self.members.name!r} made different calls: rank {called(self.members.rank)} is in "
+            f"{describe(code, count)}, rank {called(other)} in {theirs}"
+        )
+
+    def reduction(
+        self, kind: str, dtype: torch.dtype, op: Any, root: int = -1
+    ) -> tuple[int, int, int]:
+        """Look up, or compile once, what reduces a dtype by an operator: function, operator, code."""
+        key = (kind, dtype, op, root)
+        found = self._reductions.get(key)
+        if found is None:
+            number = operator(dtype, op)
+            code = code_of(_KIND[kind], dtype, number, root)
+            found = self._reductions[key] = fold_address(dtype, number), number, code
+        return found
+
+    def reduce(self, x: Tensor, op: Any, root: int, kind: str, wait: bool) -> dist.Work:
+        """Reduce a tensor in place, on the root or (-1) on all ranks."""
+        x = real_of(x, op) if x.is_complex() else x
+        function, number, code = self.reduction(kind, x.dtype, op, root)
+        if self.members.ranks == 1:
+            return Finished([x])
+        count = x.numel()
+        if self._symmetric and root < 0 and x.is_contiguous():
+            place = self._place_of(x)
+            if place is not None:
+                code = code_of(_KIND["all_reduce of symmetric tensors"], x.dtype, number)
+                arguments = (*place, x.element_size(), function, count, number)
+                return self.run(all_reduce_symmetric, arguments, code, count, [x], wait)
+        arguments = (view_of(x), function, count, number, root)
+        return self.run(all_reduce, arguments, code, count, [x], wait)
+
+    def adopt(self, segments: list[Segment], bases: Any, size: int) -> None:
+        """Take memory that all ranks have mapped as symmetric (see symmetric.py)."""
+        self._symmetric.append((segments, bases, size))
+
+    def _place_of(self, x: Tensor) -> tuple[Any, int] | None:
+        """Find where in symmetric memory a tensor lies: the ranks' bases and its offset."""
+        address, size = x.data_ptr(), x.numel() * x.element_size()
+        for _, bases, room in self._symmetric:
+            offset = address - int(bases[self.members.rank])
+            if offset >= 0 and offset + size <= room:
+                return bases, offset
+        return None
+
+    def exchange(
+        self,
+        kind: str,
+        sends: list[Tensor],
+        sent: Any,
+        receives: list[Tensor],
+        received: Any,
+        wait: bool,
+        root: int = -1,
+        shared: bool = False,
+    ) -> dist.Work:
+        """Move elements between ranks; see `exchange` for the tables."""
+        views = [views_of(x) if x else self._nothing for x in (sends, receives)]
+        dtype = (sends or receives)[0].dtype if sends or receives else torch.uint8
+        code = code_of(_KIND[kind], dtype, root=root)
+        meet = root < 0  # with a root, only those wait who receive
+        count = int(sent[self.members.rank, 1] if shared else sent[:, 1].sum())
+        arguments = (views[0], sent, views[1], received, shared, meet, dtype.itemsize)
+        return self.run(exchange, arguments, code, count, receives, wait, sends)
+
+    def close(self) -> None:
+        """End what is pending, and leave the group."""
+        self.progress.close()
+        self.members.close()
+        self._symmetric.clear()

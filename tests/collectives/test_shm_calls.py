@@ -1,0 +1,187 @@
+"""What is special to shm: symmetric tensors, mismatched calls, refusals, NaN and rounding, the kernels' files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from plait.collectives import shm
+from world import current_rank, run_calls, run_world
+
+KERNELS = Path(shm.__file__).parent
+RANKS = 4
+
+
+def open_world(folder: str, size: int = RANKS) -> None:
+    shm.register()
+    shm.register()  # a second time does nothing
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("shm", store=store, rank=current_rank(), world_size=size)
+
+
+# ---- symmetric tensors
+
+
+def reduces_in_place(dtype: torch.dtype, op: Any) -> None:
+    rank = dist.get_rank()
+    x = shm.symmetric_empty((70, 131), dtype)
+    for round in range(3):
+        x.fill_(rank + round + 1)
+        dist.all_reduce(x, op)
+        terms = [r + round + 1 for r in range(RANKS)]
+        assert (x == (sum(terms) if op == dist.ReduceOp.SUM else max(terms))).all()
+    part = x[10:20]
+    x.fill_(rank)
+    dist.all_reduce(part, async_op=True).wait()
+    assert (part == 6).all()
+    assert (x[:10] == rank).all()
+    assert (x[20:] == rank).all()
+    y = torch.full((5,), 1.0)
+    dist.all_reduce(y)  # an ordinary tensor still goes the ordinary way
+    assert (y == RANKS).all()
+
+
+def refuses_different_places() -> str:
+    x = shm.symmetric_empty((100,))
+    with pytest.raises(shm.CallMismatch) as refusal:
+        dist.all_reduce(x[:10] if dist.get_rank() else x[10:20])
+    return str(refusal.value)
+
+
+def test_symmetric_tensors_are_reduced_where_they_lie(tmp_path: Path) -> None:
+    cases = [(torch.float32, dist.ReduceOp.SUM), (torch.bfloat16, dist.ReduceOp.SUM)]
+    cases.append((torch.int64, dist.ReduceOp.MAX))
+    calls = [(open_world, str(tmp_path)), *((reduces_in_place, *case) for case in cases)]
+    answers = run_calls([*calls, (refuses_different_places,)], RANKS, backend=None)
+    assert all("different calls" in answer[-1] or "given up" in answer[-1] for answer in answers)
+
+
+# ---- mistakes
+
+
+def mistaken(folder: str, number: int) -> str:
+    """Two ranks make different calls in a group of their own; both are told what each did."""
+    open_world(folder, 2)
+    first = dist.get_rank() == 0
+    mistakes = [
+        lambda: dist.all_reduce(torch.ones(4 if first else 5)),
+        lambda: dist.all_reduce(torch.ones(4, dtype=torch.float64 if first else torch.float32)),
+        lambda: dist.all_reduce(torch.ones(4), dist.ReduceOp.MAX if first else dist.ReduceOp.SUM),
+        lambda: dist.all_reduce(torch.ones(4)) if first else dist.barrier(),
+        lambda: dist.all_to_all_single(
+            torch.empty(4), torch.ones(4), [2, 2], [2, 2] if first else [1, 3]
+        ),
+    ]
+    with pytest.raises(RuntimeError) as refusal:
+        mistakes[number]()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "sides"),
+    [
+        (0, ("all_reduce of 4 float32 by sum", "all_reduce of 5 float32 by sum")),
+        (1, ("all_reduce of 4 float64 by sum", "all_reduce of 4 float32 by sum")),
+        (2, ("all_reduce of 4 float32 by max", "all_reduce of 4 float32 by sum")),
+        (3, ("all_reduce of 4 float32 by sum", "barrier")),
+    ],
+)
+def test_different_calls_are_shown(number: int, sides: tuple[str, str], tmp_path: Path) -> None:
+    answers = run_world(mistaken, 2, str(tmp_path), number, backend=None)
+    told = [answer for answer in answers if "different calls" in answer]
+    assert told, answers
+    for answer in told:
+        assert all(side in answer for side in sides), answer
+
+
+def refusals(folder: str) -> list[str]:
+    open_world(folder, 2)
+    ones = torch.ones(4)
+    calls = [
+        lambda: dist.all_reduce(ones, dist.ReduceOp.BAND),
+        lambda: dist.all_reduce(torch.ones(4, dtype=torch.int16)),
+        lambda: dist.all_reduce(torch.ones(4, dtype=torch.int32), dist.ReduceOp.AVG),
+        lambda: dist.all_gather_single(torch.empty(7), ones),
+        lambda: dist.reduce_scatter_single(torch.empty(3), ones),
+        lambda: dist.all_to_all_single(torch.empty(4), ones, [1, 1], [2, 2]),
+        lambda: dist.all_reduce(torch.ones([4] * 8)[tuple([slice(0, 4, 2)] * 8)]),
+        lambda: shm.symmetric_empty((3,), group=object()),
+    ]
+    found = []
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)) as refusal:
+            call()
+        found.append(str(refusal.value))
+    dist.all_reduce(ones)  # the group still works
+    assert (ones == 2).all()
+    return found
+
+
+def test_bad_input_is_refused_and_explained(tmp_path: Path) -> None:
+    for found in run_world(refusals, 2, str(tmp_path), backend=None)[:1]:
+        expected = [
+            "band is for whole numbers",
+            "cannot reduce torch.int16",
+            "avg is for floating-point",
+            "(4,) gathered into (7,)",
+            "(4,) reduced and scattered into (3,)",
+            "split sizes [1, 1]",
+            "dims that do not merge",
+            "not <object",
+        ]
+        for text, part in zip(found, expected, strict=True):
+            assert part in text
+
+
+def numerics(folder: str) -> None:
+    open_world(folder)
+    rank = dist.get_rank()
+    for dtype in (torch.float16, torch.bfloat16):
+        # summed in float32, rounded once: 256 + 4 * 0.5 is 258, but 256 for sums rounded after each rank
+        x = torch.tensor([256.0 if rank == 0 else 0.75]).to(dtype)
+        dist.all_reduce(x)
+        assert x.item() == torch.tensor(258.25).to(dtype).item()
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+        alone = every.clone() if rank == 0 else torch.full_like(every, -0.0)
+        dist.all_reduce(alone)
+        kept = torch.where(every.isnan(), 0.0, every)
+        assert torch.equal(torch.where(alone.isnan(), 0.0, alone), kept)
+        assert torch.equal(alone.isnan(), every.isnan())
+    x = torch.tensor([float("nan") if rank == 2 else 1.0, float(rank)])
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    assert x[0].isnan()
+    assert x[1] == 3
+
+
+def test_sums_round_once_and_keep_nan(tmp_path: Path) -> None:
+    run_world(numerics, RANKS, str(tmp_path), backend=None)
+
+
+# ---- Numba caches a kernel by the text of its own file, but compiles into it what it calls
+
+
+def inlined(*names: str) -> str:
+    text = b"".join((KERNELS / name).read_bytes().partition(b"# inlines ")[0] for name in names)
+    return hashlib.sha256(text).hexdigest()[:8]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "names"),
+    [
+        ("fold.py", ("memory.py",)),
+        ("steps.py", ("memory.py",)),
+        ("channel.py", ("memory.py",)),
+        ("reductions.py", ("memory.py", "steps.py")),
+        ("exchange.py", ("memory.py", "steps.py")),
+    ],
+)
+def test_a_changed_file_renews_the_kernels_that_inline_it(
+    kernel: str, names: tuple[str, ...]
+) -> None:
+    line = f"# inlines {' and '.join(names)} {inlined(*names)}"
+    assert (KERNELS / kernel).read_text().rstrip().endswith(line), f"end {kernel} with: {line}"
