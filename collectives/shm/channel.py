@@ -73,4 +73,5 @@ def pull(ring, view, cursor, count, patience):
             return DONE
     return WAITING
 
-# inlines memory.py 0b09dfcb
+
+# inlines memory.py c9e36c94

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +37,10 @@ from .steps import (
     STEP,
     STRIDE_BYTES,
     STUCK,
+    WAITING,
     WORLD,
 )  # fmt: skip
+from .traced import tell_traces, traced
 from .work import PATIENCE, Finished, Pending
 
 _KIND = {name: number for number, name in enumerate(KINDS)}
@@ -53,7 +57,10 @@ class Engine:
     State: where the group is in the row of steps (an array that the kernels keep), pending work, symmetric memory.
     """
 
-    def __init__(self, members: Members, timeout_s: float, spins: int) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, members: Members, timeout_s: float, spins: int
+    ) -> None:
+        self._group = weakref.ref(group)
         self.members = members
         self.progress = Progress(members, timeout_s)
         self.state = state = np.zeros(FIRST_INPUT + members.ranks, np.int64)
@@ -79,20 +86,30 @@ class Engine:
         inputs: list[Tensor] | None = None,
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
+        begin = time.perf_counter() if traced() else None
         progress = self.progress
         with progress.lock:
             if progress.broken is not None:
                 raise progress.broken
+            status = WAITING
             if not progress.collectives:
                 status = kernel(self.state, *arguments, code, PATIENCE if wait else 0)
-                if status == DONE:
-                    return self._finished if wait else Finished(outputs)
-            work = self._pend(kernel, arguments, code, count, outputs, inputs)
-        if not wait:
+            if status == DONE:
+                work = self._finished if wait else Finished(outputs)
+            else:
+                work = self._pend(kernel, arguments, code, count, outputs, inputs)
+        if status != DONE and wait:
+            work.wait()
+        elif status != DONE:
             progress.wake()
-            return work
-        work.wait()
-        return self._finished
+        if begin is not None:
+            self._tell(code, outputs if inputs is None else inputs, time.perf_counter() - begin)
+        return work
+
+    def _tell(self, code: int, brought: list[Tensor], seconds: float) -> None:
+        group = self._group()
+        if group is not None:
+            tell_traces(group, KINDS[code & 255].split()[0], brought, seconds)
 
     def _pend(
         self,

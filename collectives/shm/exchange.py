@@ -139,4 +139,5 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             begin(state)
             return DONE
 
-# inlines memory.py and steps.py 05cdb4ca
+
+# inlines memory.py and steps.py fc89ffe5

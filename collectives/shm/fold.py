@@ -140,4 +140,5 @@ def _bits(like: Any, wide: Any) -> Any:
 
 _ADDRESS = np.empty(0, np.int64)
 
-# inlines memory.py 0b09dfcb
+
+# inlines memory.py c9e36c94

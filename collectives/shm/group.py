@@ -17,6 +17,7 @@ from .mailbox import Mailbox
 from .members import Members
 from .reductions import reduce_scatter
 from .steps import STEP
+from .traced import tell_traces, traced
 from .work import Several
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
@@ -37,7 +38,7 @@ class ShmGroup(dist.ProcessGroup):
         super().__init__(members.rank, members.ranks)  # type: ignore[call-arg]
         self._members = members
         self._name = self._description = ""
-        self.engine = Engine(members, timeout_s, spins)
+        self.engine = Engine(self, members, timeout_s, spins)
         self._mailbox = Mailbox(members, self.engine.progress)
 
     # ---- who it is
@@ -235,9 +236,13 @@ class ShmGroup(dist.ProcessGroup):
     # ---- point to point
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> dist.Work:
+        if traced():
+            tell_traces(self, "send", tensors, 0.0)
         return self._mailbox.send(tensors[0], to, tag)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> dist.Work:
+        if traced():
+            tell_traces(self, "recv", tensors, 0.0)
         return self._mailbox.receive(tensors[0], source, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:

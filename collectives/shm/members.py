@@ -42,8 +42,7 @@ class Members:
             self.segment, self._fd = Segment.create(f"plait-{name}", self.layout.size)
         self.cards = self._exchange_cards(store, self._fd, timeout)
         self._handles = [self._handle(r) for r in range(self.ranks)]
-        if rank:
-            self.segment = Segment.open(self.cards[0]["pid"], self.cards[0]["fd"], self.layout.size)
+        self._agree_on_mapping(timeout)
 
     def open(self, prepare: Callable[[], None]) -> None:
         """Wait until all ranks have mapped the segment. Rank 0 prepares first, alone; then the others do."""
@@ -56,6 +55,7 @@ class Members:
                 self._await(r, MAPPED)
             for r in range(self.ranks):  # all have read them; a group of this name may come again
                 self._store.delete_key(f"card/{r}")
+                self._store.delete_key(f"mapped/{r}")
             os.close(self._fd)
             prepare()
         self.note(OPEN)
@@ -64,16 +64,7 @@ class Members:
         card = {"host": _host(), "on": socket.gethostname(), "pid": os.getpid(), "fd": fd}
         card["born"] = _born(os.getpid())
         store.set(f"card/{self.rank}", json.dumps(card))
-        keys = [f"card/{r}" for r in range(self.ranks)]
-        try:
-            store.wait(keys, timeout)
-        except RuntimeError as error:
-            late = [self._names[r] for r, key in enumerate(keys) if not store.check([key])]
-            raise PeerLost(
-                f"group {self.name} of {self.ranks} ranks cannot open: ranks {late} did not come within "
-                f"{timeout.total_seconds():g} s"
-            ) from error
-        cards = [json.loads(store.get(key)) for key in keys]
+        cards = [json.loads(text) for text in self._read_all("card", timeout)]
         hosts = [card["host"] for card in cards]
         if len(set(hosts)) > 1:
             places = [card["on"] for card in cards]
@@ -82,6 +73,32 @@ class Members:
                 f"{self.name} run on {places}; use backend 'gloo' for this group"
             )
         return cards
+
+    def _agree_on_mapping(self, timeout: timedelta) -> None:
+        """Map the segment; where one rank cannot, all are told the same."""
+        refusal = ""
+        if self.rank:
+            try:
+                first = self.cards[0]
+                self.segment = Segment.open(first["pid"], first["fd"], self.layout.size)
+            except BackendUnavailable as error:
+                refusal = str(error)
+        self._store.set(f"mapped/{self.rank}", refusal)
+        refusals = [text for text in self._read_all("mapped", timeout) if text]
+        if refusals:
+            raise BackendUnavailable(refusals[0])
+
+    def _read_all(self, key: str, timeout: timedelta) -> list[str]:
+        keys = [f"{key}/{r}" for r in range(self.ranks)]
+        try:
+            self._store.wait(keys, timeout)
+        except RuntimeError as error:
+            late = [self._names[r] for r, key in enumerate(keys) if not self._store.check([key])]
+            raise PeerLost(
+                f"group {self.name} of {self.ranks} ranks cannot open: ranks {late} did not come within "
+                f"{timeout.total_seconds():g} s"
+            ) from error
+        return [self._store.get(key).decode() for key in keys]
 
     def _handle(self, rank: int) -> select.poll | None:
         """Make what tells that a process has ended; it keeps its file to itself."""
@@ -131,10 +148,13 @@ class Members:
             return f"{who} has ended"
         return f"{who} has closed this group" if note == CLOSED else ""
 
+    def stopped(self, rank: int) -> bool:
+        """Say whether the process of a rank is stopped by a signal."""
+        return _stat(self.cards[rank]["pid"])[:1] == ["T"]
+
     def slow(self, rank: int) -> str:
         """Say of a rank that lives but did not come what it looks like from outside."""
-        stat = _stat(self.cards[rank]["pid"])
-        how = "is stopped" if stat[:1] == ["T"] else "lives but did not come"
+        how = "is stopped" if self.stopped(rank) else "lives but did not come"
         return f"{self._who(rank)} {how}"
 
     def called(self, rank: int) -> int:

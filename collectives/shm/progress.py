@@ -12,6 +12,7 @@ from ..errors import PeerLost
 from .members import Members
 from .work import Pending
 
+STOPPED_S = 30.0  # a process that is stopped (SIGSTOP) is given up after this, whatever the timeout
 REST_S = 1e-3  # the thread looks at idle peers this often
 
 
@@ -106,11 +107,13 @@ class Progress:
         gone = [why for rank in peers if (why := members.lost(rank))]
         if gone and len(gone) == len(peers):
             return PeerLost(self._say(work, gone))
-        if work.since and time.monotonic() - work.since > self.timeout_s:
-            return PeerLost(
-                self._say(work, (members.slow(rank) for rank in peers))
-                + f" within {self.timeout_s:g} s"
-            )
+        waited = time.monotonic() - work.since if work.since else 0.0
+        limit = self.timeout_s
+        if limit > STOPPED_S < waited and all(members.stopped(rank) for rank in peers):
+            limit = STOPPED_S
+        if waited > limit:
+            reasons = (members.slow(rank) for rank in peers)
+            return PeerLost(self._say(work, reasons) + f" within {limit:g} s")
         return None
 
     def _say(self, work: Pending, reasons: Iterable[str]) -> str:

@@ -189,4 +189,5 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             begin(state)
             return DONE
 
-# inlines memory.py and steps.py 05cdb4ca
+
+# inlines memory.py and steps.py fc89ffe5

@@ -119,4 +119,5 @@ def begin(state):
     """Forget the place in the call before."""
     state[PHASE] = state[PLACE] = state[PEER] = 0
 
-# inlines memory.py 0b09dfcb
+
+# inlines memory.py c9e36c94

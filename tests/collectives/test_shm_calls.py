@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from plait.collectives import shm
+from plait.collectives import Trace, shm
 from world import current_rank, run_calls, run_world
 
 KERNELS = Path(shm.__file__).parent
@@ -166,7 +166,9 @@ def test_sums_round_once_and_keep_nan(tmp_path: Path) -> None:
 
 
 def inlined(*names: str) -> str:
-    text = b"".join((KERNELS / name).read_bytes().partition(b"# inlines ")[0] for name in names)
+    text = b"".join(
+        (KERNELS / name).read_bytes().partition(b"# inlines ")[0].rstrip() for name in names
+    )
     return hashlib.sha256(text).hexdigest()[:8]
 
 
@@ -185,3 +187,27 @@ def test_a_changed_file_renews_the_kernels_that_inline_it(
 ) -> None:
     line = f"# inlines {' and '.join(names)} {inlined(*names)}"
     assert (KERNELS / kernel).read_text().rstrip().endswith(line), f"end {kernel} with: {line}"
+
+
+# ---- traces
+
+
+def traced_calls(folder: str) -> list[tuple[str, str, int, int]]:
+    open_world(folder, 2)
+    with Trace() as trace:
+        dist.all_reduce(torch.ones(6))
+        dist.all_gather_single(torch.empty(8), torch.ones(4), async_op=True).wait()
+        dist.reduce_scatter_single(torch.empty(3), torch.ones(6))
+        dist.all_to_all_single(torch.empty(4), torch.ones(4))
+    dist.all_reduce(torch.ones(6))
+    return [(e.op, e.axis, e.payload_bytes, e.sent_bytes) for e in trace.events]
+
+
+def test_a_trace_sees_the_calls(tmp_path: Path) -> None:
+    for events in run_world(traced_calls, 2, str(tmp_path), backend=None):
+        assert events == [
+            ("all_reduce", "group of 2", 24, 24),
+            ("all_gather", "group of 2", 16, 16),
+            ("reduce_scatter", "group of 2", 24, 12),
+            ("all_to_all", "group of 2", 16, 8),
+        ]
