@@ -55,7 +55,7 @@ def parallelize(
 
     Args:
         model: any ``torch.nn.Module``; a transformers decoder is recognised, others need ``rules``.
-        plan: a ``Plan`` or its text, e.g. ``"kvp2 tp2"``.
+        plan: a ``Plan`` or its text, e.g. ``"kvp2 tp2"``; or ``"auto"``: the planner's choice for this world.
         rules: module-path pattern -> role (``"colwise"``, ``"rowwise"``, ``Attention(...)``...).
         weights: a directory or files of safetensors; each rank reads only its slices. Needed for a meta model.
         store: where Helix keeps keys and values; made when needed by default.
@@ -67,7 +67,9 @@ def parallelize(
             is changed.
     """
     failure: Exception | None = None
-    plan, groups, prepared = Plan.parse(plan) if isinstance(plan, str) else plan, None, None
+    groups, prepared = None, None
+    if isinstance(plan, str):
+        plan = automatic(model) if plan == "auto" else Plan.parse(plan)
     try:
         refuse_empty(model, weights)
         groups = open_groups(model, plan, rules)
@@ -104,6 +106,24 @@ def open_groups(model: nn.Module, plan: Plan, rules: Rules | None) -> Groups:
         plan.validate(shape_of(model))
     refuse_later_axes(plan, rules)
     return Groups.create(Folding.of(plan))
+
+
+def automatic(model: nn.Module) -> Plan:
+    """Let the planner choose for this model and world; the same on every rank, without asking them."""
+    from .planner.auto import here
+
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1:
+        return Plan()
+    if not is_transformers(model):
+        raise PlanError(
+            'plan "auto"',
+            f"needs a transformers model, whose config says its shape; this is {type(model).__name__}",
+            'give a plan, e.g. "tp2"',
+        )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    config: Any = model.config
+    return here(config, ranks, device_name=device)
 
 
 def refuse_empty(model: nn.Module, weights: Any) -> None:

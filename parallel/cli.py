@@ -10,12 +10,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..kvstore.command import app as kv
+from .planner.command import plan
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Run one large language model over many ranks, and keep its keys and values.",
 )
+
+
+app.add_typer(kv, name="kv")
+app.command()(plan)
 
 
 def _print_version(asked: bool) -> None:

@@ -129,6 +129,17 @@ class Plan:
         """
         legality.validate(self, shape, world_size)
 
+    @classmethod
+    def auto(cls, model: Any, *, hardware: Any, goal: Any) -> Plan:
+        """Find the best plan for a ``planner.goals.Goal`` on some hardware, by name or as calibrated.
+
+        Raises:
+            PlanError: nothing fits, or nothing is in time; says what would be.
+        """
+        from .planner.auto import auto
+
+        return auto(model, hardware=hardware, goal=goal)
+
     def explain(self, model: Any, **options: Any) -> Any:
         """Say what each rank would hold and send; needs no ranks."""
         from .explain import explain

@@ -24,13 +24,13 @@ def test_version() -> None:
 
 def test_commands_are_a_decision() -> None:
     """Growth of the command line is a decision: this list is edited with it."""
-    assert sorted(
-        command.name or command.callback.__name__ for command in app.registered_commands
-    ) == [
-        "bench",
-        "doctor",
-        "explain",
-    ]
+    commands = [c.name or c.callback.__name__ for c in app.registered_commands]
+    assert sorted(commands) == ["bench", "doctor", "explain", "plan"]
+    (kv,) = app.registered_groups
+    assert kv.name == "kv"
+    assert sorted(c.callback.__name__ for c in kv.typer_instance.registered_commands) == [
+        "bench", "compact", "inspect", "repair", "verify"
+    ]  # fmt: skip
 
 
 def test_doctor_as_a_table_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
