@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -68,3 +69,8 @@ class Sequence:
         """
         if self.closed:
             raise SequenceClosed(f"sequence {self.number} is closed; open or fork a new one")
+
+
+def listed(seqs: Sequence | Iterable[Sequence]) -> list[Sequence]:
+    """Give one sequence or several as a list."""
+    return [seqs] if isinstance(seqs, Sequence) else list(seqs)

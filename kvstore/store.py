@@ -8,34 +8,22 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..cuda_kernels import Interleave
-from .attention import (
-    LayerPages,
-    ScoreOptions,
-    attend_pages,
-    causal_bounds,
-    gather,
-    past_end,
-    row_pointers,
-    with_sink,
-)
 from .audit import busy, check_holders, totals
 from .cache import PageCache
 from .errors import StepError
 from .evict import EvictionPolicy, find_policy
 from .identity import Identity, check_secret, check_tenant, prefix_key
 from .pool import PagePool
-from .sequence import Sequence
+from .reading import PageReader
+from .sequence import Sequence, listed
 from .spec import KVSpec, plan_pages
 from .step import Step, check_rows, fit_ids, make_step
-from .table import PageTable
 from .tokens import History, TokenIds, as_token_ids
 
 
-class KVStore:
+class KVStore(PageReader):
     """A paged store of keys and values for one rank.
 
     One step of a model writes like this, pages being allocated once and not per layer:
@@ -155,7 +143,7 @@ class KVStore:
             StepError: if one has an open step with other sequences in it.
         """
         with self._lock:
-            for seq in _listed(seqs):
+            for seq in listed(seqs):
                 seq.require_open()
                 if seq.step is not None and len(seq.step.seqs) > 1:
                     raise busy(seq)
@@ -327,90 +315,6 @@ class KVStore:
                 seq.step = None
             step.state = "aborted"
 
-    # -- reading -----------------------------------------------------------------------------
-
-    def page_table(self, seqs: Sequence | Listing[Sequence], step: Step | None = None) -> PageTable:
-        """Give the batch's page table (CSR, FlashInfer's words), with a step's tokens if given."""
-        listed = _listed(seqs)
-        if step is not None and listed == list(step.seqs):
-            step.require_open()
-            return step.table
-        with self._lock:
-            pages, lengths = [], []
-            for seq in listed:
-                self._own(seq)
-                inside = step if step is not None and seq.step is step else None
-                at = -1 if inside is None else inside.find(seq)
-                pages.append(seq.pages if inside is None else inside.table.pages(at))
-                lengths.append(seq.length if inside is None else int(inside.table.lengths[at]))
-            return PageTable(pages, np.array(lengths, np.int64), self.spec.page_tokens)
-
-    def keys_values(
-        self, seq: Sequence, layer: int, step: Step | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Give one sequence's keys and values in order; a view where its pages are consecutive.
-
-        A view shows later writes into its pages and must not be written to.
-
-        Shape: -> `[tokens, kv_heads, head_dim]`, `[tokens, kv_heads, value_dim]`
-        """
-        table = self.page_table(seq, step if step is not None else seq.step_alone())
-        with self._lock:
-            return gather(self._layer(layer), table.pages(0), int(table.lengths[0]))
-
-    def attend(
-        self,
-        seqs: Sequence | Listing[Sequence],
-        layer: int,
-        q: Tensor,
-        q_indptr: Tensor | Listing[int] | None = None,
-        lo: Tensor | None = None,
-        hi: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        step: Step | None = None,
-        alibi_slopes: Tensor | None = None,
-        q_pos: Tensor | None = None,
-        interleave: Interleave | None = None,
-        sink: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attend with ragged query rows to the sequences' keys and values, in their pages.
-
-        Args:
-            seqs: one sequence or a batch.
-            q_indptr: rows of sequence s are `[q_indptr[s], q_indptr[s + 1])`. Default: all rows for
-                one sequence; the step's token counts; else one row each.
-            lo, hi: row r sees local tokens `[lo[r], hi[r])`, int64. Default lo 0; default hi causal,
-                the last row of a sequence seeing all of it (right only for an uncut sequence).
-            scale: default `head_dim ** -0.5`.
-            softcap: scores become `softcap * tanh(score / softcap)`.
-            step: also see this open step's tokens.
-            alibi_slopes, q_pos, interleave: ALiBi `[heads]`, global row positions `[rows]`, and the
-                rule that gives keys their global positions.
-            sink: one logit per head in the denominator, then also in lse: on one shard only.
-
-        Shape: q `[rows, heads, head_dim]` -> o `[rows, heads, value_dim]`, lse `[rows, heads]`
-            (natural log, float32; float64 for float64). A row that sees nothing: 0 and -inf.
-        """
-        if isinstance(seqs, Sequence) and step is None:
-            step = seqs.step_alone()
-        table = self.page_table(seqs, step)
-        indptr = row_pointers(len(table.lengths), q, q_indptr, step)
-        if hi is None:
-            hi = torch.from_numpy(causal_bounds(indptr, table.lengths)).to(q.device)
-        elif not hi.is_meta and past_end(hi, indptr, table.lengths):
-            raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
-        lo = torch.zeros_like(hi) if lo is None else lo.clamp(min=0)
-        options = ScoreOptions(
-            self.spec.head_dim**-0.5 if scale is None else scale,
-            softcap,
-            alibi_slopes,
-            q_pos,
-            interleave,
-        )
-        o, lse = attend_pages(self._layer(layer), table, q, indptr, lo, hi, options)
-        return with_sink(o, lse, sink)
-
     # -- accounts ----------------------------------------------------------------------------
 
     def grow(self, num_pages: int | None = None) -> int:
@@ -441,15 +345,6 @@ class KVStore:
         with self._lock:
             check_holders(self.cache, list(self._sequences.values()))
 
-    def _layer(self, layer: int) -> LayerPages:
-        with self._lock:  # not between the two halves of a growth
-            return LayerPages(self.pool.keys[layer], self.pool.values[layer], self.spec.v_dim)
-
-    def _own(self, seq: Sequence) -> None:
-        seq.require_open()
-        if seq.store is not self:
-            raise ValueError(f"sequence {seq.number} belongs to another store")
-
     def _step_of(self, step: Step | Sequence) -> Step:
         if isinstance(step, Step):
             return step
@@ -457,7 +352,3 @@ class KVStore:
         if step.step is None:
             raise StepError(f"sequence {step.number} has no open step; append or reserve first")
         return step.step
-
-
-def _listed(seqs: Sequence | Iterable[Sequence]) -> list[Sequence]:
-    return [seqs] if isinstance(seqs, Sequence) else list(seqs)
