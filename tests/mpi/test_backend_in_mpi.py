@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,6 +165,64 @@ def test_what_cannot_be_is_refused_at_once(world: World) -> None:
 
 def test_it_says_how_cuda_tensors_travel(world: World) -> None:
     assert dist.group.WORLD.cuda in ("direct", "staged")
+
+
+# ---- many calls of all kinds at once
+
+
+def brought(rank: int, step: int, length: int) -> Tensor:
+    return torch.full((length,), float((7 * rank + step) % 11))
+
+
+def issue(kind: str, members: list[int], group: Any, step: int, length: int, me: int) -> Any:
+    """Start one call; return its work, what it fills and what that must become."""
+    i, ranks, options = members.index(me), len(members), {"group": group, "async_op": True}
+    parts = [brought(r, step, length) for r in members]
+    if kind == "all_reduce":
+        x = parts[i].clone()
+        return dist.all_reduce(x, **options), x, torch.stack(parts).sum(0)
+    if kind == "broadcast":
+        x, root = parts[i].clone(), step % ranks
+        return dist.broadcast(x, members[root], **options), x, parts[root]
+    if kind == "all_gather":
+        x = torch.empty(ranks * length)
+        return dist.all_gather_into_tensor(x, parts[i], **options), x, torch.cat(parts)
+    if kind == "reduce_scatter":
+        x, rows = torch.empty(length), torch.cat([parts[i] + r for r in range(ranks)])
+        return dist.reduce_scatter_tensor(x, rows, **options), x, sum(parts) + ranks * i
+    counts = [[(3 * a + 5 * b + step) % 7 * length for b in range(ranks)] for a in range(ranks)]
+    receive = [counts[a][i] for a in range(ranks)]
+    x, sent = torch.empty(sum(receive)), brought(me, step, sum(counts[i]))
+    work = dist.all_to_all_single(x, sent, receive, counts[i], **options)
+    come = [brought(r, step, n) for r, n in zip(members, receive, strict=True)]
+    return work, x, torch.cat(come)
+
+
+def test_random_calls_in_groups(world: World) -> None:
+    """Ranks wait for what they issued in orders of their own; long runs were done by hand."""
+    sets = [[0, 1, 2, 3], [0, 1], [2, 3], [0, 2], [1, 3], [0, 1, 3], [1, 2, 3]]
+    groups = [dist.new_group(members) for members in sets]
+    draw, own = random.Random(5), random.Random(world.rank)
+    kinds = ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all")
+    under_way: list[Any] = []
+    for step in range(400):
+        n, kind, length = (
+            draw.randrange(len(sets)),
+            draw.choice(kinds),
+            int(2 ** draw.uniform(0, 16)),
+        )
+        if world.rank in sets[n]:
+            call = issue(kind, sets[n], groups[n], step, length, world.rank)
+            under_way.append((kind, sets[n], length, *call))
+        if draw.random() < 0.1:
+            own.shuffle(under_way)
+            while under_way:
+                *what, work, found, expected = under_way.pop()
+                work.wait()
+                assert torch.equal(found, expected), (step, what)
+    for *what, work, found, expected in under_way:
+        work.wait()
+        assert torch.equal(found, expected), what
 
 
 # ---- a mutated version must fail
