@@ -67,10 +67,11 @@ class MPIGroup(dist.ProcessGroup):
         """
         meeting = exchange.meet(self.engine.meeting, self.ranks, self._name)
         self._run_here(("new_group", None, None), [], meeting)
-        members = self.engine.world.Get_group().Incl(self.ranks)
-        comm = self.engine.world.Create_group(members, exchange.tag_of(self._name))
-        members.Free()
-        return Peers(comm, comm.Dup(), self.engine.wire, self._rank, len(self.ranks))
+        with self.engine.turn:
+            members = self.engine.world.Get_group().Incl(self.ranks)
+            comm = self.engine.world.Create_group(members, exchange.tag_of(self._name))
+            members.Free()
+            return Peers(comm, comm.Dup(), self.engine.wire, self._rank, len(self.ranks))
 
     # ---- who we are: c10d cannot know it of a group written in Python
 
