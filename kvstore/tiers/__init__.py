@@ -1,5 +1,6 @@
 """Where pages live besides the device: tiers, and the wrappers around them."""
 
+from .choice import Choice, PrefillSpeed, fetch_or_recompute
 from .disk import DiskTier
 from .errors import (
     FormatTooNew,
@@ -12,11 +13,13 @@ from .errors import (
 from .folder import Folder
 from .form import PageForm
 from .memory import MemoryTier
+from .moves import Move, Moves
 from .order import EvictionOrder, Fifo, Lru
 from .tier import Page, Tier, byte_view
 from .wrappers import CountTier, FailTier, LimitTier, LogTier, TierWrapper, VerifyTier
 
 __all__ = [
+    "Choice",
     "CountTier",
     "DiskTier",
     "EvictionOrder",
@@ -28,8 +31,11 @@ __all__ = [
     "LogTier",
     "Lru",
     "MemoryTier",
+    "Move",
+    "Moves",
     "Page",
     "PageForm",
+    "PrefillSpeed",
     "Tier",
     "TierClosed",
     "TierError",
@@ -39,4 +45,5 @@ __all__ = [
     "TierWrapper",
     "VerifyTier",
     "byte_view",
+    "fetch_or_recompute",
 ]

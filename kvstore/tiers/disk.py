@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ..spec import parse_bytes
+from .catalog import Catalog
 from .errors import TierError, TierReadOnly
 from .folder import Folder
 from .form import HELD, PageForm, Record
@@ -87,7 +88,7 @@ class DiskTier(Tier):
         )
 
     @property
-    def _catalog(self):
+    def _catalog(self) -> Catalog:
         return self._opened.catalog
 
     @contextlib.contextmanager
@@ -323,7 +324,10 @@ class DiskTier(Tier):
     # -- accounts ----------------------------------------------------------------------------
 
     def counters(self) -> dict[str, float]:
-        """Pages held, and what happened to others since the directory was opened."""
+        """Pages held, and what happened to others since the directory was opened.
+
+        In mode "read", `damaged` also counts pages that the writer has meanwhile replaced.
+        """
         with self._lock:
             return {
                 "pages": len(self._catalog.slots),

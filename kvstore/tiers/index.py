@@ -79,18 +79,17 @@ class Index:
         offset, ended = BLOCK, False
         while chunk := self._read(offset, CHUNK):
             whole = len(chunk) - len(chunk) % RECORD_BYTES
-            if not whole:
-                return not any(chunk)
             for at in range(0, whole, RECORD_BYTES):
-                line = chunk[at : at + RECORD_BYTES]
-                record = None if ended else read_record(line, self.lines)
-                if record is not None:
-                    self._apply(record)
-                    self.lines += 1
-                    continue
-                ended = True
-                if any(line):
-                    return False
+                record = None if ended else read_record(chunk[at : at + RECORD_BYTES], self.lines)
+                if record is None:
+                    ended = True
+                    if chunk[at:].strip(b"\0"):
+                        return False
+                    break
+                self._apply(record)
+                self.lines += 1
+            if not whole:
+                return not chunk.strip(b"\0")
             offset += whole
         return True
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
+import errno
 import os
 import random
 import subprocess
@@ -30,6 +32,7 @@ from plait.kvstore.tiers import (
     TierRefused,
 )
 from plait.kvstore.tiers import form as form_module
+from plait.kvstore.tiers import index as index_module
 from plait.kvstore.tiers import pages as pages_module
 from plait.kvstore.tiers import recovery as recovery_module
 from plait.kvstore.tiers.faults import FaultyDisk, FaultyFolder
@@ -57,20 +60,26 @@ class TestDiskTierInSlabs(TierConformance):
         return DiskTier(tmp_path / "cache", page_bytes=8192, max_bytes=4 * (4096 + 3 * 12288))
 
 
-class Cached(Folder):
+class TestDiskTierThroughTheCache(TierConformance):
     """A file system that has no O_DIRECT."""
 
-    def _open(self, name: str, flags: int, direct: bool = False) -> int:
-        if direct and self.direct:
-            self.direct = False
-        return super()._open(name, flags, direct)
+    @pytest.fixture(autouse=True)
+    def no_direct(self, monkeypatch) -> None:
+        real = os.open
 
+        def refuse(path, flags, *more, **named) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "no O_DIRECT here")
+            return real(path, flags, *more, **named)
 
-class TestDiskTierThroughTheCache(TierConformance):
+        monkeypatch.setattr(os, "open", refuse)
+
     def make_tier(self, tmp_path):
-        tier = DiskTier(Cached(tmp_path / "cache"), **SIZE)
-        assert not tier.folder.direct or not tier.contains([b"k"])[0]
-        return tier
+        return DiskTier(tmp_path / "cache", **SIZE)
+
+    def test_it_is_said(self, tier) -> None:
+        assert tier.put([b"k"], [b"page"]) == [True]
+        assert not tier.folder.direct
 
 
 def filled(path, count: int = 5, **more):
@@ -367,6 +376,18 @@ def test_one_wrong_bit_is_one_miss(byte, tmp_path) -> None:
         assert right(tier, made) == [True] * 5
 
 
+@pytest.mark.parametrize("line", [0, 3, 6, 7])
+def test_a_wrong_bit_of_the_index_loses_nothing(line, tmp_path) -> None:
+    tier, made = filled(tmp_path / "c")
+    tier.close()
+    with (tmp_path / "c/index").open("r+b") as file:
+        file.seek(4096 + 128 * line + 30 if line else 30)
+        file.write(b"!")
+    with DiskTier(tmp_path / "c") as tier:
+        assert tier.counters()["recovered_by_scan"] == 1
+        assert right(tier, made) == [True] * 5
+
+
 def image() -> tuple[FaultyDisk, list]:
     disk = FaultyDisk()
     tier, made = filled(FaultyFolder(disk), 6)
@@ -428,8 +449,18 @@ def test_fuzzed_files(part, monkeypatch) -> None:
     assert outcomes["misses"] > 20
 
 
-def test_the_fuzzer_sees_a_reader_that_does_not_check(monkeypatch) -> None:
-    monkeypatch.setattr(pages_module, "page_checksum", lambda page: bytes(16))
+@pytest.mark.parametrize("unchecked", ["checksum of the page", "key of the page"])
+def test_the_fuzzer_sees_a_reader_that_does_not_check(unchecked, monkeypatch) -> None:
+    compare = pages_module.what_is_wrong
+
+    def careless(block, record, page) -> str | None:
+        said = compare(block, record, page)
+        return None if said == "another page" else said
+
+    if unchecked == "checksum of the page":
+        monkeypatch.setattr(pages_module, "page_checksum", lambda page: bytes(16))
+    else:
+        monkeypatch.setattr(pages_module, "what_is_wrong", careless)
     with pytest.raises(AssertionError):
         test_fuzzed_files(0, monkeypatch)
 
@@ -503,3 +534,28 @@ def test_os_errors_are_misses_not_crashes() -> None:
     assert tier.put([b"k"], [b"page"]) == [False]
     assert tier.counters()["write_failures"] == 1
     tier.check_integrity()
+
+
+def test_without_erasing_removed_pages_come_back(tmp_path, monkeypatch) -> None:
+    """Negative controls: what the tests above would see."""
+    monkeypatch.setattr("plait.kvstore.tiers.slabs.Slabs.erase", lambda self, slot: None)
+    with pytest.raises(AssertionError, match="does not come back"):
+        test_pages_outlive_the_process_and_the_loss_of_the_index(tmp_path)
+
+
+def test_believing_a_damaged_index_loses_pages(tmp_path, monkeypatch) -> None:
+    replay = index_module.Index._replay
+    monkeypatch.setattr(index_module.Index, "_replay", lambda self: replay(self) or True)
+    with pytest.raises(AssertionError):
+        test_a_wrong_bit_of_the_index_loses_nothing(3, tmp_path)
+
+
+def test_forgiving_a_failed_sync_is_seen(monkeypatch) -> None:
+    def forgiving(self, records, dirty) -> None:
+        with contextlib.suppress(OSError):
+            for number in dirty:
+                self._opened.slabs.sync(number)
+
+    monkeypatch.setattr(DiskTier, "_sync_slabs", forgiving)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_commit_tells_of_errors_and_of_what_was_lost()
