@@ -77,7 +77,8 @@ def _priced(
     head = model.vocab * model.hidden / attention.tp
     total.add(machine.gemm(2.0 * head * attention.batch, head, "bf16"))
     total.floor = total.floor + machine.constants.step
-    causes = np.stack([np.broadcast_to(getattr(total, cause), len(attention)) for cause in CAUSES])
+    seconds = [getattr(total, cause) for cause in CAUSES] + [0.0]  # no prompts here
+    causes = np.stack([np.broadcast_to(column, len(attention)) for column in seconds])
     ttl = causes.sum(axis=0) / DERATE
     partner = tuple(
         f"experts on {int(ep)} more ranks, as 'dp{int(ep)} ep{int(ep)} etp1'" for ep in ffn.ep

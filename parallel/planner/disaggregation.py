@@ -35,8 +35,10 @@ def prefill_pool(model: Decoder, machine: Machine, goal: Goal) -> PrefillPool | 
     c = c.take(fits(model, machine, c, goal.context) <= machine.part.memory.value)
     if not len(c):
         return None
-    seconds = prefill(model, machine, c, goal.prompt, goal.context - goal.prompt).total
-    rate = PREFILL_DERATE * c.dp * np.minimum(c.pp, np.maximum(goal.prompt / 8192, 1.0)) / seconds
+    past = max(0, goal.context - goal.prompt)
+    seconds = prefill(model, machine, c, goal.prompt, past).total
+    work = prefill(model, machine, c, goal.prompt, past, chunk=None).total
+    rate = PREFILL_DERATE * c.dp * c.pp / work
     allowed = np.ones(len(c), bool) if goal.ftl is None else seconds <= goal.ftl
     if not allowed.any():
         return None

@@ -12,6 +12,10 @@ from .columns import Array
 from .step_time import CAUSES
 
 Index = NDArray[np.intp]
+SHARES = (
+    *CAUSES,
+    "prompts",
+)  # what a step is spent on: decoding by cause, and the prompts it carries
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class Points:
         throughput: output tokens per second of all ranks together.
         ranks: ranks the throughput is shared by: those that were asked for, idle ones included.
         memory: bytes of the fullest rank.
-        causes: seconds of a step by cause, ``[cause, row]``.
+        causes: seconds of a step, ``[share, row]`` in the order of `SHARES`.
         partner: text of the prefill (or FFN) side, where there is one.
     """
 
@@ -66,7 +70,7 @@ class Points:
     def split(self, row: int) -> dict[str, float]:
         """Return the share of a step by cause."""
         whole = float(self.causes[:, row].sum()) or 1.0
-        return {cause: float(self.causes[i, row]) / whole for i, cause in enumerate(CAUSES)}
+        return {cause: float(self.causes[i, row]) / whole for i, cause in enumerate(SHARES)}
 
 
 def frontier(per_user: Array, per_rank: Array) -> Index:

@@ -77,8 +77,9 @@ def points_of(
     accepted = as_array([accepted_tokens(n, goal.acceptance) for n in range(goal.draft + 1)])[
         c.draft.astype(int)
     ]
-    causes = np.stack([np.broadcast_to(getattr(step, cause), len(c)) * longer for cause in CAUSES])
-    ttl = causes.sum(axis=0) / accepted + prompts
+    seconds = [getattr(step, cause) * longer for cause in CAUSES] + [prompts * accepted]
+    causes = np.stack([np.broadcast_to(column, len(c)) for column in seconds])
+    ttl = causes.sum(axis=0) / accepted
     return Points(
         mode, machine.weight, machine.kv, c, ttl, np.zeros(len(c)) if ftl is None else ftl,
         c.batch * c.dp * c.pp / ttl, float(goal.ranks), c.ranks, memory, causes,
@@ -91,10 +92,11 @@ def aggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points:
     if not len(c):
         return points_of(goal, machine, c, memory, Split(), "aggregated", np.ones(0))
     single = c.take((c.batch == 1) & (c.chunks == 1) & (c.draft == 0))
-    first = prefill(model, machine, single, goal.prompt, max(0, goal.context - goal.prompt)).total
-    first = first[_same_plan(c, single)]
+    past, place = max(0, goal.context - goal.prompt), _same_plan(c, single)
+    first = prefill(model, machine, single, goal.prompt, past).total[place]
+    work = prefill(model, machine, single, goal.prompt, past, chunk=None).total[place]
     step = decode_step(model, machine, c, goal.context)
-    share = c.batch / goal.output * first
+    share = c.batch / goal.output * work
     return points_of(
         goal, machine, c, memory, step, "aggregated", _drafting(model, c), share, first
     )
@@ -120,12 +122,22 @@ def within(points: Points, goal: Goal) -> Points:
 
 
 def ranked(points: Points, most: int = 10) -> Points:
-    """Return the best row of each plan, most throughput first; ties go to fewer ranks, then to less latency."""
+    """Return the best row of each plan, most throughput first; ties go to fewer ranks, then to less latency.
+
+    Of several folds of the experts that cost the same, the one with the least etp stands for all.
+    """
     c = points.candidates
-    order = np.lexsort((c.chunks, points.ttl, points.used, -np.round(points.per_rank, 6)))
-    columns = np.stack([c.tp, c.kvp, c.cp, c.dp, c.pp, c.ep, c.etp])[:, order]
+    order = np.lexsort((c.etp, c.chunks, points.ttl, points.used, -np.round(points.per_rank, 6)))
+    grid = [c.tp, c.kvp, c.cp, c.dp, c.pp]
+    order = order[_firsts(np.stack([*grid, c.ep, c.etp])[:, order])]
+    order = order[_firsts(np.stack([*grid, np.round(points.ttl, 9)])[:, order])]
+    return points.take(order[:most])
+
+
+def _firsts(columns: Array) -> Index:
+    """Return where each different column comes first, in order."""
     _, first = np.unique(columns, axis=1, return_index=True)
-    return points.take(order[np.sort(first)[:most]])
+    return np.sort(first)
 
 
 def envelope(points: Points) -> Points:

@@ -223,18 +223,24 @@ def _dispatch(ffn: Ffn, machine: Machine, c: Candidates, own: Array) -> Array:
 
 
 def prefill(
-    model: Decoder, machine: Machine, c: Candidates, new: Any, past: Any = 0, chunk: int = 8192
+    model: Decoder,
+    machine: Machine,
+    c: Candidates,
+    new: Any,
+    past: Any = 0,
+    chunk: int | None = 8192,
 ) -> Split:
     """Return the seconds until one prompt per dp rank has passed, with nobody waiting before it (unloaded).
 
-    The prompt is cut over cp (or kvp) ranks; with pp it travels in chunks, ``(p - 1 + m)/(p m)`` of the whole.
+    The prompt is cut over cp (or kvp) ranks; with pp it travels in chunks, ``(p - 1 + m)/(p m)`` of the whole. In one
+    piece (``chunk=None``) that is the work of all stages together, which is what a busy pipeline pays.
     """
     done = Split()
     new = as_array(new)
     rows = new / c.sequence
     for kind in model.kinds:
         done.add(_prefill_layer(kind, machine, c, rows, new, past), kind.count)
-    pieces = np.maximum(np.ceil(new / chunk), 1.0)
+    pieces = np.maximum(np.ceil(new / chunk), 1.0) if chunk else 1.0
     share = (c.pp - 1 + pieces) / (c.pp * pieces)
     for cause in CAUSES:
         setattr(done, cause, getattr(done, cause) * share)

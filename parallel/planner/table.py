@@ -8,7 +8,14 @@ from rich.text import Text
 
 from .answer import Answer, Proposal
 
-SHORT = {"weights": "W", "kv": "KV", "compute": "C", "communication": "X", "floor": "F"}
+SHORT = {
+    "weights": "W",
+    "kv": "KV",
+    "compute": "C",
+    "communication": "X",
+    "floor": "F",
+    "prompts": "P",
+}
 
 
 def show(said: Answer, console: Console, most: int = 10) -> None:
@@ -33,7 +40,7 @@ def show(said: Answer, console: Console, most: int = 10) -> None:
         console.print(Text(f"  {note}"))
     console.print(
         Text(
-            "  share of a step: W weights read, KV cache read, C compute beyond that, X communication, F fixed"
+            "  share of a step: W weights read, KV cache read, C compute beyond, X communication, F fixed, P prompts"
         )
     )
     console.print(Text(f"  {said.band}"))
@@ -41,7 +48,12 @@ def show(said: Answer, console: Console, most: int = 10) -> None:
 
 def _table(said: Answer, rows: tuple[Proposal, ...], notes: list[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    modes = len({(row.mode, row.weights, row.kv) for row in rows}) > 1 or rows[0].mode != "decode"
+    choices = len(said.goal.weights) * len(said.goal.kv) > 1
+    modes = (
+        choices
+        or len({(row.mode, row.weights, row.kv) for row in rows}) > 1
+        or rows[0].mode != "decode"
+    )
     table.add_column("plan", no_wrap=True, overflow="fold")
     for name in ("batch", "ms/token", "tok/s/user", "tok/s/GPU", "GB/GPU"):
         table.add_column(name, justify="right", no_wrap=True)
