@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def operator(dtype: torch.dtype, op: Any) -> int:
     return _BOOL_OPS.get(number, number) if dtype == torch.bool else number
 
 
+@lru_cache(maxsize=1024)
 def code_of(kind: int, dtype: torch.dtype = torch.uint8, op: int = SUM, root: int = -1) -> int:
     """Pack what all ranks must agree on into the word that stands in the header."""
     return kind | _NUMBER[dtype] << 8 | op << 16 | (root + 1) << 24
@@ -117,6 +119,8 @@ def merged_dims(x: Tensor) -> tuple[list[int], list[int]]:
 
 def views_of(tensors: list[Tensor]) -> Any:
     """Describe several tensors of one dtype, a row for each."""
+    if len(tensors) == 1:
+        return view_of(tensors[0]).reshape(1, VIEW_WORDS)
     return np.stack([view_of(x) for x in tensors])
 
 

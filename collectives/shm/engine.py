@@ -202,12 +202,14 @@ class Engine:
         shared: bool = False,
     ) -> dist.Work:
         """Move elements between ranks; see `exchange` for the tables."""
-        views = [views_of(x) if x else self._nothing for x in (sends, receives)]
-        dtype = (sends or receives)[0].dtype if sends or receives else torch.uint8
+        some = sends or receives
+        dtype = some[0].dtype if some else torch.uint8
         code = code_of(_KIND[kind], dtype, root=root)
         meet = root < 0  # with a root, only those wait who receive
-        count = int(sent[self.members.rank, 1] if shared else sent[:, 1].sum())
-        arguments = (views[0], sent, views[1], received, shared, meet, dtype.itemsize)
+        views = views_of(sends) if sends else self._nothing
+        places = views_of(receives) if receives else self._nothing
+        arguments = (views, sent, places, received, shared, meet, dtype.itemsize)
+        count = sum(x.numel() for x in sends)
         return self.run(exchange, arguments, code, count, receives, wait, sends)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,9 @@ class ShmGroup(dist.ProcessGroup):
         root, n = opts.rootRank, x.numel()
         sent, received = self._table(), self._table()
         if self.rank() == root:
-            sent[:, 1] = n
+            sent = self._table(n)
         else:
-            received[root, 1] = n
+            received = self._from(root, n)
         return self.engine.exchange(
             "broadcast", [x], sent, [x], received, not opts.asyncOp, root, shared=True
         )
@@ -112,9 +113,11 @@ class ShmGroup(dist.ProcessGroup):
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = _GATHER
     ) -> dist.Work:
         (found,), (x,) = outputs, inputs
-        _check(len(found) == self.size(), f"all_gather into {len(found)} tensors", self)
+        if len(found) != self.size():
+            raise misfit(self, f"all_gather into {len(found)} tensors")
         own = found[self.rank()]
-        _check(own.numel() == x.numel(), f"{_shapes(x)} gathered into {_shapes(own)}", self)
+        if own.numel() != x.numel():
+            raise misfit(self, f"{_shapes(x)} gathered into {_shapes(own)}")
         return self.engine.exchange(
             "all_gather", [x], self._table(x.numel()), found, self._lengths(found),
             not opts.asyncOp, shared=True,
@@ -122,8 +125,8 @@ class ShmGroup(dist.ProcessGroup):
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
         n = input.numel()
-        whole = n * self.size()
-        _check(output.numel() == whole, f"{_shapes(input)} gathered into {_shapes(output)}", self)
+        if output.numel() != n * self.size():
+            raise misfit(self, f"{_shapes(input)} gathered into {_shapes(output)}")
         return self.engine.exchange(
             "all_gather", [input], self._table(n), [output], self._runs(n),
             not opts.asyncOp, shared=True,
@@ -153,8 +156,7 @@ class ShmGroup(dist.ProcessGroup):
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
         (out,), root = outputs, opts.rootRank
         parts = inputs[0] if self.rank() == root else []
-        received = self._table()
-        received[root, 1] = out.numel()
+        received = self._from(root, out.numel())
         sent = self._lengths(parts) if parts else self._table()
         receives = [out] * self.size()  # a view for each rank: all of one tensor
         return self.engine.exchange(
@@ -165,18 +167,16 @@ class ShmGroup(dist.ProcessGroup):
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = _SCATTER
     ) -> dist.Work:
         (out,), (parts,) = outputs, inputs
-        _check(
-            len(parts) == self.size() and all(x.numel() == out.numel() for x in parts),
-            f"{_shapes(*parts)} reduced and scattered into {_shapes(out)}", self,
-        )  # fmt: skip
+        if len(parts) != self.size() or any(x.numel() != out.numel() for x in parts):
+            raise misfit(self, f"{_shapes(*parts)} reduced and scattered into {_shapes(out)}")
         return self._reduce_scatter(parts, np.zeros(self.size(), np.int64), out, opts)
 
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
     ) -> dist.Work:
         n = output.numel()
-        fits = input.numel() == n * self.size()
-        _check(fits, f"{_shapes(input)} reduced and scattered into {_shapes(output)}", self)
+        if input.numel() != n * self.size():
+            raise misfit(self, f"{_shapes(input)} reduced and scattered into {_shapes(output)}")
         return self._reduce_scatter([input], np.arange(self.size()) * n, output, opts)
 
     def _reduce_scatter(
@@ -204,8 +204,8 @@ class ShmGroup(dist.ProcessGroup):
     def alltoall(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = _EXCHANGE
     ) -> dist.Work:
-        fits = len(outputs) == len(inputs) == self.size()
-        _check(fits, f"all_to_all of {len(inputs)} tensors into {len(outputs)}", self)
+        if not len(outputs) == len(inputs) == self.size():
+            raise misfit(self, f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
         sent, received = self._lengths(inputs), self._lengths(outputs)
         return self.engine.exchange("all_to_all", inputs, sent, outputs, received, not opts.asyncOp)
 
@@ -271,38 +271,44 @@ class ShmGroup(dist.ProcessGroup):
 
     abort = shutdown
 
-    # ---- tables of (first element, elements) for each rank
+    # ---- tables of (first element, elements) for each rank; those that are made once are never written to
 
     def _table(self, count: int = 0) -> Any:
-        table = np.zeros((self.size(), 2), np.int64)
-        table[:, 1] = count
-        return table
+        return even_table(self.size(), count, 0)
 
     def _runs(self, count: int) -> Any:
-        table = self._table(count)
-        table[:, 0] = np.arange(self.size()) * count
+        return even_table(self.size(), count, count)
+
+    def _from(self, root: int, count: int) -> Any:
+        table = np.zeros((self.size(), 2), np.int64)
+        table[root, 1] = count
         return table
 
     def _lengths(self, tensors: list[Tensor]) -> Any:
-        table = self._table()
-        table[:, 1] = [x.numel() for x in tensors]
-        return table
+        return np.array([(0, x.numel()) for x in tensors], np.int64)
 
     def _split(self, x: Tensor, rows: list[int]) -> Any:
         n, length = self.size(), x.shape[0] if x.dim() else 1
         if not rows:
-            _check(length % n == 0, f"{length} rows exchanged without split sizes", self)
+            if length % n:
+                raise misfit(self, f"{length} rows exchanged without split sizes")
             return self._runs(x.numel() // n)
-        fits = len(rows) == n and sum(rows) == length
-        _check(fits, f"{_shapes(x)} with split sizes {list(rows)}", self)
+        if len(rows) != n or sum(rows) != length:
+            raise misfit(self, f"{_shapes(x)} with split sizes {list(rows)}")
         counts = np.array(rows) * (x.numel() // max(1, length))
         return np.stack([np.cumsum(counts) - counts, counts], 1)
+
+
+@lru_cache(maxsize=1024)
+def even_table(ranks: int, count: int, step: int) -> Any:
+    """Make a table of equal runs, `step` elements apart."""
+    return np.stack([np.arange(ranks) * step, np.full(ranks, count)], 1)
 
 
 def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
-def _check(fits: bool, what: str, group: ShmGroup) -> None:
-    if not fits:
-        raise ValueError(f"shm: {what} does not fit a group of {group.size()} ranks")
+def misfit(group: ShmGroup, what: str) -> ValueError:
+    """Say that tensors do not fit a group."""
+    return ValueError(f"shm: {what} does not fit a group of {group.size()} ranks")
