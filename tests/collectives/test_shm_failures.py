@@ -104,7 +104,10 @@ def with_victim(folder: str, end: str, calls: int) -> list[tuple[str, float]]:
         assert what in str(lost.value)
         with pytest.raises((PeerLost, RuntimeError)):
             call(group)  # and again, at once
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"seen/{current_rank()}", "")
     if victim:
+        store.wait([f"seen/{r}" for r in range(RANKS - 1)])
         os.kill(victim, signal.SIGCONT)
         os.kill(victim, signal.SIGKILL)
         os.waitpid(victim, 0)
