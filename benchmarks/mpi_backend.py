@@ -36,8 +36,7 @@ def contenders(op: str, size: int, comm: Any, gloo: Any) -> dict[str, Callable[[
     """The same work on the same float32 tensors of so many bytes."""
     from mpi4py import MPI
 
-    x, ranks = torch.ones(size // 4), comm.size
-    whole, part = torch.empty_like(x), torch.empty(size // 4 // ranks)
+    x, whole, part = (torch.ones(n) for n in (size // 4, size // 4, size // 4 // comm.size))
     a, w, p = x.numpy(), whole.numpy(), part.numpy()
     bare = {
         "all_reduce": lambda: comm.Allreduce(MPI.IN_PLACE, a),

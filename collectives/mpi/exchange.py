@@ -104,16 +104,26 @@ def all_reduce(peers: Peers, t: Tensor, by: Reduction) -> Steps:
         return
     twin = peers.wire.lend(t, read=True)
     if peers.size * twin.nbytes <= ONE_SHOT_BYTES:
-        room = peers.scratch.take(peers.size, twin)
-        yield peers.comm.Iallgather(memory(twin), room.message)
-        by.fold(twin, room.pieces)
-        peers.scratch.give_back(room)
+        yield from _fold_all(peers, twin, by, tag)
     else:
         runs = _runs(twin, peers.size)
         own = _elements(twin, runs[peers.rank])
         yield from _reduce_to(peers, own, own, runs, by, tag)
         yield _give_all(peers, runs, tag)
     peers.wire.land(twin, t)
+
+
+def _fold_all(peers: Peers, t: Tensor, by: Reduction, tag: int) -> Steps:
+    """Give everyone the whole and fold in the order of ranks, so that all hold the same bits."""
+    others = list(peers.others())
+    room, requests = _receive(peers, others, t, tag)
+    message = memory(t)
+    yield requests + [peers.inner.Isend(message, r, tag) for r in others]
+    pieces = dict(zip(others, room.pieces, strict=True)) | {peers.rank: t}
+    total = t if peers.size == 2 else torch.empty_like(t)  # of three, the own one may come last
+    by.fold(total, [pieces[r] for r in range(peers.size)])
+    peers.scratch.give_back(room)
+    peers.wire.land(total, t)
 
 
 def reduce(peers: Peers, t: Tensor, by: Reduction, root: int) -> Steps:
@@ -205,10 +215,15 @@ def _give_all(peers: Peers, runs: Sequence[Run], tag: int) -> list[MPI.Request]:
 
 
 def all_gather_single(peers: Peers, out: Tensor, t: Tensor) -> Steps:
+    """Gather equal parts; point to point, which beats MPI's own from 32 KB and equals it below."""
+    tag = peers.tag()
     twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
-    in_place = own.data_ptr() == twin.data_ptr() + peers.rank * own.nbytes
-    source = MPI.IN_PLACE if in_place else memory(own)
-    yield peers.comm.Iallgather(source, memory(twin, peers.size))
+    address, n = twin.data_ptr(), own.nbytes
+    runs = [(address + r * n, n) for r in range(peers.size)]
+    mine = _elements(twin, runs[peers.rank])
+    if mine.data_ptr() != own.data_ptr():
+        mine.copy_(own.view(-1))
+    yield _give_all(peers, runs, tag)
     peers.wire.land(twin, out)
 
 

@@ -23,13 +23,11 @@ class Room:
     """One tensor per rank.
 
     Attributes:
-        message: the whole, as MPI gathers into it.
-        messages: of each piece.
+        messages: each piece, as MPI receives into it.
     """
 
     key: Key
     pieces: tuple[Tensor, ...]
-    message: Message
     messages: list[Message]
     n_bytes: int
 
@@ -71,4 +69,4 @@ def _build(key: Key) -> Room:
     with torch.inference_mode(False):
         whole = torch.empty((ranks, *shape), dtype=dtype, device=device)
     pieces = whole.unbind()
-    return Room(key, pieces, memory(whole, ranks), [memory(p) for p in pieces], whole.nbytes)
+    return Room(key, pieces, [memory(p) for p in pieces], whole.nbytes)

@@ -119,10 +119,9 @@ class Wire:
             return made
 
 
-def memory(t: Tensor, ranks: int = 1) -> Message:
-    """Describe contiguous memory as bytes; MPI counts a buffer that holds all ranks' parts per rank."""
-    n = t.nbytes
-    return [MPI.memory.fromaddress(t.data_ptr(), n), n // ranks, MPI.BYTE]
+def memory(t: Tensor) -> Message:
+    """Describe contiguous memory as bytes."""
+    return span(t.data_ptr(), t.nbytes)
 
 
 def span(address: int, n_bytes: int) -> Message:
