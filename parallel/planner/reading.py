@@ -119,6 +119,9 @@ def from_shape(
 def _layers(shape: ModelShape, fields: Mapping[str, Any]) -> list[tuple[Attention, Ffn]]:
     layers = shape.layers or 0
     kinds = fields.get("layer_types") or ["full_attention"] * layers
+    if len(kinds) != layers:
+        asked = f"layer_types of {len(kinds)} entries"
+        raise PlanError(asked, f"is not num_hidden_layers={layers}", "give one entry per layer")
     windows = shape.window_layers or (False,) * layers
     routed = shape.expert_layers or (False,) * layers
     return [
@@ -157,17 +160,13 @@ def _attention(
 
 def _linear(hidden: int, fields: Mapping[str, Any]) -> dict[str, int]:
     """Gated delta rule: q and k of key heads; v, gate and output of value heads; one state per value head."""
-    key = fields["linear_num_key_heads"] * fields["linear_key_head_dim"]
-    value = fields["linear_num_value_heads"] * fields["linear_value_head_dim"]
-    state = (
-        fields["linear_num_value_heads"]
-        * fields["linear_key_head_dim"]
-        * fields["linear_value_head_dim"]
-    )
-    return {
-        "state": state,
-        "mixer": hidden * (2 * key + 3 * value + 2 * fields["linear_num_value_heads"]),
-    }
+    names = ("num_key_heads", "key_head_dim", "num_value_heads", "value_head_dim")
+    missing = next((f"linear_{name}" for name in names if f"linear_{name}" not in fields), None)
+    if missing:
+        raise PlanError("a config with linear attention", f"has no {missing}", f"add {missing}")
+    keys, key_dim, values, value_dim = (int(fields[f"linear_{name}"]) for name in names)
+    mixer = hidden * (2 * keys * key_dim + 3 * values * value_dim + 2 * values)
+    return {"state": values * key_dim * value_dim, "mixer": mixer}
 
 
 def _ffn(shape: ModelShape, fields: Mapping[str, Any], routed: bool) -> Ffn:

@@ -134,6 +134,14 @@ def test_a_config_with_a_missing_field_names_it(missing: str) -> None:
         from_config(fields, name="mine")
 
 
+def test_layer_types_are_checked() -> None:
+    fields = CONFIGS["qwen3.5-397b-a17b"][0]
+    with pytest.raises(PlanError, match="layer_types of 60 entries is not num_hidden_layers=59"):
+        from_config({**fields, "num_hidden_layers": 59})
+    with pytest.raises(PlanError, match="has no linear_key_head_dim"):
+        from_config({key: value for key, value in fields.items() if key != "linear_key_head_dim"})
+
+
 def test_experts_without_a_count_per_token_are_refused() -> None:
     fields = {**CONFIGS["qwen3-30b-a3b"][0], "num_experts_per_tok": None}
     with pytest.raises(PlanError, match="num_experts_per_tok"):
