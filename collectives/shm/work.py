@@ -99,11 +99,15 @@ class Pending(dist.Work):
 
         Raises:
             PeerLost: a rank it needs is gone, or did not come within the group's timeout.
+            TimeoutError: it is not done after `timeout`; it goes on.
         """
         nap = 0.0
+        end = time.monotonic() + timeout.total_seconds() if timeout else None
         while not self._done:
             moved = self._driver.drive(PATIENCE)
             if not self._done:
+                if end is not None and time.monotonic() > end:
+                    raise TimeoutError(f"{self.what} is not done after {timeout}")
                 nap = 0.0 if moved else min(1e-3, nap * 1.3 + 1e-5)
                 time.sleep(nap)
         if self._error is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,20 @@ def test_a_trace_sees_the_calls(tmp_path: Path) -> None:
             ("reduce_scatter", "group of 2", 24, 12),
             ("all_to_all", "group of 2", 16, 8),
         ]
+
+
+def waits_in_part(folder: str) -> None:
+    open_world(folder, 2)
+    if dist.get_rank() == 0:
+        work = dist.all_reduce(torch.ones(3), async_op=True)
+        with pytest.raises(TimeoutError, match="all_reduce of 3 float32"):
+            work.wait(timedelta(seconds=0.05))
+        dist.send(torch.ones(1), 1)
+        work.wait()
+    else:
+        dist.recv(torch.ones(1), 0)
+        dist.all_reduce(torch.ones(3))
+
+
+def test_waiting_may_be_limited(tmp_path: Path) -> None:
+    run_world(waits_in_part, 2, str(tmp_path), backend=None)
