@@ -247,7 +247,7 @@ def small_files(monkeypatch) -> None:
 
 
 def test_disk_tier_against_a_dictionary() -> None:
-    run(100, 30)
+    run(300, 30)
 
 
 PRECAUTIONS = {
