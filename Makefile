@@ -12,7 +12,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi-% check lint format wheel wheel-smoke bench clean
+.PHONY: help setup demo test test-mpi-% check lint format wheel wheel-smoke faults bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ wheel: $(READY)  ## build the wheel into dist/
 
 wheel-smoke: wheel  ## install the wheel elsewhere and use it from another directory
 	$(BIN)/python tools/wheel_smoke.py dist/*.whl
+
+faults: $(READY)  ## kill a process that writes the disk tier, 500 times, and look for wrong bytes
+	$(BIN)/python tests/kvstore/faults.py --kills 500
 
 bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench

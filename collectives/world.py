@@ -103,16 +103,7 @@ def init(
     threads = _set_threads(launch, cards)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if name == "nccl" else name,
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
-    if backend is not None and dist.group.WORLD is not None:
-        dist.group.WORLD._set_group_desc(f"{CHOSEN}: {backend}")
-    atexit.register(_close_at_exit)
+    _open(launch, name, store, timeout_s, chosen=backend is not None)
     return World(
         rank=launch.rank,
         size=launch.world_size,
@@ -123,6 +114,20 @@ def init(
         launcher=launch.launcher,
         threads=threads,
     )
+
+
+def _open(launch: Launch, backend: str, store: Any, timeout_s: float, *, chosen: bool) -> None:
+    """Start the default process group."""
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    if chosen and dist.group.WORLD is not None:
+        dist.group.WORLD._set_group_desc(f"{CHOSEN}: {backend}")
+    atexit.register(_close_at_exit)
 
 
 def _adopt(launch: Launch, backend: str | None) -> World:
