@@ -157,17 +157,16 @@ def _stages(model: Decoder, most: int) -> list[int]:
 
 
 def _experts(model: Decoder, stage: int) -> list[tuple[int, int]]:
-    """Folds (ep, etp) of a stage's ranks; only those that use all of them, or copy experts over few."""
-    experts = model.shape.experts or 0
+    """Folds (ep, etp) of a stage's ranks."""
+    experts, width = model.shape.experts or 0, model.shape.moe_ffn
     if not experts:
         return [(1, 1)]
-    width = model.shape.moe_ffn
     return [
         (ep, etp)
         for ep in divisors(experts, stage)
         if stage % ep == 0
         for etp in divisors(stage // ep, 64)
-        if width % etp == 0 and (stage // (ep * etp) <= 8)
+        if width % etp == 0
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -72,16 +71,28 @@ def test_the_grid_misses_no_small_plan(heads: int, kv_heads: int) -> None:
     assert found == wanted
 
 
-def test_the_whole_sweep_of_r1_on_72_is_quick() -> None:
+def test_the_sweep_of_r1_on_72_is_wide() -> None:
+    """How long it takes is benchmarks/planner_sweep.py's business."""
     goal = Goal(ranks=72, context=131072, weights=("nvfp4",), kv=("fp8",))
-    model = decoder("deepseek-r1")
-    search.sweep(model, GB200, goal)
-    start = time.process_time()
-    found = search.sweep(model, GB200, goal)
-    assert sum(map(len, found)) > 20_000
-    assert (
-        time.process_time() - start < 3.0
-    )  # promised: one second; measured: a twentieth. Room for a busy machine
+    (points,) = search.sweep(decoder("deepseek-r1"), GB200, goal)
+    assert len(points) > 20_000
+    for axis, most in (
+        ("tp", 64),
+        ("kvp", 64),
+        ("dp", 72),
+        ("pp", 16),
+        ("ep", 64),
+        ("etp", 64),
+        ("chunks", 8),
+    ):
+        assert getattr(points.candidates, axis).max() >= most, axis
+
+
+def test_small_experts_may_be_whole_everywhere() -> None:
+    goal = Goal(ranks=64, context=8192, weights=("mxfp4",), kv=("fp8",))
+    (points,) = search.sweep(decoder("gpt-oss-20b"), GB200, goal)
+    c = points.candidates
+    assert np.any((c.dp == 64) & (c.ep == 1) & (c.etp == 1))
 
 
 def test_memory_decides_what_is_possible() -> None:
