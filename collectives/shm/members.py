@@ -40,9 +40,14 @@ class Members:
         self._fd = -1
         if rank == 0:
             self.segment, self._fd = Segment.create(f"plait-{name}", self.layout.size)
-        self.cards = self._exchange_cards(store, self._fd, timeout)
-        self._handles = [self._handle(r) for r in range(self.ranks)]
-        self._agree_on_mapping(timeout)
+        try:
+            self.cards = self._exchange_cards(store, self._fd, timeout)
+            self._handles = [self._handle(r) for r in range(self.ranks)]
+            self._agree_on_mapping(timeout)
+        except Exception:
+            for file in (*self._files, *([self._fd] if rank == 0 else [])):
+                os.close(file)
+            raise
 
     def open(self, prepare: Callable[[], None]) -> None:
         """Wait until all ranks have mapped the segment. Rank 0 prepares first, alone; then the others do."""
@@ -109,6 +114,10 @@ class Members:
             fd = os.pidfd_open(card["pid"])
         except ProcessLookupError:
             fd = -1
+        except OSError as error:  # a sandbox without the call
+            raise BackendUnavailable(
+                f"backend 'shm' cannot watch process {card['pid']}: {error}; use backend 'gloo'"
+            ) from error
         if fd < 0 or _born(card["pid"]) != card["born"]:
             raise PeerLost(f"{self._who(rank)} ended while group {self.name} opened")
         self._files.append(fd)

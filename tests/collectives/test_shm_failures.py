@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from plait.collectives import PeerLost, shm
+from plait.collectives import BackendUnavailable, PeerLost, shm
 from plait.collectives.shm import members
 from world import current_rank, run_world
 
@@ -177,7 +177,7 @@ def on_two_hosts(folder: str) -> str:
     shm.register()
     members._host = lambda: f"host {current_rank()}"
     store = dist.FileStore(f"{folder}/store", 2)
-    with pytest.raises(ImportError) as refusal:
+    with pytest.raises(BackendUnavailable) as refusal:
         dist.init_process_group("shm", store=store, rank=current_rank(), world_size=2)
     return str(refusal.value)
 
@@ -187,6 +187,23 @@ def test_ranks_of_two_hosts_are_refused_alike(tmp_path: Path) -> None:
     assert first == second
     assert "one host" in first
     assert "use backend 'gloo'" in first
+
+
+def where_one_cannot_map(folder: str) -> str:
+    shm.register()
+    if current_rank() == 1:
+        really = members.Segment.open
+        members.Segment.open = lambda *_: really(os.getpid(), 10**6, 0)  # no such file
+    store = dist.FileStore(f"{folder}/store", 3)
+    with pytest.raises(BackendUnavailable) as refusal:
+        dist.init_process_group("shm", store=store, rank=current_rank(), world_size=3)
+    return str(refusal.value)
+
+
+def test_where_one_rank_cannot_map_all_are_told(tmp_path: Path) -> None:
+    answers = run_world(where_one_cannot_map, 3, str(tmp_path), backend=None)
+    assert len(set(answers)) == 1
+    assert "cannot open the memory of process" in answers[0]
 
 
 def opens_and_closes(folder: str) -> list[int]:
