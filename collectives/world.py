@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import importlib.util
+import importlib
 import itertools
 import os
 import socket
@@ -19,6 +19,9 @@ import torch.distributed as dist
 from .errors import BackendUnavailable, LaunchError
 from .launch import Launch
 from .rendezvous import meet
+
+OURS = ("mpi", "shm")
+"""Backends that plait adds to torch, each a package beside this file that is imported when it is asked for."""
 
 CHOSEN = "chosen by the caller"
 """How the description of a default group begins whose backend somebody asked for."""
@@ -70,7 +73,7 @@ def init(
     A second call returns the same world. A process group that the caller has started already is taken as it is.
 
     Args:
-        backend: "nccl", "gloo", "shm", or any backend registered with torch.distributed; None takes nccl
+        backend: "nccl", "gloo", "mpi", "shm", or any backend registered with torch.distributed; None takes nccl
             where CUDA is, else gloo, and gives the groups of a plan shared memory where their ranks are on one host.
         timeout_s: how long to wait for ranks that have not come, and later for a collective.
         environ: read in place of the process environment.
@@ -110,7 +113,7 @@ def init(
         local_rank=launch.local_rank,
         local_size=launch.local_size,
         device=device,
-        backend=name,
+        backend=name.removeprefix("plait_"),
         launcher=launch.launcher,
         threads=threads,
     )
@@ -138,7 +141,7 @@ def _adopt(launch: Launch, backend: str | None) -> World:
             f"the process group says rank {rank} of {size}, but {launch.launcher} started rank {launch.rank} of "
             f"{launch.world_size}; let plait.init() start the process group, or start it with the launcher's numbers"
         )
-    name = dist.get_backend()
+    name = dist.get_backend().removeprefix("plait_")
     if name == "undefined" or ":" in name:
         name = "nccl" if torch.cuda.is_available() else "gloo"
     if backend is not None and backend != name:
@@ -170,18 +173,8 @@ def _choose_backend(asked: str | None) -> str:
             "backend 'nccl' needs a CUDA device and a torch built for CUDA; neither `plait.init()` nor "
             "`plait.init('gloo')` does. On a machine with a GPU: pip install --force-reinstall torch"
         )
-    if asked == "mpi" and not dist.is_backend_available("mpi"):
-        if importlib.util.find_spec("mpi4py") is None:
-            raise BackendUnavailable(
-                "backend 'mpi' needs mpi4py and an MPI library: pip install 'plait[mpi]'"
-            )
-        raise BackendUnavailable(
-            "backend 'mpi' comes in a later version of plait; under mpirun use plait.init('gloo')"
-        )
-    if asked == "shm":
-        from .shm import register  # its kernels take a while to import
-
-        register()
+    if asked in OURS:
+        return importlib.import_module(f".{asked}", __package__).register()
     if not dist.is_backend_available(asked):
         there = [name for name in dist.Backend.backend_list if dist.is_backend_available(name)]
         raise BackendUnavailable(

@@ -156,9 +156,7 @@ def load_model(directory: Path, plan: plait.Plan | None) -> Any:
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, chunk: int, progress: Progress, name: str) -> Reading:
     """Prefill in chunks; sum the loss of every token given those before it."""
-    cache = (
-        model.kv_cache() if hasattr(model, "kv_cache") else DynamicCache(config=model.config)
-    )
+    cache = model.kv_cache() if hasattr(model, "kv_cache") else DynamicCache(config=model.config)
     task = progress.add_task(name, total=ids.shape[1])
     start, nats, last = time.perf_counter(), 0.0, None
     for at in range(0, ids.shape[1], chunk):

@@ -12,10 +12,11 @@ from .members import Members
 from .warm import compile_kernels
 
 
-def register() -> None:
-    """Let `init_process_group("shm")`, `new_group` and device meshes use shared memory; idempotent."""
+def register() -> str:
+    """Let `init_process_group("shm")`, `new_group` and device meshes use shared memory; return that name."""
     if "SHM" not in dist.Backend._plugins:
         dist.Backend.register_backend("shm", _create, extended_api=True, devices=["cpu"])
+    return "shm"
 
 
 def _create(options: Any, backend_options: object) -> ShmGroup:

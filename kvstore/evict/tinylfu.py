@@ -105,8 +105,8 @@ class TinyLFU:
     """Evict the less popular of the oldest newcomer and the least popular of the oldest others.
 
     The paper's main part is a segmented LRU; here the longest unused are compared by popularity, since
-    a store evicts to make room and does not always have a newcomer to compare with. Popularity is counted in a sketch over all content that came by, also what is long evicted, and
-    halved now and then.
+    a store evicts to make room and does not always have a newcomer to compare with. Popularity is
+    counted in a sketch over all content that came by, also what is long evicted, and halved now and then.
 
     Args:
         window_share: share of the cached pages that newcomers may have untested.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
 from conformance import CHECKS, GLOO, Abilities, run_all
 from conformance_users import USERS
-
 from plait.collectives import shm
 from world import current_rank, run_world
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_ranks_meet_without_a_port_given(size: int, tmp_path: Path) -> None:
     ]
     (ours,) = tmp_path.iterdir()
     assert not list(ours.iterdir())  # nothing is left behind
+
+
+def share_memory(size: int) -> tuple[str, float]:
+    with init("shm", timeout_s=20, environ=hydra(size)) as world:
+        total = torch.tensor([world.rank + 1.0])
+        dist.all_reduce(total)
+        return world.backend, total.item()
+
+
+def test_shared_memory_by_name() -> None:
+    assert run_world(share_memory, 3, 3, backend=None) == [("shm", 6.0)] * 3
 
 
 def close_and_join_again(size: int) -> list[float]:
@@ -180,9 +192,14 @@ def ask(backend: str) -> str:
     return "joined"
 
 
+def ask_without_mpi4py() -> str:
+    sys.modules["mpi4py"] = None  # type: ignore[assignment]
+    return ask("mpi")
+
+
 def test_absent_backends_say_what_to_install() -> None:
-    (answer,) = run_world(ask, 1, "mpi", backend=None)
-    assert "pip install 'plait[mpi]'" in answer or "later version" in answer
+    (answer,) = run_world(ask_without_mpi4py, 1, backend=None)
+    assert "pip install 'plait[mpi]'" in answer
     if not torch.cuda.is_available():
         (answer,) = run_world(ask, 1, "nccl", backend=None)
         assert "needs a CUDA device" in answer
