@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 _NAMES = {
     "allreduce_": "all_reduce",
@@ -74,30 +74,30 @@ class Trace(TorchDispatchMode):
     def _record(self, func: Any, args: Any, seconds: float) -> None:
         name: str = func._schema.name
         op = _NAMES.get(name.split("::")[1], name)
-        group = _group_of(args)
         tensors = [
             t
             for a in args
             for t in (a if isinstance(a, (list, tuple)) else [a])
             if isinstance(t, Tensor)
         ]
+        # for ops written (output, input) the tensor a rank brings is the second argument
+        second = op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1
+        self.note(_group_of(args), op, tensors[1:2] if second else tensors[:1], seconds)
+
+    def note(
+        self,
+        group: dist.ProcessGroup | None,
+        op: str,
+        brought: Sequence[Tensor],
+        seconds: float,
+    ) -> None:
+        """Record a call, with the tensors that this rank brought to it."""
         ranks = group.size() if group is not None else 1
         axis = self.axis_of(group) if self.axis_of and group is not None else f"group of {ranks}"
-        shape, payload = _payload(op, args, tensors)
-        dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else ""
-        self.events.append(
-            Event(
-                op,
-                axis,
-                ranks,
-                shape,
-                dtype,
-                payload,
-                _sent(op, payload, ranks),
-                seconds,
-                self.scope,
-            )
-        )
+        shape, dtype = (tuple(brought[0].shape), brought[0].dtype) if brought else ((), "")
+        payload = sum(x.numel() * x.element_size() for x in brought)
+        name, sent = str(dtype).removeprefix("torch."), _sent(op, payload, ranks)
+        self.events.append(Event(op, axis, ranks, shape, name, payload, sent, seconds, self.scope))
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Count the events by (op, axis)."""
@@ -115,16 +115,18 @@ def _group_of(args: Any) -> dist.ProcessGroup | None:
     return None
 
 
-def _payload(op: str, args: Any, tensors: list[Tensor]) -> tuple[tuple[int, ...], int]:
-    """The tensor a rank brings: for ops written (output, input) that is the second argument."""
-    if not tensors:
-        return (), 0
-    brought = (
-        tensors[1]
-        if op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1
-        else tensors[0]
-    )
-    return tuple(brought.shape), brought.numel() * brought.element_size()
+def listening() -> bool:
+    """Say whether anything listens; this costs next to nothing."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def tell_traces(
+    group: dist.ProcessGroup, op: str, brought: Sequence[Tensor], seconds: float
+) -> None:
+    """Record a call in every Trace that is on: for groups written in Python, which the dispatcher does not see."""
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, Trace):
+            mode.note(group, op, brought, seconds)
 
 
 def _sent(op: str, payload: int, n: int) -> int:

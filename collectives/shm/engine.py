@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..trace import listening, tell_traces
 from .calls import KINDS, code_of, describe, operator, real_of, view_of, views_of
 from .exchange import exchange
 from .fold import SCRATCH_BYTES, fold_address
@@ -40,7 +41,6 @@ from .steps import (
     WAITING,
     WORLD,
 )  # fmt: skip
-from .traced import tell_traces, traced
 from .work import PATIENCE, Finished, Pending
 
 _KIND = {name: number for number, name in enumerate(KINDS)}
@@ -86,7 +86,7 @@ class Engine:
         inputs: list[Tensor] | None = None,
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
-        begin = time.perf_counter() if traced() else None
+        begin = time.perf_counter() if listening() else None
         progress = self.progress
         with progress.lock:
             if progress.broken is not None:

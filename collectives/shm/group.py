@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from ..trace import listening, tell_traces
 from .calls import real_of, view_of, views_of
 from .engine import Engine
 from .mailbox import Mailbox
 from .members import Members
 from .reductions import reduce_scatter
 from .steps import STEP
-from .traced import tell_traces, traced
 from .work import Several
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
@@ -236,12 +236,12 @@ class ShmGroup(dist.ProcessGroup):
     # ---- point to point
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> dist.Work:
-        if traced():
+        if listening():
             tell_traces(self, "send", tensors, 0.0)
         return self._mailbox.send(tensors[0], to, tag)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> dist.Work:
-        if traced():
+        if listening():
             tell_traces(self, "recv", tensors, 0.0)
         return self._mailbox.receive(tensors[0], source, tag)
 
