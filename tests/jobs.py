@@ -48,6 +48,19 @@ def mpirun(size: int, *options: str) -> list[str]:
     return [find_mpirun(), "--oversubscribe", "-n", str(size), *options, sys.executable]
 
 
+def pytest_on(size: int, folder: Path) -> list[str]:
+    """pytest on every rank of mpirun.
+
+    Its ranks would clean up old temporary folders at the same time and warn of each other: they get a place of
+    their own, and keep all.
+    """
+    return [
+        *mpirun(size, "-x", f"PYTEST_DEBUG_TEMPROOT={folder}"),
+        *("-m", "pytest", "-p", "no:cacheprovider", "-q", "--with-mpi"),
+        *("-o", "tmp_path_retention_count=99"),
+    ]
+
+
 def torchrun(size: int) -> list[str]:
     return [
         sys.executable,

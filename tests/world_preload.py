@@ -25,12 +25,47 @@ HEAVY = (
     "safetensors.torch",
     "transformers.modeling_utils",
     "transformers.generation",
-    "transformers.models.llama.modeling_llama",
+    *(
+        f"transformers.models.{family}.modeling_{family}"
+        for family in (
+            "llama",
+            "qwen2",
+            "qwen3",
+            "mistral",
+            "mixtral",
+            "gemma3",
+            "phi3",
+            "deepseek_v3",
+            "gpt_oss",
+        )
+    ),
     "plait.parallel",
+    "plait.parallel.attention.paged",
+    "plait.parallel.binding",
+    "plait.parallel.checkpoint.state_dict",
     "plait.kvstore",
     "plait.collectives",
     "plait.cuda_kernels",
 )
+
+
+def warm_kernels() -> None:
+    """Compile what nearly every rank calls, or load it from Numba's cache: forked ranks find it in memory."""
+    import torch
+
+    from plait.collectives.shm.warm import compile_kernels
+    from plait.kvstore import KVSpec, KVStore
+
+    compile_kernels()
+    for dtype in (torch.float64, torch.float32):
+        store = KVStore(KVSpec(layers=1, kv_heads=1, head_dim=8, page_tokens=16, dtype=dtype))
+        (seq,) = store.open_batch(1)
+        step = store.reserve([seq], [3])
+        k = torch.ones(3, 1, 8, dtype=dtype)
+        store.append(step, 0, k, k)
+        store.attend([seq], 0, k.repeat(1, 2, 1), step=step)
+        store.commit(step)
+        store.close(seq)
 
 
 def preload() -> None:
@@ -44,6 +79,8 @@ def preload() -> None:
         for name in HEAVY:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+        with contextlib.suppress(Exception):
+            warm_kernels()
     sys.stdout.flush()
 
 

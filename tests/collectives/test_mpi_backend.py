@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import Ended, find_mpirun, finish, mpirun, run_job, start, torchrun
+from jobs import Ended, find_mpirun, finish, mpirun, pytest_on, run_job, start, torchrun
 from plait.collectives import BackendUnavailable
 from plait.collectives.mpi import register
 
@@ -22,8 +22,7 @@ pytest.importorskip("mpi4py")
 
 def under_pytest(folder: Path, *options: str, **env: str) -> Ended:
     pytest.importorskip("pytest_mpi")
-    command = [*mpirun(4), "-m", "pytest", "-p", "no:cacheprovider", "-q", "--with-mpi", str(TESTS)]
-    job = start([*command, *options], folder, OMP_NUM_THREADS="1", **env)
+    job = start([*pytest_on(4, folder), str(TESTS), *options], folder, OMP_NUM_THREADS="1", **env)
     return finish(job, folder, timeout=240)  # four ranks import torch on as many cores as there are
 
 
