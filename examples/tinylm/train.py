@@ -33,11 +33,12 @@ class Phase:
     stretched: float  # share of rows whose positions leap ahead
 
 
-# Half of the training reads short windows, which cost little; positions that leap ahead teach
-# the model distances that the window does not have.
+# Most of the training reads short windows, which cost little; positions that leap ahead teach
+# the model distances that the window does not have, and the last windows are long ones.
 PHASES = (
     Phase(until=0.60, rows=8, length=512, stretched=0.25),
-    Phase(until=1.00, rows=4, length=2048, stretched=0.5),
+    Phase(until=0.88, rows=4, length=2048, stretched=0.5),
+    Phase(until=1.00, rows=2, length=8192, stretched=0.25),
 )
 WARM_UP, COOL_DOWN = 0.01, 0.35
 MUON_RATE, ADAM_RATE = 0.02, 0.003
