@@ -150,8 +150,9 @@ class Engine:
 
     def _end(self) -> None:
         """Leave in order: MPI cannot be finalised while a peer is lost, only aborted."""
-        failed = getattr(sys, "last_value", None)
-        if failed is not None:
+        lost = (group.lost for group in self.groups.values() if group.lost is not None)
+        failed = getattr(sys, "last_value", None) or next(lost, None)
+        if failed is not None:  # who still waits for this rank gives up now, and says why
             self.rollcall.leave(f"{type(failed).__name__}: {failed}")
         self._stop.set()
         self._work.set()
@@ -167,12 +168,14 @@ class Engine:
 
     def _farewell(self) -> bool:
         """Give the others time to raise and to come; if all do, a late one included, MPI ends as usual."""
-        with contextlib.suppress(MPI.Exception):
-            request, end = self.world.Ibarrier(), time.monotonic() + FAREWELL_S
-            while not request.Test():
-                if time.monotonic() > end:
-                    return False
-                self.rollcall.attend()
-                time.sleep(0.01)
-            return True
+        end = time.monotonic() + FAREWELL_S
+        request: MPI.Request | None = None
+        with contextlib.suppress(MPI.Exception):  # the dead come to no barrier
+            request = self.world.Ibarrier()
+        while time.monotonic() < end:
+            with contextlib.suppress(MPI.Exception):
+                if request is not None and request.Test():
+                    return True
+            self.rollcall.attend()
+            time.sleep(0.01)
         return False
