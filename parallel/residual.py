@@ -177,27 +177,29 @@ def stream_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]
     rows = {
         id(e.module) for e in roles if isinstance(e, SwapClass) and issubclass(e.mixin, RowLinear)
     }
-    layers = [m for m in decoder_layers(model)[1] if is_pre_norm(type(m))]
-    stream, seen, edits = Stream(ranks.all), {}, []
+    layers: list[Any] = [m for m in decoder_layers(model)[1] if is_pre_norm(type(m))]
+    stream, edits = Stream(ranks.all), list[Edit]()
+    seen: dict[tuple[type, float], bool] = {}
     norms = [
         (as_norm(m.input_layernorm, seen), as_norm(m.post_attention_layernorm, seen))
         for m in layers
     ]
     for i, layer in enumerate(layers):
-        outlets = []
-        for half in (layer.self_attn, layer.mlp):
-            own = [m for m in half.children() if id(m) in rows and m.bias is None]
-            outlets.append(Outlet(links[id(own[0])]) if len(own) == 1 else None)
-            if len(own) == 1:
-                edits.append(SetAttribute(own[0], "_plait", outlets[-1]))
+        last = [only_row(half, rows) for half in (layer.self_attn, layer.mlp)]
+        outlets = [None if row is None else Outlet(links[id(row)]) for row in last]
         if outlets == [None, None]:
             continue
         following = norms[i + 1][0] if i + 1 < len(layers) else None
-        edits += [
-            SetAttribute(layer, "_plait_stream", Plumbing(stream, *outlets, *norms[i], following)),
-            SwapClass(layer, StreamLayer),
-        ]
+        plumbing = Plumbing(stream, outlets[0], outlets[1], *norms[i], following)
+        edits += [SetAttribute(r, "_plait", o) for r, o in zip(last, outlets, strict=True) if o]
+        edits += [SetAttribute(layer, "_plait_stream", plumbing), SwapClass(layer, StreamLayer)]
     return edits
+
+
+def only_row(module: nn.Module, rows: set[int]) -> nn.Module | None:
+    """The one row layer of a module, if it has one and adds no bias after the sum."""
+    own = [m for m in module.children() if id(m) in rows and m._parameters.get("bias") is None]
+    return own[0] if len(own) == 1 else None
 
 
 def is_pre_norm(kind: type) -> bool:
@@ -229,11 +231,11 @@ def computes_rms_norm(module: nn.Module, eps: float) -> bool:
     """Compare a copy of the norm with the formula, on rows small enough for eps to show."""
     twin = copy.deepcopy(module).to_empty(device="cpu").float()
     g = torch.Generator().manual_seed(0)
-    width = twin.weight.numel()
     for parameter in twin.parameters():
         parameter.copy_(torch.rand(parameter.shape, generator=g) + 0.5)
-    x = torch.randn(4, width, generator=g) * torch.tensor([[1e-3], [1e-2], [1.0], [9.0]])
-    expected = twin.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    weight = twin.get_parameter("weight")
+    x = torch.randn(4, len(weight), generator=g) * torch.tensor([[1e-3], [1e-2], [1.0], [9.0]])
+    expected = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     try:
         return torch.allclose(twin(x), expected, rtol=1e-5, atol=0)
     except Exception:  # a module that does not take one activation is not a norm we know
