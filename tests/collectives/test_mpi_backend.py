@@ -35,7 +35,8 @@ def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
         OMP_NUM_THREADS="1",
     )
     assert time.monotonic() - started < 90
-    assert ended.code != 0
+    # a fault-tolerant mpirun whose other ranks end in order counts that as success
+    assert ended.code != 0 or "ulfm" in options
     return ended
 
 
