@@ -173,9 +173,11 @@ class Engine:
         with contextlib.suppress(MPI.Exception):  # the dead come to no barrier
             request = self.world.Ibarrier()
         while time.monotonic() < end:
-            with contextlib.suppress(MPI.Exception):
+            try:
                 if request is not None and request.Test():
                     return True
+            except MPI.Exception:
+                request = None  # tested again it would pass for done
             self.rollcall.attend()
             time.sleep(0.01)
         return False
