@@ -66,7 +66,7 @@ def explain(
     model: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint directory, a config.json, or a name we ship: llama-405b, deepseek-r1."
+            help="A checkpoint directory, a config.json, or a name we ship (plait plan --list)."
         ),
     ],
     plan: Annotated[str, typer.Argument(help='For example "kvp8 tp8".')],
@@ -77,18 +77,30 @@ def explain(
     batch: Annotated[int, typer.Option(help="Requests that decode together.")] = 1,
     rank: Annotated[int, typer.Option(help="Whose view.")] = 0,
     backward: Annotated[bool, typer.Option("--backward", help="Also a training step.")] = False,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            help="Whose network the times are for: h100, a calibrated file. Default: the first that fits."
+        ),
+    ] = "",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for a program to read.")
     ] = False,
 ) -> None:
-    """Show the mesh, the bytes of each rank and every collective of MODEL under PLAN; no ranks are started."""
+    """Show the mesh, the bytes of each rank, and every collective of MODEL under PLAN with its bytes and predicted
+    seconds; no ranks are started."""
     from .errors import PlanError
     from .explain.run import token_count
     from .plan import Plan
 
     try:
         said = Plan.parse(plan).explain(
-            model, context=token_count(context), batch=batch, rank=rank, backward=backward
+            model,
+            context=token_count(context),
+            batch=batch,
+            rank=rank,
+            backward=backward,
+            hardware=hardware,
         )
     except (PlanError, OSError) as error:
         typer.echo(f"plait: {error}", err=True)

@@ -53,6 +53,11 @@ class Unit:
         """How often this happens in a step."""
         return max(1, len(self.numbers))
 
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of its collectives, once, one after the other."""
+        return sum(event.seconds for event in self.events)
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -73,6 +78,11 @@ class Traced:
     def sent_bytes(self) -> int:
         """What this rank sends."""
         return sum(event.sent_bytes for event in self.events)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of all collectives, one after the other."""
+        return sum(event.seconds for event in self.events)
 
     def units(self) -> tuple[Unit, ...]:
         """Fold layers with identical collectives into one, in order of first appearance."""
@@ -109,7 +119,10 @@ def _relative(event: Event, path: str) -> Event:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one rank of a plan holds and sends. ``str()`` is for people, `to_json` for programs."""
+    """What one rank of a plan holds and sends. ``str()`` is for people, `to_json` for programs.
+
+    ``seconds`` of events are predictions for ``hardware``, by the planner's model of its network.
+    """
 
     plan: str
     executed: str
@@ -128,6 +141,7 @@ class Explanation:
     steps: tuple[Traced, ...]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    hardware: str = ""
 
     def step(self, name: str) -> Traced:
         """Return one of the runs: ``decode``, ``prefill`` or ``training``.
@@ -144,12 +158,10 @@ class Explanation:
         data = asdict(self)
         for made, step in zip(data["steps"], self.steps, strict=True):
             made["sent_bytes"] = step.sent_bytes
+            made["seconds"] = step.seconds
             made["collectives"] = len(step.events)
-            made["units"] = [asdict(unit) for unit in step.units()]
+            made["units"] = [asdict(unit) | {"seconds": unit.seconds} for unit in step.units()]
             del made["events"], made["layers"]
-            for unit in made["units"]:
-                for event in unit["events"]:
-                    del event["seconds"]
         return json.dumps(data, indent=indent)
 
     def __str__(self) -> str:

@@ -18,12 +18,15 @@ from ..families import is_transformers
 from ..folding import Folding
 from ..groups import Groups
 from ..plan import Plan
+from ..planner.catalogue import hardware as named
+from ..planner.hardware import Hardware
 from ..rules import Rules
 from .by_shape import ByShape
 from .filling import empty_cache, fill, kv_bytes, shapes_of_one_token
 from .footprint import Footprint
 from .report import Communicator, Explanation, KeysAndValues, Traced, Weights
 from .scopes import Scopes
+from .timing import timed
 from .twin import twin_of
 
 Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -40,55 +43,57 @@ def explain(
     backward: bool = False,
     dtype: torch.dtype | None = None,
     inputs: Inputs | None = None,
+    hardware: str | Hardware = "",
 ) -> Explanation:
-    """Say what one rank would hold and send. Needs no ranks, no devices and no weights.
+    """Say what one rank would hold and send, and how long that takes. Needs no ranks, no devices and no weights.
 
     A meta twin of the model is cut by the same code as `parallelize` and run; collectives and bytes are those
-    of that run. The model, torch.distributed and the random state are left as they are.
+    of that run; seconds are the planner's. The model, torch.distributed and the random state are left as they are.
 
     Args:
-        model: a transformers model, its config, a checkpoint directory or config.json, a name of the
-            catalogue (``llama-405b``, ``deepseek-r1``), or any module with ``rules``.
+        model: a transformers model, its config, a checkpoint directory or config.json, a name we ship
+            (``plait plan --list``), or any module with ``rules``.
         rank: whose view; ranks of one axis differ in bytes by rounding only.
         batch: requests in a decode step, and sequences in a training step.
         context: tokens in the cache of each request before a decode step; tokens of a prefill.
         backward: also a training step, forward and backward, of ``batch * context`` tokens.
         dtype: of weights, activations and KV; default the model's own.
         inputs: for a plain module, ``inputs(batch, tokens) -> (args, kwargs)`` on meta; default token ids.
+        hardware: whose network the seconds are for: a name, a calibrated file or a Hardware; default the first
+            that holds what a rank holds (`timing.fitting`).
 
     Raises:
-        PlanError: the plan does not fit the model, or a size is not one.
+        PlanError: the plan does not fit the model, a size is not one, or there is no such hardware.
     """
     _positive(batch=batch, context=context)
+    # A wrong name is told at once.
+    part = named(hardware) if isinstance(hardware, str) and hardware else hardware
     twin = twin_of(model, dtype)
     plan.validate(shape_of(twin))
     run, left_out = executed(plan, rules)
-    folding = Folding.of(plan)
-    with torch.random.fork_rng(devices=[]), Groups.fake(folding, rank) as groups:
+    with torch.random.fork_rng(devices=[]), Groups.fake(Folding.of(plan), rank) as groups:
         whole = sum(p.numel() * p.element_size() for p in twin.parameters())
         edits, done = prepare(twin, run, groups, rules=rules)
         runs = _Runs(commit(twin, edits, done), groups, batch, context, inputs)
         with ByShape():
             steps = runs.all(backward)
-        return Explanation(
-            plan=str(plan),
-            executed=str(run),
-            model=_name(twin),
-            rank=rank,
-            world_size=plan.world_size,
-            batch=batch,
-            context=context,
-            dtype=str(next(twin.parameters()).dtype).removeprefix("torch."),
-            picture=folding.picture(),
-            attention=folding.attention.axes,
-            experts=folding.experts.axes,
-            communicators=tuple(Communicator(axes, ranks) for ranks, axes in groups.made.items()),
-            weights=_weights(twin, done, whole),
-            kv=runs.kv,
-            steps=steps,
-            left_out=left_out,
-            notes=runs.notes(),
-        )
+        said = _told(plan, run, runs, steps, _weights(twin, done, whole), left_out)
+    return timed(said, part)
+
+
+def _told(
+    plan: Plan, run: Plan, runs: _Runs, steps: tuple[Traced, ...], weights: Weights, left_out: tuple[str, ...]
+) -> Explanation:  # fmt: skip
+    """Write down what was found."""
+    folding = runs.groups.folding
+    return Explanation(
+        plan=str(plan), executed=str(run), model=_name(runs.twin), rank=runs.groups.rank,
+        world_size=plan.world_size, batch=runs.batch, context=runs.context,
+        dtype=str(next(runs.twin.parameters()).dtype).removeprefix("torch."),
+        picture=folding.picture(), attention=folding.attention.axes, experts=folding.experts.axes,
+        communicators=tuple(Communicator(axes, ranks) for ranks, axes in runs.groups.made.items()),
+        weights=weights, kv=runs.kv, steps=steps, left_out=left_out, notes=runs.notes(),
+    )  # fmt: skip
 
 
 def _positive(**sizes: int) -> None:

@@ -31,6 +31,18 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
+def time(seconds: float) -> str:
+    """Write a time with three digits.
+
+    >>> time(4.25e-6), time(0.0213)
+    ('4.25 us', '21.3 ms')
+    """
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Write a set of numbers: ``0-2,5``."""
     runs: list[list[int]] = []
@@ -45,6 +57,10 @@ def ranges(numbers: Sequence[int]) -> str:
 def _head(said: Explanation) -> list[str]:
     where = f"{said.world_size:,} ranks, seen from rank {said.rank}"
     lines = [f"{said.plan or 'no axis'}: {said.model} in {said.dtype} on {where}"]
+    if said.hardware:
+        lines.append(
+            f"seconds are predicted for {said.hardware}, each collective alone (plait plan --list; --hardware)"
+        )
     lines += [f"not executed yet, so not in the numbers below: {part}" for part in said.left_out]
     return lines + [f"note: {note}" for note in said.notes]
 
@@ -121,7 +137,9 @@ def _title(step: Traced, context: int) -> str:
 
 
 def _step(step: Traced, said: Explanation) -> list[str]:
-    rows: list[tuple[str, ...]] = [("", "op", "axis", "ranks", "dtype", "shape", "payload", "sent")]
+    rows: list[tuple[str, ...]] = [
+        ("", "op", "axis", "ranks", "dtype", "shape", "payload", "sent", "takes")
+    ]
     summaries: list[str] = []
     for unit in step.units():
         if unit.numbers:
@@ -132,7 +150,7 @@ def _step(step: Traced, said: Explanation) -> list[str]:
         else:
             rows += [_row(unit.path or "input check", event) for event in unit.events]
     count = len(step.events)
-    total = f"  per step:  {count} collectives, this rank sends {size(step.sent_bytes)}"
+    total = f"  per step:  {count} collectives, this rank sends {size(step.sent_bytes)}, {time(step.seconds)}"
     return [_title(step, said.context), *_table(rows), *summaries, total]
 
 
@@ -143,14 +161,16 @@ def _per_layer(unit: Unit) -> str:
         ops[key] = ops.get(key, 0) + 1
     said = ", ".join(f"{n} {op}" for op, n in ops.items())
     sent = size(sum(event.sent_bytes for event in unit.events))
-    return f"  per layer: {said}; sends {sent} (layers {ranges(unit.numbers)})"
+    return (
+        f"  per layer: {said}; sends {sent}, {time(unit.seconds)} (layers {ranges(unit.numbers)})"
+    )
 
 
 def _row(where: str, event: Event) -> tuple[str, ...]:
     shape = "x".join(str(n) for n in event.shape)
     return (
         where, event.op, event.axis, str(event.ranks), event.dtype, shape,
-        size(event.payload_bytes), size(event.sent_bytes),
+        size(event.payload_bytes), size(event.sent_bytes), time(event.seconds),
     )  # fmt: skip
 
 
@@ -158,7 +178,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     rows = list(rows)
     full = [row for row in rows if len(row) > 1]
     widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
-    right = {3, 6, 7}
+    right = {3, 6, 7, 8}
     lines = []
     for row in rows:
         cells = [

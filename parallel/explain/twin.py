@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import PlanError, suggestion
 from ..families import is_transformers
-from .catalogue import CATALOGUE
+from ..planner.configs import CONFIGS
 
 
 def twin_of(model: Any, dtype: torch.dtype | None = None) -> nn.Module:
@@ -50,13 +50,13 @@ def config_at(name: str | Path) -> Any:
             f"model {str(name)!r}", "needs transformers", "pip install 'plait[hf]'"
         ) from None
     path = Path(name)
-    if str(name) in CATALOGUE:
-        return AutoConfig.for_model(**copy.deepcopy(CATALOGUE[str(name)]))
+    if str(name).lower() in CONFIGS:
+        return _shipped(str(name).lower())
     if not path.exists():
         raise PlanError(
             f"model {str(name)!r}",
             "is no directory, no config.json and no name we ship",
-            f"give a path, or {suggestion(str(name), CATALOGUE)}",
+            f"give a path, or {suggestion(str(name).lower(), CONFIGS)}",
         )
     try:
         return AutoConfig.from_pretrained(path)
@@ -66,6 +66,20 @@ def config_at(name: str | Path) -> Any:
             f"model {str(name)!r}",
             f"has no config transformers can read ({first})",
             "check config.json",
+        ) from None
+
+
+def _shipped(name: str) -> Any:
+    from transformers import AutoConfig
+
+    fields = copy.deepcopy(CONFIGS[name][0])
+    try:
+        return AutoConfig.for_model(**{"dtype": "bfloat16", **fields})
+    except ValueError:
+        raise PlanError(
+            f"explaining {name}",
+            f"needs its code, and transformers has no model of type {fields['model_type']!r}",
+            f"price it from its shapes alone: plait plan {name}",
         ) from None
 
 

@@ -34,15 +34,21 @@ def all_to_all_bytes(ranks: Any, payload: Any) -> Array:
     return (n - 1) / n * as_array(payload)
 
 
-def helix_bytes(
-    rows: Any, heads: int, width: int, tp: Any, kvp: Any, element: float, lse: float = LSE_BYTES
+def helix_payload(
+    rows: Any, heads: int, width: int, tp: Any, element: float, lse: float = LSE_BYTES
 ) -> Array:
-    """Return what Helix's all-to-all sends: ``B (Q d / tp) (kvp-1)/kvp`` and a lse per head and row.
+    """Return what a rank holds of partial outputs: ``B Q d / tp`` and a lse per head and row.
 
     Independent of the context. `width` is the value head dim, or MLA's latent where it is exchanged before W_UV.
     """
-    runs = as_array(rows) * heads / as_array(tp)
-    return all_to_all_bytes(kvp, runs * (width * element + lse))
+    return as_array(rows) * heads / as_array(tp) * (width * element + lse)
+
+
+def helix_bytes(
+    rows: Any, heads: int, width: int, tp: Any, kvp: Any, element: float, lse: float = LSE_BYTES
+) -> Array:
+    """Return what Helix's all-to-all sends: all of `helix_payload` but the rank's own, ``(kvp-1)/kvp`` of it."""
+    return all_to_all_bytes(kvp, helix_payload(rows, heads, width, tp, element, lse))
 
 
 def helix_bytes_per_peer(
@@ -115,10 +121,13 @@ class Network:
         return np.where(as_array(span) > domain, np.minimum(flat, inside + between), flat)
 
     def all_to_all(self, ranks: Any, payload: Any, span: Any = None) -> Array:
-        """Return the seconds of an all-to-all; only what leaves the domain takes the slow link."""
+        """Return the seconds of an all-to-all; only what leaves the domain takes the slow link.
+
+        Of n ranks spread evenly over `span`, ``n domain / span`` share a domain.
+        """
         span = ranks if span is None else span
         n = as_array(ranks)
-        local = np.minimum(n, self.part.domain.value)
+        local = np.clip(np.floor(self.part.domain.value * n / as_array(span)), 1, n)
         far = as_array(payload) * (n - local) / n
         near = as_array(payload) * (local - 1) / n
         slow = far / (self.part.scale_out.each_way * self.constants.out)
@@ -129,3 +138,13 @@ class Network:
             np.where(as_array(span) > self.part.domain.value, time, self.seconds(far + near, span)),
             0.0,
         )
+
+    def collective(self, op: str, ranks: Any, sent_bytes: Any, span: Any) -> Array:
+        """Return the seconds of a collective that was recorded: its name, and the bytes this rank sent."""
+        n, sent = np.maximum(as_array(ranks), 1.0), as_array(sent_bytes)
+        others = np.maximum(n - 1, 1.0)
+        if op == "all_reduce":
+            return self.all_reduce(n, sent * n / (2 * others), span)
+        if op == "all_to_all":
+            return self.all_to_all(n, sent * n / others, span)
+        return self.seconds(0.0 if op == "recv" else sent, np.where(n > 1, span, 1.0))

@@ -1,10 +1,13 @@
-"""Published configs by name, with their sources; only the fields that shapes need."""
+"""Published configs by name, with their sources: what `plait plan` and `plait explain` know without a download.
+
+Only the fields that shapes need; what else a config says (rotary bases, norms) changes no byte.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..explain.catalogue import CATALOGUE
+from .published import PUBLISHED
 
 HUB = "config.json of huggingface.co/"
 
@@ -52,7 +55,7 @@ def _moe(experts: int, per_token: int, width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_R1: dict[str, Any] = {**CATALOGUE["deepseek-r1"], "topk_method": "noaux_tc"}
+_R1: dict[str, Any] = {**PUBLISHED["deepseek-r1"], "topk_method": "noaux_tc"}
 _K2: dict[str, Any] = {
     **_R1, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384,
     "first_k_dense_replace": 1, "vocab_size": 163840,
@@ -81,7 +84,7 @@ _QWEN35: dict[str, Any] = {
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "llama-8b": (_llama(4096, 14336, 32, 32), f"{HUB}meta-llama/Llama-3.1-8B"),
     "llama-70b": (_llama(8192, 28672, 80, 64), f"{HUB}meta-llama/Llama-3.1-70B"),
-    "llama-405b": (CATALOGUE["llama-405b"], f"{HUB}meta-llama/Llama-3.1-405B"),
+    "llama-405b": (PUBLISHED["llama-405b"], f"{HUB}meta-llama/Llama-3.1-405B"),
     "qwen3-8b": (_qwen3(4096, 12288, 36, 32), f"{HUB}Qwen/Qwen3-8B"),
     "qwen3-32b": (_qwen3(5120, 25600, 64, 64), f"{HUB}Qwen/Qwen3-32B"),
     "qwen3-30b-a3b": (_qwen3(2048, 6144, 48, 32, 4, **_moe(128, 8, 768)), f"{HUB}Qwen/Qwen3-30B-A3B"),

@@ -15,7 +15,7 @@ import numpy as np
 from .attention_cost import decode_flops, kv_bytes_on_rank, prefill_flops
 from .candidates import Candidates
 from .columns import Array, as_array
-from .communication import Network, all_gather_bytes, helix_bytes
+from .communication import Network, all_gather_bytes, helix_payload
 from .efficiency import Efficiency, Kernel
 from .ffn_cost import Coverage, dispatch_payload, expert_bytes, expert_flops, uniform, zipf
 from .hardware import Hardware
@@ -160,11 +160,8 @@ def _attention_and_exchange(
     flops = c.tokens * decode_flops(attention, context) / (c.tp * kvp)
     kernel = machine.attend(flops, read)
     width = attention.kv_rank or attention.value_head_dim
-    sent = helix_bytes(
-        c.tokens, attention.heads, width, c.tp, kvp, element_bytes(machine.activation)
-    )
-    span = np.where(kvp > 1, c.tp * kvp, 1.0)
-    piece = machine.network.seconds(sent / c.chunks, span)
+    held = helix_payload(c.tokens, attention.heads, width, c.tp, element_bytes(machine.activation))
+    piece = machine.network.all_to_all(kvp, held / c.chunks, c.tp * kvp)
     alone = kernel.total / c.chunks + (c.chunks > 1) * kernel.floor * (1 - 1 / c.chunks)
     hidden_too = overlapped(alone, piece, c.chunks)
     kernel.communication = np.where(kvp > 1, hidden_too - kernel.total, 0.0)

@@ -24,6 +24,8 @@ from plait.parallel.explain.footprint import Footprint
 from plait.parallel.explain.scopes import Scopes
 from plait.parallel.explain.text import ranges, size
 from plait.parallel.explain.twin import config_at
+from plait.parallel.planner.configs import CONFIGS
+from plait.parallel.shape import ModelShape
 from world import run_world
 
 
@@ -347,11 +349,34 @@ def test_command_line(tmp_path: Any) -> None:
         result = run(app, ["explain", str(where), "kvp2 tp2", "--context", "1k", "--batch", "3"])
         assert result.exit_code == 0, result.output
         assert "decode: 3 requests, 1 new token each, 1,000 cached" in result.output
-    data = json.loads(run(app, ["explain", str(tmp_path), "tp2", "--json", "--rank", "1"]).output)
-    assert (data["rank"], data["world_size"]) == (1, 2)
+    told = ["explain", str(tmp_path), "tp2", "--json", "--rank", "1", "--hardware", "h200"]
+    data = json.loads(run(app, told).output)
+    assert (data["rank"], data["world_size"], data["hardware"]) == (1, 2, "H200 SXM")
+    for step in data["steps"]:
+        each = sum(
+            event["seconds"]
+            for unit in step["units"]
+            for event in unit["events"] * max(1, len(unit["numbers"]))
+        )
+        assert step["seconds"] == pytest.approx(each)
+        assert each > 0
+    wrong = run(app, ["explain", str(tmp_path), "tp2", "--hardware", "h20000"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'h200'" in wrong.output
     wrong = run(app, ["explain", str(tmp_path), "tp2", "--context", "many"])
     assert wrong.exit_code == 2
     assert "many" in wrong.output
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_name_we_ship_has_a_config_to_run(name: str) -> None:
+    if name == "step-3":
+        with pytest.raises(PlanError, match="plait plan step-3"):
+            config_at(name)
+        return
+    shape, fields = ModelShape.from_config(config_at(name.upper())), CONFIGS[name][0]
+    assert (shape.hidden, shape.layers) == (fields["hidden_size"], fields["num_hidden_layers"])
+    assert str(config_at(name).dtype) == "torch.bfloat16"
 
 
 def test_events_differ_when_a_layer_differs() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plait.parallel import Plan
+from plait.parallel import Plan, PlanError
 from plait.parallel.planner.candidates import one
 from plait.parallel.planner.catalogue import hardware
 from plait.parallel.planner.collectives import decode_collectives
 from plait.parallel.planner.communication import Network
-from plait.parallel.planner.efficiency import ideal
+from plait.parallel.planner.efficiency import fitted, ideal
 from plait.parallel.planner.memory import request_bytes, weight_bytes
 from plait.parallel.planner.reading import decoder
 from plait.parallel.planner.step_time import Machine, decode_step
@@ -86,14 +86,44 @@ def test_the_price_is_that_of_the_list(name: str, text: str) -> None:
     plan, model, part = Plan.parse(text), decoder(name), hardware("gb200")
     machine = Machine(part, ideal())
     net = Network(part, machine.constants)
+    span = plan.kvp.size * plan.tp.size  # Helix's group lies across tp; the others are dense
     listed = sum(
-        c.times * float(net.seconds(c.sent_bytes, _span(plan, c.op)))
+        c.times * float(net.collective(c.op, c.ranks, c.sent_bytes, span))
         for c in decode_collectives(model, plan, 8)
     )
     step = decode_step(model, machine, one(plan, 8), 4096)
     assert float(np.ravel(step.communication)[0]) == pytest.approx(listed, rel=1e-9)
 
 
-def _span(plan: Plan, op: str) -> int:
-    """Helix's group lies across tp; the others are dense."""
-    return plan.kvp.size * plan.tp.size
+@pytest.mark.parametrize("part", ["gb200", "h100"])
+@pytest.mark.parametrize("text", ["tp4", "kvp4 tp4", "kvp2 tp8"])
+def test_explained_seconds_are_the_price(text: str, part: str) -> None:
+    """What the run's own collectives take by `explain` is what `decode_step` charges, also beyond a domain of 8."""
+    plan = Plan.parse(text)
+    config = transformers.AutoConfig.for_model(**{**LLAMA, "num_key_value_heads": 8})
+    said = plan.explain(config, context=CONTEXT, batch=ROWS, hardware=part)
+    chip = hardware(part)
+    step = decode_step(decoder(config), Machine(chip, fitted(chip)), one(plan, ROWS), CONTEXT)
+    assert said.hardware == chip.title
+    told = float(np.ravel(step.communication)[0])
+    assert said.step("decode").seconds == pytest.approx(told, rel=1e-6)
+    (layers,) = [unit for unit in said.step("decode").units() if unit.numbers]
+    rest = [unit.seconds for unit in said.step("decode").units() if not unit.numbers]
+    assert layers.seconds * 3 + sum(rest) == pytest.approx(told, rel=1e-6)
+    exchange = [event for event in layers.events if event.op == "all_to_all"]
+    far = (
+        part == "h100" and plan.world_size > 8
+    )  # the exchange leaves the domain although its ranks are few
+    for event in exchange:
+        least = chip.scale_out_latency if far else chip.scale_up_latency
+        assert least.value <= event.seconds < least.value * 1.5
+
+
+def test_hardware_is_chosen_to_hold_what_a_rank_holds() -> None:
+    config = transformers.AutoConfig.for_model(**LLAMA)
+    assert Plan.parse("tp4").explain(config, context=64).hardware == "H100 SXM"
+    assert (
+        Plan.parse("kvp4 tp4").explain(config, context=64).hardware == "GB200 NVL72"
+    )  # 16 in one domain
+    with pytest.raises(PlanError, match="did you mean 'h100'"):
+        Plan.parse("tp4").explain(config, context=64, hardware="h1000")

@@ -1,10 +1,10 @@
-"""Two published configs by name, so that `plait explain llama-405b ...` needs no download."""
+"""Two configs as published, every field a model needs: `configs` makes the others from fewer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-CATALOGUE: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     # Source: config.json of huggingface.co/meta-llama/Llama-3.1-405B
     "llama-405b": {
         "model_type": "llama",
