@@ -72,7 +72,7 @@ _STEP3: dict[str, Any] = {
     "shared_expert_intermediate_size": 5120, "moe_layers": list(range(4, 60)), "tie_word_embeddings": False,
 }  # fmt: skip
 _QWEN35: dict[str, Any] = {
-    "model_type": "qwen3_5_moe", "hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32,
+    "model_type": "qwen3_5_moe_text", "hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32,
     "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 248320, "num_experts": 512,
     "num_experts_per_tok": 10, "moe_intermediate_size": 1024, "shared_expert_intermediate_size": 1024,
     "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 15, "linear_num_key_heads": 16,

@@ -25,7 +25,7 @@ NEEDED = {
     "vocab": "vocab_size",
 }
 BIASED = {"qwen2", "qwen2_moe", "gpt_oss"}  # biases on q k v that no field of the config tells
-QK_NORM = {"qwen3", "qwen3_moe", "qwen3_5_moe"}
+QK_NORM = {"qwen3", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text"}
 
 
 def decoder(model: Any) -> Decoder:
@@ -182,6 +182,6 @@ def _ffn(shape: ModelShape, fields: Mapping[str, Any], routed: bool) -> Ffn:
         latent=fields.get("moe_latent_size"),
         zero=fields.get("zero_expert_num") or 0,
         bias=kind == "gpt_oss",
-        gate_of_shared=kind in ("qwen2_moe", "qwen3_5_moe"),
+        gate_of_shared=kind in ("qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text"),
         choice_bias=fields.get("topk_method") == "noaux_tc",
     )
