@@ -13,6 +13,7 @@ from ..kvstore import KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
 from .checkpoint.weights import load
+from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
 from .families import is_transformers, roles_of
@@ -50,8 +51,9 @@ def parallelize(
 ) -> nn.Module:
     """Cut a model over the ranks of a plan, in place, and return it.
 
-    The forward keeps its signature and its outputs; every rank must call it with the same input. Make the optimizer
-    afterwards: the parameters are new. Undo with ``unparallelize``.
+    The forward keeps its signature and its outputs. Every rank of a model copy must call it with the same input; each
+    copy along dp with its own, and gradients are the mean over dp. Make the optimizer afterwards: the parameters are
+    new. Undo with ``unparallelize``.
 
     Args:
         model: any ``torch.nn.Module``; a transformers decoder is recognised, others need ``rules``.
@@ -138,13 +140,17 @@ def refuse_empty(model: nn.Module, weights: Any) -> None:
 
 def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
     """Refuse axes whose execution does not exist yet, rather than ignoring them."""
-    for axis in ("dp", "pp", "ep") + (() if plan.kvp.size > 1 else ("cp",)):
+    for axis in ("pp", "ep") + (() if plan.kvp.size > 1 else ("cp",)):
         if plan.size(axis) > 1:
             raise PlanError(
                 f"{axis}={plan.size(axis)}",
                 "is planned and checked but not executed yet",
-                "apply plans of tp, kvp and etp",
+                "apply plans of dp, tp, kvp and etp",
             )
+    if plan.dp.size > 1 and plan.dp.kind == "shard":
+        raise PlanError(
+            str(plan.dp.text()), "is planned but not executed yet", "use dp without :shard"
+        )
     if plan.etp not in {1, plan.size("ffn_tp")}:
         raise PlanError(
             f"etp={plan.etp}",
@@ -182,6 +188,11 @@ def prepare(
     if ranks.size > 1:
         whole = binding(model, shape, ranks, store, edits)
         edits = [*whole, *edits, *stream_edits(model, ranks, edits)]
+    elif is_transformers(model) and plan.world_size > 1:
+        from .binding import agreement_edits
+
+        edits += agreement_edits(model, ranks)
+    edits += data_edits(model, groups, edits)
     return edits, Parallelized(plan, ranks, shape, Edits())
 
 

@@ -18,8 +18,9 @@ from .ranks import ModelRanks
 
 def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
     """Compare the ranks' inputs at every new prompt, and their random state at every ``generate``."""
+    save = SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model))
     if ranks.size == 1:
-        return []
+        return [save]
     device = next(model.parameters()).device
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -47,10 +48,7 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
     ]
     if original is not None:
         edits.append(SetAttribute(model, "generate", types.MethodType(generate, model)))
-    return [
-        *edits,
-        SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model)),
-    ]
+    return [*edits, save]
 
 
 def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
@@ -60,8 +58,11 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
     def save_pretrained(self: Any, directory: Any, **options: Any) -> None:
         """Write the whole model as transformers does.
 
-        Collective: all ranks of the model copy; an all-gather per cut parameter. The first rank writes.
+        Collective: all ranks of the first model copy; an all-gather per cut parameter. The first rank writes; copies
+        further along dp hold the same and do nothing.
         """
+        if ranks.groups.folding.coords(ranks.groups.rank)["dp"] > 0:
+            return
         whole: dict[str, Tensor] = {}
         for name, tensor in self.state_dict().items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

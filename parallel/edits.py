@@ -87,13 +87,17 @@ class AddHook:
 
 @dataclass
 class SumGradient:
-    """Sum the gradient of a parameter, or of ``parts`` of one dim of it, over the ranks that hold the same."""
+    """Sum the gradient of a parameter, or of ``parts`` of one dim of it, over the ranks that hold the same.
+
+    ``over_dp`` says that the group already spans what differs over dp (experts over edp): dp then divides only.
+    """
 
     module: nn.Module
     name: str
     group: Group
     dim: int = 0
     parts: tuple[Run, ...] = ()
+    over_dp: bool = False
     _handle: Any = None
 
     def apply(self) -> None:

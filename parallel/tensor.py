@@ -6,7 +6,7 @@ A *region* is what lies between ``enter`` (replicated -> partial gradients) and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,9 +172,13 @@ def sum_gradient(
             at += stop - start
         return grad
 
-    # A frozen parameter takes no hook, but may be unfrozen later; the hook stays.
+    return hook_gradient(parameter, some if parts else whole)
+
+
+def hook_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> Any:
+    """Hook the gradient of a parameter that may be frozen now and unfrozen later; returns the handle."""
     wanted = parameter.requires_grad
     parameter.requires_grad_(True)
-    handle = parameter.register_hook(some if parts else whole)
+    handle = parameter.register_hook(hook)
     parameter.requires_grad_(wanted)
     return handle

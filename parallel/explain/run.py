@@ -121,7 +121,7 @@ def token_count(text: str) -> int:
 def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
     """Take out of a plan what `parallelize` would refuse today, each part on its own; name those parts."""
     parts: dict[str, tuple[dict[str, Any], str]] = {
-        "dp": ({"dp": plan.dp}, "batch is per replica, gradients are not reduced"),
+        "dp": ({"dp": plan.dp}, "every parameter is counted on every dp rank"),
         "pp": ({"pp": plan.pp}, "every layer is counted on every rank"),
         "ep": ({"ep": plan.ep, "etp": plan.etp}, "every expert is counted whole on every rank"),
         "etp": ({"etp": plan.etp}, "every expert is counted whole on every rank"),

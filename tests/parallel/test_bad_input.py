@@ -209,7 +209,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
         ("heads=3",),
     ),
     "sp and kvp": (llama, lambda m: parallelize(m, "tp2:sp kvp2"), "PlanError", ("sp", "kvp")),
-    "dp": (llama, lambda m: parallelize(m, "dp2"), "PlanError", ("dp=2", "not executed yet")),
+    "dp": (llama, lambda m: parallelize(m, "dp4"), "PlanError", ("world_size=2", "4 ranks")),
     "pp": (llama, lambda m: parallelize(m, "pp2"), "PlanError", ("pp=2", "not executed yet")),
     "cp": (llama, lambda m: parallelize(m, "cp2"), "PlanError", ("cp=2", "not executed yet")),
     "ulysses": (

@@ -260,7 +260,7 @@ def test_the_model_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("plan", "word"),
     [
-        ("dp2 tp2", "dp"),
+        ("dp2:shard tp2", "dp"),
         ("pp2 tp2", "pp"),
         ("tp2 ep2", "ep"),
         ("cp2 tp2", "cp"),
@@ -281,6 +281,18 @@ def test_an_executed_plan_leaves_nothing_out() -> None:
     assert not said.left_out
     assert said.executed == said.plan
     assert [(g.axes[0], len(g.ranks)) for g in said.communicators] == [("ffn_tp", 4), ("kvp", 2)]
+
+
+def test_the_mean_over_dp_is_in_a_training_step() -> None:
+    model = tiny("llama")
+    said = explain("dp2", model, backward=True)
+    assert not said.left_out
+    sent = [
+        e for step in said.steps for e in step.events if e.axis == "dp" and e.op == "all_reduce"
+    ]
+    parameters = list(model.parameters())
+    elements = sum(p.numel() for p in parameters) + len(parameters)  # and whether each was used
+    assert sum(e.sent_bytes for e in sent) == elements * parameters[0].element_size()
 
 
 def test_text_and_json_say_the_same() -> None:
