@@ -6,6 +6,7 @@ Every function takes a c10d ``ProcessGroup`` or ``None``; ``None`` is a group of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -33,10 +34,10 @@ def message_device(group: Group) -> torch.device:
 
 
 @cache
-def _options(kind: type, op: Any = None) -> Any:
-    """Make the options of an operator once. The caller waits: a CUDA backend then queues on the current stream."""
+def _options(kind: type, op: Any = None, *, waits: bool = True) -> Any:
+    """Make the options of an operator once. If the caller waits, a CUDA backend queues on the current stream."""
     options = kind()
-    options.asyncOp = False
+    options.asyncOp = not waits
     if op is not None:
         options.reduceOp = op
     return options
@@ -46,6 +47,20 @@ def _finish(work: dist.Work | None) -> None:
     """Wait for a collective; backends that have already waited give None."""
     if work is not None:
         work.wait()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A collective under way. What was brought to it must not be written to before ``wait``."""
+
+    work: dist.Work | None
+    brought: Tensor
+    arrived: Tensor
+
+    def wait(self) -> Tensor:
+        """Give what arrived, when it has."""
+        _finish(self.work)
+        return self.arrived
 
 
 def all_reduce(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -125,3 +140,17 @@ def all_to_all(
     options = _options(dist.AllToAllOptions)
     _finish(group.alltoall_base(out, x.contiguous(), *uneven, options))
     return out
+
+
+def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Started:
+    """Begin an exchange of equal runs of rows of dim 0, and return while it is under way.
+
+    It moves on without its caller: gloo and NCCL by their own threads, shm and mpi by their progress thread.
+
+    Shape: [rows, ...] -> [rows, ...], rows a multiple of the group's size
+    Collective: as ``all_to_all``; all ranks start, in one order, what they start.
+    """
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    work = group.alltoall_base(out, x, [], [], _options(dist.AllToAllOptions, waits=False))
+    return Started(work, x, out)

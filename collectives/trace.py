@@ -1,11 +1,15 @@
-"""A record of every collective that torch's dispatcher sees: operation, axis, shape, bytes, seconds."""
+"""A record of every collective that torch's dispatcher sees: operation, axis, shape, bytes, seconds from when to when.
+
+`timeline.py` makes files and pictures of it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +36,12 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Event:
-    """One collective as one rank saw it. ``sent_bytes`` is what this rank puts on the wire (ring algorithms)."""
+    """One collective as one rank saw it.
+
+    ``sent_bytes`` is what this rank puts on the wire (ring algorithms). ``start`` is of ``time.perf_counter``, which is
+    one clock for all processes of a host; ``seconds`` last until the collective was complete, also where its caller
+    went on meanwhile. (On CUDA devices both are the host's, which only queues.)
+    """
 
     op: str
     axis: str
@@ -43,6 +52,26 @@ class Event:
     sent_bytes: int
     seconds: float
     scope: str = ""
+    start: float = field(default=0.0, compare=False)
+
+    @property
+    def end(self) -> float:
+        """When it was complete."""
+        return self.start + self.seconds
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something this rank computed, by name; see ``span``."""
+
+    name: str
+    start: float
+    seconds: float
+
+    @property
+    def end(self) -> float:
+        """When it was done."""
+        return self.start + self.seconds
 
 
 @dataclass
@@ -55,6 +84,7 @@ class Trace(TorchDispatchMode):
 
     axis_of: Callable[[dist.ProcessGroup], str] | None = None
     events: list[Event] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     scope: str = ""
 
     def __post_init__(self) -> None:
@@ -68,21 +98,24 @@ class Trace(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         start = time.perf_counter()
         result = func(*args, **(kwargs or {}))
-        self._record(func, args, time.perf_counter() - start)
+        tensors = _tensors_of(args)
+        # Elsewhere than on the CPU a work that is complete is only queued; on meta there is nothing to wait for.
+        work = _work_of(result) if any(t.device.type == "cpu" for t in tensors) else None
+        if work is not None and not _returns_before(func, args, kwargs or {}):
+            work.wait()  # as the caller does next
+            work = None
+        self._record(func, args, tensors, start, work)
         return result
 
-    def _record(self, func: Any, args: Any, seconds: float) -> None:
+    def _record(
+        self, func: Any, args: Any, tensors: list[Tensor], start: float, work: dist.Work | None
+    ) -> None:
         name: str = func._schema.name
         op = _NAMES.get(name.split("::")[1], name)
-        tensors = [
-            t
-            for a in args
-            for t in (a if isinstance(a, (list, tuple)) else [a])
-            if isinstance(t, Tensor)
-        ]
         # for ops written (output, input) the tensor a rank brings is the second argument
         second = op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1
-        self.note(_group_of(args), op, tensors[1:2] if second else tensors[:1], seconds)
+        seconds = time.perf_counter() - start
+        self.note(_group_of(args), op, tensors[1:2] if second else tensors[:1], seconds, work)
 
     def note(
         self,
@@ -90,14 +123,34 @@ class Trace(TorchDispatchMode):
         op: str,
         brought: Sequence[Tensor],
         seconds: float,
+        work: dist.Work | None = None,
     ) -> None:
-        """Record a call, with the tensors that this rank brought to it."""
+        """Record a call that took so long until now, with the tensors that this rank brought to it.
+
+        ``work`` is given where the call returned before it was complete; its end is recorded when it comes.
+        """
+        start = time.perf_counter() - seconds
         ranks = group.size() if group is not None else 1
         axis = self.axis_of(group) if self.axis_of and group is not None else f"group of {ranks}"
         shape, dtype = (tuple(brought[0].shape), brought[0].dtype) if brought else ((), "")
         payload = sum(x.numel() * x.element_size() for x in brought)
         name, sent = str(dtype).removeprefix("torch."), _sent(op, payload, ranks)
-        self.events.append(Event(op, axis, ranks, shape, name, payload, sent, seconds, self.scope))
+        self.events.append(
+            Event(op, axis, ranks, shape, name, payload, sent, seconds, self.scope, start)
+        )
+        if work is not None:
+            self._time(work, len(self.events) - 1)
+
+    def _time(self, work: dist.Work, number: int) -> None:
+        """Correct an event's seconds when its work is complete."""
+        event = self.events[number]
+
+        def complete(_: Any) -> None:
+            seconds = time.perf_counter() - event.start
+            self.events[number] = replace(self.events[number], seconds=seconds)
+
+        with suppress(RuntimeError, NotImplementedError):  # a backend whose work has no future
+            work.get_future().add_done_callback(complete)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Count the events by (op, axis)."""
@@ -115,18 +168,62 @@ def _group_of(args: Any) -> dist.ProcessGroup | None:
     return None
 
 
+def _tensors_of(args: Any) -> list[Tensor]:
+    flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else [a]))
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def _work_of(result: Any) -> dist.Work | None:
+    """Find the work that an operator of c10d gave back."""
+    last = result[-1] if isinstance(result, (tuple, list)) and result else result
+    return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
+
+
+def _returns_before(func: Any, args: Any, kwargs: Any) -> bool:
+    """Say whether a call may return before it is complete: what its argument ``async_op`` says, or else its default."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in {"async_op", "asyncOp"}:
+            given = args[place] if place < len(args) else argument.default_value
+            return bool(kwargs.get(argument.name, given))
+    return True
+
+
 def listening() -> bool:
     """Say whether anything listens; this costs next to nothing."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def tell_traces(
-    group: dist.ProcessGroup, op: str, brought: Sequence[Tensor], seconds: float
+    group: dist.ProcessGroup,
+    op: str,
+    brought: Sequence[Tensor],
+    seconds: float,
+    work: dist.Work | None = None,
 ) -> None:
-    """Record a call in every Trace that is on: for groups written in Python, which the dispatcher does not see."""
+    """Record a call in every Trace that is on: for groups written in Python, which the dispatcher does not see.
+
+    ``work`` is given where the call returned before it was complete.
+    """
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Trace):
-            mode.note(group, op, brought, seconds)
+            mode.note(group, op, brought, seconds, work)
+
+
+def span(name: str) -> AbstractContextManager[None]:
+    """Record under a name what is computed inside, in every Trace that is on."""
+    return _span(name) if listening() else nullcontext()
+
+
+@contextmanager
+def _span(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - start
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, Trace):
+                mode.spans.append(Span(name, start, seconds))
 
 
 def _sent(op: str, payload: int, n: int) -> int:

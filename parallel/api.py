@@ -157,10 +157,6 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
             "is executed only over all kvp * tp ranks or not at all",
             f"use etp=1 or etp={plan.size('ffn_tp')}",
         )
-    if plan.kvp.chunks > 1:
-        raise PlanError(
-            f"kvp chunks={plan.kvp.chunks}", "is planned but not executed yet", "use chunks=1"
-        )
     if plan.tp.sp and (rules or plan.etp > 1):
         raise PlanError(
             "tp:sp", "is executed for transformers decoders without etp only", "use tp without :sp"

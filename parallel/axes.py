@@ -156,7 +156,8 @@ class Helix(Choice):
 
     Args:
         interleave: tokens in a row on one rank before the next rank's turn.
-        chunks: HOP-B chunks of the batch; 1 means no overlap.
+        chunks: HOP-B: cut the batch into so many chunks, each one's exchange behind the next one's attention; 1 means
+            no overlap, ``auto`` what the first steps' times say.
         exchange: what crosses the wire: ``partials``, ``kv``, or ``auto`` (the fewer bytes).
         mla: exchange MLA partials before (``latent``) or after (``value``) W_UV.
     """
@@ -164,7 +165,7 @@ class Helix(Choice):
     size: int
     _: KW_ONLY
     interleave: int = 16
-    chunks: int = 1
+    chunks: int | str = "auto"
     exchange: str = "auto"
     mla: str = "latent"
     axis: ClassVar[str] = "kvp"
@@ -173,7 +174,8 @@ class Helix(Choice):
     def __post_init__(self) -> None:
         whole("kvp", self.size)
         whole("interleave", self.interleave)
-        whole("chunks", self.chunks)
+        if self.chunks != "auto":
+            whole("chunks", self.chunks)
         one_of("exchange", self.exchange, ("auto", "partials", "kv"))
         one_of("mla", self.mla, ("latent", "value"))
 

@@ -120,7 +120,7 @@ def _value(axis: str, kind: type[Choice], name: str, value: str) -> Any:
         if not re.fullmatch(r"-?[0-9]{1,9}", value):
             raise PlanError(f"{name}={value}", "is not a whole number", f"write e.g. {name}=4")
         return int(value)
-    return value
+    return int(value) if re.fullmatch("[0-9]{1,9}", value) else value  # auto, or a number
 
 
 def show(axis: str, choice: Any) -> str:

@@ -103,13 +103,18 @@ class Engine:
         elif status != DONE:
             progress.wake()
         if begin is not None:
-            self._tell(code, outputs if inputs is None else inputs, time.perf_counter() - begin)
+            under_way = None if wait else work
+            self._tell(
+                code, outputs if inputs is None else inputs, time.perf_counter() - begin, under_way
+            )
         return work
 
-    def _tell(self, code: int, brought: list[Tensor], seconds: float) -> None:
+    def _tell(
+        self, code: int, brought: list[Tensor], seconds: float, work: dist.Work | None
+    ) -> None:
         group = self._group()
         if group is not None:
-            tell_traces(group, KINDS[code & 255].split()[0], brought, seconds)
+            tell_traces(group, KINDS[code & 255].split()[0], brought, seconds, work)
 
     def _pend(
         self,

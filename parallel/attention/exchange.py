@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ...collectives import autograd
+from ...collectives import autograd, primitive
 from ...collectives.primitive import Group
 from ...cuda_kernels.merge import merge_states
 from .step import Step
@@ -22,17 +25,46 @@ def exchange_partials(o: Tensor, lse: Tensor, group: Group, sink: Tensor | None 
     """
     if group is None:
         return o if sink is None else merge_states(o[None], lse[None], sink)[0].to(o.dtype)
-    shards, (rows, heads, width) = group.size(), o.shape
+    return _merged(autograd.all_to_all(_by_rank(o, lse, group.size()), group), o, lse.dtype, sink)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Partials on their way to the ranks that keep their heads."""
+
+    started: primitive.Started
+    like: Tensor
+    lse_dtype: torch.dtype
+
+    def merge(self, sink: Tensor | None = None) -> Tensor:
+        """Wait for what the others send, and merge it; see ``exchange_partials``."""
+        return _merged(self.started.wait(), self.like, self.lse_dtype, sink)
+
+
+def send_partials(o: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Sent:
+    """Begin what ``exchange_partials`` does, and return while it is under way. No gradients."""
+    record = _by_rank(o, lse, group.size())
+    return Sent(primitive.start_all_to_all(record, group), o, lse.dtype)
+
+
+def _by_rank(o: Tensor, lse: Tensor, shards: int) -> Tensor:
+    """Pack output and lse into one record a head, the heads of each rank together."""
+    rows, heads, _ = o.shape
     if torch.is_grad_enabled() and (o.requires_grad or lse.requires_grad):
         record = torch.cat([o.to(lse.dtype), lse.unsqueeze(-1)], -1)
     else:
         # The bits of lse ride in the output's dtype, so a bf16 payload keeps a float32 lse.
         record = torch.cat([o, lse.unsqueeze(-1).view(o.dtype)], -1)
     by_rank = record.view(rows, shards, heads // shards, record.shape[-1]).transpose(0, 1)
-    received = autograd.all_to_all(by_rank.contiguous(), group)
+    return by_rank.contiguous()
+
+
+def _merged(received: Tensor, o: Tensor, lse_dtype: torch.dtype, sink: Tensor | None) -> Tensor:
+    """Unpack the ranks' records and merge them by lse."""
+    width = o.shape[-1]
     partial, weight = received[..., :width], received[..., width:]
-    if received.dtype != lse.dtype:
-        weight = weight.contiguous().view(lse.dtype)
+    if received.dtype != lse_dtype:
+        weight = weight.contiguous().view(lse_dtype)
     merged, _ = merge_states(partial, weight.squeeze(-1), sink)
     return merged.to(o.dtype)
 

@@ -8,12 +8,14 @@ For long prompts the ranks compute their own rows only and gather keys and value
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...collectives.trace import span
 from ...cuda_kernels.dense_attention import dense_attention
 from ...cuda_kernels.scores import Interleave
 from ..edits import AddHook, Edit, SetAttribute
@@ -22,8 +24,16 @@ from ..layout import Cut
 from ..ranks import ModelRanks
 from ..roles import row_edits
 from ..tensor import Link, RowLinear
-from .exchange import cheaper, connected, exchange_partials, gather_keys, rows_to_heads
-from .step import Step, make_step
+from .exchange import (
+    cheaper,
+    connected,
+    exchange_partials,
+    gather_keys,
+    rows_to_heads,
+    send_partials,
+)
+from .hopb import Pace
+from .step import Part, Step, make_step
 
 RUNNING = "plait_step"
 """Name of the keyword in which transformers models hand a forward's step down to their attention modules."""
@@ -33,13 +43,17 @@ RUNNING = "plait_step"
 class HelixState:
     """What the Helix layers of one model share: their ranks, and the step that runs.
 
-    State: ``step`` and ``cache`` are set when a forward begins and stay until the next one.
+    State: ``step``, ``parts`` and ``cache`` are set when a forward begins and stay until the next one.
     """
 
     ranks: ModelRanks
     layers: list[HelixLayer] = field(default_factory=list)
     step: Step | None = None
+    parts: tuple[Part, ...] = ()
     cache: Any = None
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.ranks)
 
     @property
     def rule(self) -> Interleave:
@@ -58,7 +72,9 @@ class HelixState:
         if mode == "kv" and min(step.rows_of_rank) == 0:
             # A module cannot reshape zero rows into heads; few rows are the case for partials anyway.
             step = make_step(batch, length, past, valid, "partials", self.rule, device)
-        self.step, self.cache = step, cache
+        self.step, self.cache, self.parts = step, cache, ()
+        if cache is not None and step.mode == "partials" and not torch.is_grad_enabled():
+            self.parts = step.parts(self.pace.chunks(step, device))
 
     def running(self) -> Step:
         """The step of the forward that runs."""
@@ -112,11 +128,19 @@ class HelixLayer:
             q, k, *rest = (t.flatten(0, 1) for t in rows)
             return self._own_rows(q, k, rest[0] if rest else None, scale, softcap, sink)[None]
         q = step.pick(rows[0])
+        if len(self.state.parts) > 1:
+            return step.place(self._overlapped(q, scale, softcap, sink))
         own = [step.pick(t).index_select(0, step.own) for t in rows[1:]]
-        o, lse = self._local(q, own[0], own[1] if len(own) > 1 else None, scale, softcap)
+        begin = time.perf_counter()
+        with span("attention"):
+            o, lse = self._local(q, own[0], own[1] if len(own) > 1 else None, scale, softcap)
+            o = self._outgoing(o)
         if not sum(step.own_counts):
             o = connected(o, q, *rows[1:])
-        return step.place(self._exchange(o, lse, sink))
+        middle = time.perf_counter()
+        merged = self._exchange(o, lse, sink)
+        self.state.pace.note(middle - begin, time.perf_counter() - middle)
+        return step.place(merged)
 
     def as_key(self, k: Tensor, v: Tensor) -> Tensor:
         """What the store keeps as key."""
@@ -143,12 +167,50 @@ class HelixLayer:
             own = [t.flatten(0, 1).index_select(0, step.own_flat) for t in rows]
         cache.store.append(cache.write_step, self.number, own[0], own[1] if len(own) > 1 else None)
 
+    def _overlapped(
+        self, q: Tensor, scale: float, softcap: float | None, sink: Tensor | None
+    ) -> Tensor:
+        """Attend chunk after chunk, each chunk's exchange under way behind the next one's attention (HOP-B).
+
+        Shape: q [rows, heads/tp, d] -> [rows, heads/(kvp*tp), d]
+        Collective: one all-to-all over kvp for each chunk; together the bytes of ``exchange_partials``.
+        """
+        group, parts = self.state.ranks.kvp_group, self.state.parts
+        assert group is not None
+        begin, sent = time.perf_counter(), []
+        for number, part in enumerate(parts):
+            with span(f"attention, chunk {number}"):
+                o, lse = self._over_pages(q[part.rows], part, scale, softcap)
+                o = self._outgoing(o)
+            sent.append(send_partials(o, lse, group))
+        sink = self._own_sink(sink)
+        merged = torch.cat([chunk.merge(sink) for chunk in sent])
+        self.state.pace.note(0.0, time.perf_counter() - begin)
+        return merged
+
+    def _outgoing(self, o: Tensor) -> Tensor:
+        """What is exchanged of the local output: all of it, as it is."""
+        return o
+
     def _exchange(self, o: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor:
-        ranks = self.state.ranks
-        if sink is not None:
-            kept = self.heads // ranks.kvp
-            sink = sink[ranks.k * kept : (ranks.k + 1) * kept]
-        return exchange_partials(o, lse, ranks.kvp_group, sink)
+        return exchange_partials(o, lse, self.state.ranks.kvp_group, self._own_sink(sink))
+
+    def _own_sink(self, sink: Tensor | None) -> Tensor | None:
+        """The sinks of the heads that this rank keeps."""
+        if sink is None:
+            return None
+        kept = self.heads // self.state.ranks.kvp
+        return sink[self.state.ranks.k * kept : (self.state.ranks.k + 1) * kept]
+
+    def _over_pages(
+        self, q: Tensor, part: Part, scale: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend with some requests' rows to this rank's tokens in the store."""
+        cache = self.state.cache
+        return cache.store.attend(
+            cache.seqs[part.requests], self.number, q, q_indptr=part.indptr, lo=part.lo, hi=part.hi,
+            scale=scale, softcap=softcap, step=cache.write_step,
+        )  # fmt: skip
 
     def _local(
         self, q: Tensor, k: Tensor, v: Tensor | None, scale: float, softcap: float | None
@@ -156,10 +218,8 @@ class HelixLayer:
         """Attend with all rows to this rank's tokens, old and new."""
         step, cache = self.state.running(), self.state.cache
         if cache is not None and not recorded(q, k, v):
-            return cache.store.attend(
-                cache.seqs, self.number, q, q_indptr=step.indptr, lo=step.lo, hi=step.hi, scale=scale,
-                softcap=softcap, step=cache.write_step,
-            )  # fmt: skip
+            whole = Part(slice(None), slice(None), step.indptr, step.lo, step.hi)
+            return self._over_pages(q, whole, scale, softcap)
         keys, values = self._held(k, v)
         sizes = [int(n) for n in step_local_lengths(step)]
         o, lse = self._per_sequence(q, keys, values, sizes, scale, softcap, None)

@@ -130,10 +130,8 @@ class LatentLayer(HelixLayer):
     def as_value(self, v: Tensor) -> None:
         """Values are the latent's first columns."""
 
-    def _exchange(self, o: Tensor, lse: Tensor, sink: Tensor | None) -> Tensor:
-        if self.state.ranks.plan.kvp.mla == "value":
-            o = self._values(o, slice(None))
-        return super()._exchange(o, lse, sink)
+    def _outgoing(self, o: Tensor) -> Tensor:
+        return self._values(o, slice(None)) if self.state.ranks.plan.kvp.mla == "value" else o
 
     def _up(self) -> Tensor:
         assert self.up is not None

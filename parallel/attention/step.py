@@ -9,12 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...cuda_kernels.scores import Interleave
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some requests of a step that follow each other: a chunk, or all of them.
+
+    Shape: indptr [requests + 1] on the host, lo, hi [rows] as in ``Step``.
+    """
+
+    requests: slice
+    rows: slice
+    indptr: Tensor
+    lo: Tensor
+    hi: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,27 @@ class Step:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence after this step."""
         return tuple(p + c for p, c in zip(self.past, self.counts, strict=True))
+
+    def parts(self, count: int) -> tuple[Part, ...]:
+        """Cut the requests into at most ``count`` runs of about equal attention, none without rows.
+
+        Made from what all ranks know, so that they cut alike whatever each of them holds.
+        """
+        counts = np.asarray(self.counts)
+        busy = np.flatnonzero(counts)
+        count = max(1, min(count, len(busy)))
+        work = np.cumsum((counts * np.asarray(self.lengths))[busy])
+        inner = np.arange(1, count)
+        ends = np.searchsorted(work, work[-1:] * inner / count) + 1
+        ends = np.maximum.accumulate(ends - inner) + inner
+        ends = np.minimum(ends, len(busy) - count + inner)
+        bounds = [0, *(int(busy[e]) for e in ends), self.batch]
+        return tuple(self._part(a, b) for a, b in pairwise(bounds))
+
+    def _part(self, first: int, stop: int) -> Part:
+        at = self.indptr[first : stop + 1]
+        rows = slice(int(at[0]), int(at[-1]))
+        return Part(slice(first, stop), rows, at - at[0], self.lo[rows], self.hi[rows])
 
     def pick(self, x: Tensor) -> Tensor:
         """Take the valid rows out of a padded batch: [batch, length, ...] -> [num_rows, ...]."""

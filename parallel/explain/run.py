@@ -126,10 +126,9 @@ def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
         "ep": ({"ep": plan.ep, "etp": plan.etp}, "every expert is counted whole on every rank"),
         "etp": ({"etp": plan.etp}, "every expert is counted whole on every rank"),
         "cp": ({"cp": plan.cp}, "every token is counted on every rank"),
-        "kvp chunks": ({"kvp": plan.kvp}, "the batch is exchanged in one piece"),
         "sp": ({"tp": plan.tp}, "norms are computed on all tokens"),
     }
-    plain = Plan(tp=plan.tp.size, kvp=replace(plan.kvp, chunks=1))
+    plain = Plan(tp=plan.tp.size, kvp=plan.kvp)
     values: dict[str, Any] = {"tp": plain.tp, "kvp": plain.kvp}
     left_out: list[str] = []
     for name, (part, means) in parts.items():
@@ -258,7 +257,7 @@ class _Runs:
             kept = step()
         workspace = footprint.peak - start - (kv_bytes(cache) - held)
         del kept
-        events = tuple(replace(event, seconds=0.0) for event in trace.events)
+        events = tuple(replace(event, seconds=0.0, start=0.0) for event in trace.events)
         return Traced(name, batch, tokens, events, workspace, scopes.layers)
 
     def _forward(self, batch: int, tokens: int, **options: Any) -> Any:

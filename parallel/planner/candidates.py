@@ -90,7 +90,7 @@ class Candidates:
             dp=size["dp"],
             tp=Tensor(size["tp"], replicate_kv=copied),
             cp=Ring(size["cp"]),
-            kvp=Helix(size["kvp"], chunks=size["chunks"] if size["kvp"] > 1 else 1),
+            kvp=Helix(size["kvp"], chunks=size["chunks"] if size["chunks"] > 1 else "auto"),
             pp=Pipeline(size["pp"]),
             ep=size["ep"],
             etp=size["etp"],
@@ -101,7 +101,7 @@ def one(plan: Plan, batch: int = 1, draft: int = 0) -> Candidates:
     """Return a plan that is given as a table of one row."""
     sizes = [
         plan.tp.size, plan.kvp.size, plan.size("cp") // plan.kvp.size, plan.dp.size, plan.pp.size, plan.ep,
-        plan.etp, batch, plan.kvp.chunks, draft,
+        plan.etp, batch, 1 if plan.kvp.chunks == "auto" else plan.kvp.chunks, draft,
     ]  # fmt: skip
     return Candidates(*(np.array([float(size)]) for size in sizes))
 

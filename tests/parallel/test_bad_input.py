@@ -232,9 +232,9 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
     ),
     "chunks": (
         llama,
-        lambda m: parallelize(m, "kvp2,chunks=2"),
+        lambda m: parallelize(m, "kvp2,chunks=some"),
         "PlanError",
-        ("chunks=2", "not executed yet"),
+        ("chunks='some'", "not a whole number"),
     ),
     "etp of biased experts": (
         lambda: tiny("gpt_oss"),

@@ -264,7 +264,6 @@ def test_the_model_is_left_alone() -> None:
         ("pp2 tp2", "pp"),
         ("tp2 ep2", "ep"),
         ("cp2 tp2", "cp"),
-        ("kvp2,chunks=2", "kvp chunks"),
     ],
 )
 def test_axes_without_execution_are_named(plan: str, word: str) -> None:

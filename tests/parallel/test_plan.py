@@ -48,7 +48,7 @@ def _choices(axis: str) -> st.SearchStrategy:
                 Helix,
                 SIZE,
                 interleave=st.integers(1, 64),
-                chunks=st.integers(1, 8),
+                chunks=st.one_of(st.integers(1, 8), st.just("auto")),
                 exchange=st.sampled_from(("auto", "partials", "kv")),
                 mla=st.sampled_from(("latent", "value")),
             )
@@ -129,7 +129,8 @@ def test_integers_are_the_default_choice() -> None:
         ("dp2", Plan(dp=Replicate(2)), "dp2"),
         ("kvp4:interleave=8,chunks=2", Plan(kvp=Helix(4, interleave=8, chunks=2)),
          "kvp4,interleave=8,chunks=2"),
-        ("kvp4,interleave=16,chunks=1", Plan(kvp=4), "kvp4"),
+        ("kvp4,interleave=16,chunks=auto", Plan(kvp=4), "kvp4"),
+        ("kvp4,chunks=1", Plan(kvp=Helix(4, chunks=1)), "kvp4,chunks=1"),
         ("ep8", Plan(ep=8), "ep8 etp1"),
         ("tp1", Plan(), "tp1"),
         ("  tp2\n\tdp3 ", Plan(tp=2, dp=3), "dp3 tp2"),
