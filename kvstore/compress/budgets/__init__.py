@@ -1,0 +1,9 @@
+"""How many tokens each head keeps: one rule a file."""
+
+from .ada import Ada
+from .budget import Budget
+from .pyramid import Pyramid
+from .threshold import Threshold
+from .uniform import Uniform
+
+__all__ = ["Ada", "Budget", "Pyramid", "Threshold", "Uniform"]

@@ -1,0 +1,58 @@
+"""The budget contract: how many tokens each KV head of each layer keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget(ABC):
+    """A frozen value that spreads ``layers * kv_heads * keep`` tokens over the heads, layer by layer.
+
+    A layer is asked for as soon as it has scores, so that a prompt's full cache never stands in memory at once. No
+    head keeps more than there is; ``threshold`` keeps what is worth it, whatever ``keep`` says.
+    """
+
+    name: ClassVar[str]
+
+    def __str__(self) -> str:
+        options = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(options) if options else "")
+
+    @abstractmethod
+    def allot(self, score: Tensor, keep: int, layer: int, layers: int) -> Tensor:
+        """Give each head of one layer its number of tokens.
+
+        Args:
+            score: `[kv_heads, tokens]`; ``inf`` marks what must stay.
+            keep: tokens that a head keeps on average over all layers.
+
+        Shape: -> `[kv_heads]` int64
+        """
+
+
+def shares(wishes: Tensor, total: int, most: int) -> Tensor:
+    """Round wishes to whole numbers whose sum is `total`: by largest remainder, the lowest index first.
+
+    Shape: `[n]` float64 -> `[n]` int64, each at most `most`.
+    """
+    total = min(total, most * wishes.numel())
+    whole = wishes.clamp(0, most).floor().long()
+    while (short := total - int(whole.sum())) > 0:  # again only where `most` cut a wish
+        rest = torch.where(whole < most, wishes - whole, -torch.inf)
+        open_ = min(short, int((whole < most).sum()))
+        whole[rest.sort(descending=True, stable=True).indices[:open_]] += 1
+    while (over := int(whole.sum()) - total) > 0:
+        rest = torch.where(whole > 0, wishes - whole, torch.inf)
+        open_ = min(over, int((whole > 0).sum()))
+        whole[rest.sort(stable=True).indices[:open_]] -= 1
+    return whole

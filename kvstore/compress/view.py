@@ -1,0 +1,99 @@
+"""What a scorer may look at: one layer's keys, values and last queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rotary import Rotary
+
+SCORE_ELEMENTS = 1 << 24  # rows of attention computed at once: 64 MiB of float32
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One attention layer as a scorer sees it. Rows of a batch are equally long and have no padding.
+
+    Shape:
+        k `[batch, kv_heads, tokens, head_dim]` as cached (rotated), v likewise with value_dim;
+        q `[batch, heads, queries, head_dim]`: the last queries, rotated, of the last of the tokens;
+        positions `[tokens]`: where each token stood in the text, ascending;
+        output `[hidden, heads * value_dim]`: the weight of the output projection.
+    """
+
+    k: Tensor
+    v: Tensor
+    q: Tensor | None = None
+    positions: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
+    rotary: Rotary | None = None
+    output: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held."""
+        return self.k.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return self.k.shape[1]
+
+    def last_queries(self, count: int, who: str) -> Tensor:
+        """The last `count` queries, or fewer where there are fewer tokens.
+
+        Raises:
+            ValueError: if they were not kept.
+        """
+        need = min(count, self.tokens)
+        if self.q is None or self.q.shape[2] < need:
+            kept = 0 if self.q is None else self.q.shape[2]
+            raise ValueError(
+                f"{who} scores by the last {need} queries and {kept} were kept; "
+                "compress right after the prompt's forward, or use a scorer of keys such as knorm"
+            )
+        return self.q[:, :, self.q.shape[2] - need :]
+
+
+def grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """See query heads by the KV head they read: [batch, heads, ...] -> [batch, kv_heads, group, ...]."""
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads))
+
+
+def attention_rows(view: LayerView, q: Tensor) -> Tensor:
+    """Attention weights of the last queries, in float32, causal among themselves.
+
+    Shape: q `[batch, heads, n, head_dim]` -> `[batch, kv_heads, group, n, tokens]`
+    """
+    n, tokens = q.shape[2], view.tokens
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = grouped(q, view.kv_heads).to(wide)
+    logits = torch.einsum("bhgnd,bhtd->bhgnt", rows, view.k.to(wide)) * q.shape[-1] ** -0.5
+    own = torch.arange(tokens - n, tokens, device=q.device)
+    later = torch.arange(tokens, device=q.device) > own[:, None]
+    return logits.masked_fill(later, float("-inf")).softmax(-1)
+
+
+def attention_columns(view: LayerView, q: Tensor) -> Tensor:
+    """Attention that each token received from the last queries, summed in float32.
+
+    The whole score matrix never exists: queries pass in runs.
+
+    Shape: q `[batch, heads, n, head_dim]` -> `[batch, kv_heads, group, tokens]`
+    """
+    batch, heads, n, _ = q.shape
+    step = max(1, SCORE_ELEMENTS // (batch * heads * view.tokens))
+    total: Tensor | None = None
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        seen = view.tokens - n + stop
+        part = attention_rows(
+            LayerView(k=view.k[:, :, :seen], v=view.v[:, :, :seen]), q[:, :, start:stop]
+        ).sum(3)
+        part = torch.nn.functional.pad(part, (0, view.tokens - seen))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
