@@ -32,6 +32,10 @@ def check_holders(cache: PageCache, sequences: Listing[Sequence]) -> None:
             raise IntegrityError(f"{seq!r} holds a page that is not LIVE")
         if seq.history is not None:
             cache.check_history(seq.history, seq.pages, seq.length)
+        if seq.fetch is not None:
+            np.add.at(holders, seq.fetch.pages, 1)
+            if (pool.states[seq.fetch.pages] != PageState.RESERVED).any():
+                raise IntegrityError(f"{seq!r} fetches into a page that is not RESERVED")
     for step in steps.values():
         np.add.at(holders, step.pages, 1)
         if (pool.states[step.pages] != PageState.RESERVED).any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -26,6 +27,18 @@ class CacheCounters:
     pages_evicted: int = 0
 
 
+class Below(Protocol):
+    """Where pages go that the pool loses; told under the store's lock."""
+
+    def admitted(self, pages: np.ndarray) -> None:
+        """The index got these pages."""
+        ...
+
+    def losing(self, pages: np.ndarray) -> None:
+        """These are evicted: their content is there until the call returns."""
+        ...
+
+
 class PageCache:
     """Keeps the pages of finished sequences findable until their room is needed.
 
@@ -33,6 +46,9 @@ class PageCache:
         pool: the pages.
         policy: who goes first.
         max_pages: how far the pool may grow; None: without limit.
+
+    Attributes:
+        below: hears of pages that come and go, if there are tiers.
 
     State: not thread-safe; the store holds its lock around every call.
     """
@@ -43,6 +59,7 @@ class PageCache:
         self.max_pages = max_pages
         self.index = PrefixIndex(pool)
         self.counters = CacheCounters()
+        self.below: Below | None = None
         self._attach()
 
     def _attach(self) -> None:
@@ -96,9 +113,13 @@ class PageCache:
 
     # -- finding -----------------------------------------------------------------------------
 
-    def match(self, key: bytes, ids: np.ndarray) -> int:
+    def match(self, history: History) -> int:
         """Say how many tokens of a prompt are cached; at least one is left to compute."""
-        return self.index.match(key, ids, len(ids) - 1).tokens if len(ids) else 0
+        if not history.known:
+            return 0
+        match = self.index.match(history.key, history.ids, history.known - 1)
+        history.found(match.full_pages, match.hasher)
+        return match.tokens
 
     def pin(self, history: History) -> tuple[np.ndarray, int]:
         """Hold the longest cached prefix of a prompt: (pages, tokens)."""
@@ -159,6 +180,8 @@ class PageCache:
 
     def _admit(self, pages: np.ndarray, depths: np.ndarray) -> None:
         if len(pages):
+            if self.below is not None:
+                self.below.admitted(pages)
             self.policy.admitted(pages, self.index.digests[pages, 0], depths)
             self.counters.pages_indexed += len(pages)
 
@@ -179,6 +202,8 @@ class PageCache:
             pages = np.asarray(self.policy.victims(left), np.int32)
             valid = 0 < len(pages) <= left and 0 <= pages.min() <= pages.max() < self.pool.capacity
             done = self.index.remove(pages) if valid else 0
+            if done and self.below is not None:
+                self.below.losing(pages[:done])
             self.pool.free_cached(pages[:done])
             if done:
                 self.policy.removed(pages[:done])

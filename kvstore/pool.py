@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from . import extents
 from .errors import IntegrityError, PoolExhausted
 from .page import PageState, move_pages
 from .spec import KVSpec
+from .table import runs
 
 
 @dataclass
@@ -61,6 +63,10 @@ class PagePool:
         self.meta = np.concatenate([self.meta, np.zeros((6, extra), np.int32)], 1)
         extents.add_run(self.meta, self._bins, first, extra)
         self.free_pages += extra
+
+    @property
+    def _groups(self) -> list[list[Tensor]]:
+        return [self.keys] if self.spec.shared_kv else [self.keys, self.values]
 
     @property
     def capacity(self) -> int:
@@ -172,10 +178,27 @@ class PagePool:
             return
         a = torch.from_numpy(source.astype(np.int64)).to(self.spec.device)
         b = torch.from_numpy(target.astype(np.int64)).to(self.spec.device)
-        for group in (self.keys,) if self.spec.shared_kv else (self.keys, self.values):
+        for group in self._groups:
             for region in group:
                 region.index_copy_(0, b, region.index_select(0, a))
         self.counters.copied += len(source)
+
+    def lift(self, pages: np.ndarray, out: Listing[Tensor], rows: np.ndarray) -> None:
+        """Copy whole pages of all layers out, into some rows.
+
+        Shape: pages, rows `[n]`; out: one per stored tensor, `[rows, layers, page_tokens, kv_heads, d]`.
+        """
+        for _, page, row, count in runs(pages, rows):
+            for group, whole in zip(self._groups, out, strict=True):
+                for layer, region in enumerate(group):
+                    whole[row : row + count, layer] = region[page : page + count]
+
+    def lay(self, pages: np.ndarray, rows: Listing[Tensor]) -> None:
+        """Write whole pages of all layers, as `lift` gives them; the pages are RESERVED."""
+        for at, page, count in runs(pages):
+            for group, whole in zip(self._groups, rows, strict=True):
+                for layer, region in enumerate(group):
+                    region[page : page + count] = whole[at : at + count, layer]
 
     def grow(self, capacity: int) -> int:
         """Enlarge the pool to `capacity` pages by copying, one layer at a time; return it.
@@ -185,7 +208,7 @@ class PagePool:
         extra = capacity - self.capacity
         if extra <= 0:
             return self.capacity
-        for group in (self.keys,) if self.spec.shared_kv else (self.keys, self.values):
+        for group in self._groups:
             for layer, old in enumerate(group):
                 new = self._region(capacity, old.shape[-1])
                 new[: self.capacity] = old

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from typing import Any
 
@@ -20,6 +22,7 @@ from .attention import (
     row_pointers,
     with_sink,
 )
+from .placement import Placement
 from .pool import PagePool
 from .sequence import Sequence, listed
 from .spec import KVSpec
@@ -35,7 +38,21 @@ class PageReader:
 
     spec: KVSpec
     pool: PagePool
+    placement: Placement | None
     _lock: Any  # a threading.RLock, which is no class
+
+    def wait(self, seqs: Sequence | Iterable[Sequence], seconds: float | None = None) -> bool:
+        """Wait for what `open` fetches for these sequences; say whether nothing is under way any more."""
+        until = None if seconds is None else time.monotonic() + seconds
+        for seq in listed(seqs):
+            if seq.fetch is None or self.placement is None:
+                continue
+            left = None if until is None else max(0.0, until - time.monotonic())
+            if not self.placement.fetcher.wait(seq.fetch, left):
+                return False
+            with self._lock:
+                self.placement.settle(seq)
+        return True
 
     def page_table(self, seqs: Sequence | Listing[Sequence], step: Step | None = None) -> PageTable:
         """Give the batch's page table (CSR, FlashInfer's words), with a step's tokens if given."""
@@ -43,6 +60,7 @@ class PageReader:
         if step is not None and given == list(step.seqs):
             step.require_open()
             return step.table
+        self.wait(given)
         with self._lock:
             pages, lengths = [], []
             for seq in given:

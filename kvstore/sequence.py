@@ -10,6 +10,7 @@ import numpy as np
 from .errors import SequenceClosed
 
 if TYPE_CHECKING:
+    from .fetch import Fetch
     from .step import Step
     from .store import KVStore
     from .tokens import History
@@ -21,26 +22,43 @@ class Sequence:
     Use one sequence from one thread at a time; different sequences are independent.
 
     Attributes:
-        length: committed tokens.
-        cached_tokens: tokens that `open` found already in the store: the caller computes the rest.
+        length: committed tokens; more once what `open` fetches from tiers is there.
         history: the token ids, as far as the store was told them.
         tenant: whose sequence this is; prefixes are never shared between tenants.
     """
 
     __slots__ = (
-        "cached_tokens", "closed", "history", "length", "number", "pages", "step", "store", "tenant",
+        "closed", "fetch", "found_tokens", "history", "length", "number", "pages", "step", "store",
+        "tenant",
     )  # fmt: skip
 
     def __init__(self, store: KVStore, number: int, tenant: str | None = None) -> None:
         self.store = store
         self.number = number
         self.tenant = tenant
-        self.cached_tokens = 0
+        self.found_tokens = 0
+        self.fetch: Fetch | None = None
         self.length = 0
         self.pages: np.ndarray = np.empty(0, np.int32)
         self.step: Step | None = None
         self.history: History | None = None
         self.closed = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that `open` found already in the store: the caller computes the rest.
+
+        Waits for what is under way from the tiers; `wait` does so with a time limit.
+        """
+        self.wait()
+        return self.found_tokens
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for pages that `open` fetches from tiers; say whether none is under way any more.
+
+        Calls that need them wait by themselves. `wait(0)` asks.
+        """
+        return self.fetch is None or self.store.wait(self, seconds)
 
     def close(self) -> None:
         """Give the sequence's pages back; the same as `store.close(seq)`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
 
@@ -13,7 +14,7 @@ from .errors import StepError
 from .pool import PagePool
 from .sequence import Sequence
 from .spec import KVSpec
-from .table import PageTable
+from .table import PageTable, runs
 from .tokens import TokenIds, as_token_ids
 
 
@@ -42,8 +43,9 @@ class Step:
         self.fresh = fresh  # new pages per sequence
         self.copied = copied  # per sequence (place, shared page, private copy), or None
         self.slots = table.slots(bases, counts)
-        self.runs = _runs(self.slots)
+        self.runs = runs(self.slots)
         self.written: set[int] = set()
+        self.began = time.perf_counter()
         self.state = "open"
 
     @property
@@ -88,16 +90,6 @@ class Step:
             if mine is seq:
                 return at
         raise StepError(f"sequence {seq.number} is not part of this step; reserve it together")
-
-
-def _runs(slots: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cut slots into pieces that are consecutive in memory: (row, slot, tokens)."""
-    if not len(slots):
-        return []
-    cuts = np.flatnonzero(slots[1:] - slots[:-1] != 1) + 1
-    starts = np.concatenate([[0], cuts])
-    stops = np.concatenate([cuts, [len(slots)]])
-    return [(int(a), int(slots[a]), int(b - a)) for a, b in zip(starts, stops, strict=True)]
 
 
 def make_step(

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Listing
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from .audit import busy, check_holders, totals
+from .accounts import StoreAccounts
+from .audit import busy
 from .cache import PageCache
+from .codecs import find_codec
+from .encoding import PageEncoding
 from .errors import StepError
 from .evict import EvictionPolicy, find_policy
 from .identity import Identity, check_secret, check_tenant, prefix_key
+from .placement import FetchRule, Placement, disk_secret, make_tiers
 from .pool import PagePool
-from .reading import PageReader
 from .sequence import Sequence, listed
 from .spec import KVSpec, plan_pages
 from .step import Step, check_rows, fit_ids, make_step
+from .tiers import Tier, TierStack
 from .tokens import History, TokenIds, as_token_ids
 
+LAST_FLUSH = 10.0  # seconds for a store that is dropped, or left open at the end of the process
 
-class KVStore(PageReader):
+
+class KVStore(StoreAccounts):
     """A paged store of keys and values for one rank.
 
     One step of a model writes like this, pages being allocated once and not per layer:
@@ -44,8 +55,14 @@ class KVStore(PageReader):
         grow: double the region when it is full, up to `device_bytes`.
         evict: which cached pages go first: "lru", "s3fifo", "tinylfu", "cost" or an `EvictionPolicy`.
         identity: what pages are true for; see `Identity`.
-        secret: key of the prefix hashes, 16 to 64 bytes; default random. Give the same to stores
-            that shall find each other's pages.
+        secret: key of the prefix hashes, 16 to 64 bytes; default the directory's own, else random. Give
+            the same to stores that shall find each other's pages.
+        host_bytes: memory for pages that the device has no room for.
+        disk, disk_bytes: a directory for pages that outlive the process, and what it may take.
+        disk_mode: "write" (one process at a time), or "read" to use what another one's directory holds.
+        codec: how tiers keep pages: "none", "fp8", "int8", "zstd", "exponent", chains such as "int8+zstd".
+        tiers: further tiers by name, slower than those; the store closes them.
+        fetch: "sooner": what is computed sooner than fetched is not fetched; "always" fetches.
 
     State: one lock around metadata and writes; reads run outside it. Use a sequence from one
     thread at a time.
@@ -60,58 +77,104 @@ class KVStore(PageReader):
         evict: str | EvictionPolicy = "lru",
         identity: Identity | None = None,
         secret: bytes | None = None,
+        host_bytes: int | str | None = None,
+        disk: str | Path | None = None,
+        disk_bytes: int | str | None = None,
+        disk_mode: Literal["write", "read"] = "write",
+        codec: str = "none",
+        tiers: Mapping[str, Tier] | None = None,
+        fetch: FetchRule = "sooner",
     ) -> None:
         self.spec = spec
-        policy = find_policy(evict)
-        self._secret = os.urandom(32) if secret is None else check_secret(secret)
-        self._identity = (identity or Identity()).digest(spec)
+        policy, chain = find_policy(evict), find_codec(codec)
+        given = None if secret is None else check_secret(secret)
+        self._identity = replace(identity or Identity(), codec=str(chain)).digest(spec)
         num_pages, max_pages = plan_pages(spec, device_bytes, num_pages, grow)
-        self.pool = PagePool(spec, num_pages)
-        self.cache = PageCache(self.pool, policy, max_pages)
-        self._lock = threading.RLock()
-        self._sequences: dict[int, Sequence] = {}
-        self._next = 0
+        encoding = PageEncoding(spec, chain)
+        with contextlib.ExitStack() as undo:
+            below = make_tiers(
+                encoding, self._identity, host_bytes, disk, disk_bytes, disk_mode, tiers
+            )
+            for tier in below.values():
+                undo.callback(tier.close)
+            self._secret = given or disk_secret(below) or os.urandom(32)
+            self.pool = PagePool(spec, num_pages)
+            self.cache = PageCache(self.pool, policy, max_pages)
+            self._lock = threading.RLock()
+            self._sequences: dict[int, Sequence] = {}
+            self._next = 0
+            self.placement = None
+            if below:
+                self.placement = Placement(
+                    self.cache, self._lock, TierStack(below), encoding, fetch
+                )
+                weakref.finalize(self, self.placement.close, LAST_FLUSH)
+            undo.pop_all()
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def open(self, token_ids: TokenIds | None = None, tenant: str | None = None) -> Sequence:
-        """Start a sequence; with token ids, from the longest prefix of them that is cached.
+    def open(
+        self,
+        token_ids: TokenIds | None = None,
+        tenant: str | None = None,
+        seconds: float | None = None,
+    ) -> Sequence:
+        """Start a sequence; with token ids, from the longest prefix of them that is cached in any tier.
 
         `seq.cached_tokens` says how many tokens that are: append the keys and values of the others
         only. It is at most one less than there are ids, since a model must compute the last token to
         go on. The ids are the key under which this sequence's own pages are found later.
 
+        Pages that must come from a tier come in the background; `seq.cached_tokens`, `seq.wait` and every call
+        that needs them wait, `seconds` at most from now on: what is not there then is not cached.
+
         Raises:
             ValueError: if the ids are no row of whole numbers in `[0, 2**31)`.
             TypeError: if the tenant is neither text nor None.
         """
-        return self.open_batch([token_ids], tenant)[0]
+        return self.open_batch([token_ids], tenant, seconds)[0]
 
     def open_batch(
-        self, count: int | Listing[TokenIds | None], tenant: str | None = None
+        self,
+        count: int | Listing[TokenIds | None],
+        tenant: str | None = None,
+        seconds: float | None = None,
     ) -> list[Sequence]:
         """Start several sequences: a number of empty ones, or one per row of token ids."""
         prompts = [None] * count if isinstance(count, int) else count
         ids = [None if row is None else as_token_ids(row) for row in prompts]
         key = self._key(tenant) if any(row is not None for row in ids) else b""
         with self._lock:
-            return [self._open(row, key, tenant) for row in ids]
+            seqs = [self._open(row, key, tenant) for row in ids]
+        if self.placement is not None:
+            for seq in seqs:
+                self.placement.seek(seq, seconds)
+        return seqs
 
     def _open(self, ids: np.ndarray | None, key: bytes, tenant: str | None) -> Sequence:
         seq = Sequence(self, self._next, tenant)
         if ids is not None:
             seq.history = History(key, ids, self.spec.page_tokens)
             seq.pages, seq.length = self.cache.pin(seq.history)
-            seq.cached_tokens = seq.length
+            seq.found_tokens = seq.length
         self._sequences[self._next] = seq
         self._next += 1
         return seq
 
     def match(self, prompts: Listing[TokenIds], tenant: str | None = None) -> list[int]:
-        """Say what `open` would find cached for each prompt, in tokens; nothing is pinned."""
+        """Say what is cached of each prompt, in tokens, in all tiers; nothing is pinned or fetched."""
         rows, key = [as_token_ids(row) for row in prompts], self._key(tenant)
+        histories = [History(key, row, self.spec.page_tokens) for row in rows]
         with self._lock:
-            return [self.cache.match(key, row) for row in rows]
+            found = [self.cache.match(history) for history in histories]
+        if self.placement is None:
+            return found
+        reach = [self.placement.reach(history) for history in histories]
+        size = self.spec.page_tokens
+        return [
+            max(tokens, (history.indexed + len(keys)) * size)
+            for tokens, history, keys in zip(found, histories, reach, strict=True)
+        ]
 
     def tell(self, seq: Sequence, token_ids: TokenIds) -> None:
         """Say which tokens come after those whose ids are known: generated ones, as they come.
@@ -120,6 +183,7 @@ class KVStore(PageReader):
         `open` nor in `commit`.
         """
         ids = as_token_ids(token_ids)
+        seq.wait()
         with self._lock:
             self._own(seq)
             self._tell(seq, ids)
@@ -149,6 +213,8 @@ class KVStore(PageReader):
                     raise busy(seq)
                 if seq.step is not None:
                     self.abort(seq.step)
+                if seq.fetch is not None and self.placement is not None:
+                    self.placement.settle(seq)
                 if seq.history is not None:
                     self.cache.record_tail(seq.history, seq.pages, seq.length)
                 self.cache.release(seq.pages)
@@ -160,13 +226,14 @@ class KVStore(PageReader):
 
         Nothing is copied now; whoever first writes into a shared partial last page copies it.
         """
+        seq.wait()
         with self._lock:
             seq.require_open()
             twin = self._open(None, b"", seq.tenant)
             self.pool.share(seq.pages)
             twin.history = None if seq.history is None else seq.history.copy()
             twin.pages, twin.length = seq.pages.copy(), seq.length
-            twin.cached_tokens = seq.cached_tokens
+            twin.found_tokens = seq.found_tokens
             return twin
 
     def reorder(self, seqs: Listing[Sequence], indices: Listing[int] | Tensor) -> list[Sequence]:
@@ -178,6 +245,7 @@ class KVStore(PageReader):
             IndexError: if an index names no sequence; nothing is changed.
         """
         order = [int(i) for i in indices]
+        self.wait(seqs)
         with self._lock:
             for seq in seqs:
                 seq.require_open()
@@ -199,6 +267,7 @@ class KVStore(PageReader):
         Raises:
             ValueError: if the sequence is shorter than `length`.
         """
+        seq.wait()
         with self._lock:
             seq.require_open()
             if seq.step is not None:
@@ -212,7 +281,7 @@ class KVStore(PageReader):
             seq.pages, seq.length = seq.pages[:keep].copy(), length
             if seq.history is not None:
                 seq.history.truncate(length)
-            seq.cached_tokens = min(seq.cached_tokens, length)
+            seq.found_tokens = min(seq.found_tokens, length)
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -231,6 +300,7 @@ class KVStore(PageReader):
             raise ValueError(
                 f"reserve: {len(seqs)} sequences need as many token counts >= 0, got {counts.tolist()}"
             )
+        self.wait(seqs)
         with self._lock:
             for seq in seqs:
                 self._own(seq)
@@ -267,6 +337,8 @@ class KVStore(PageReader):
             for region, rows in zip(regions, pieces, strict=False):
                 step.scatter(region, rows)
             step.written.add(layer)
+            if self.placement is not None and len(step.written) == self.spec.layers:
+                self.placement.computed(step)
 
     def commit(
         self, step: Step | Sequence, token_ids: TokenIds | Listing[TokenIds] | None = None
@@ -314,36 +386,6 @@ class KVStore(PageReader):
             for seq in step.seqs:
                 seq.step = None
             step.state = "aborted"
-
-    # -- accounts ----------------------------------------------------------------------------
-
-    def grow(self, num_pages: int | None = None) -> int:
-        """Enlarge the store now (default: double); return its pages. A copy, never in a step.
-
-        Raises:
-            PoolExhausted: if `device_bytes` does not allow that many.
-        """
-        with self._lock:
-            return self.cache.grow(2 * self.pool.capacity if num_pages is None else num_pages)
-
-    def evict(self, num_pages: int | None = None) -> int:
-        """Lose cached pages that no sequence holds (default: all); return how many."""
-        with self._lock:
-            return self.cache.evict(self.pool.cached_pages if num_pages is None else num_pages)
-
-    def counters(self) -> dict[str, int]:
-        """Count pages, bytes and sequences since the store was made."""
-        with self._lock:
-            return totals(self.cache, len(self._sequences))
-
-    def check_integrity(self) -> None:
-        """Prove the store's invariants: counts, states, free runs, lengths, prefixes.
-
-        Raises:
-            IntegrityError: naming what does not hold.
-        """
-        with self._lock:
-            check_holders(self.cache, list(self._sequences.values()))
 
     def _step_of(self, step: Step | Sequence) -> Step:
         if isinstance(step, Step):

@@ -129,7 +129,7 @@ class StoreMachine(RuleBasedStateMachine):
         seqs = self.store.open_batch(prompts, tenant)
         assert [seq.cached_tokens for seq in seqs] == found
         for seq, prompt in zip(seqs, prompts, strict=True):
-            assert seq.length == seq.cached_tokens <= max(len(prompt) - 1, 0)
+            assert seq.cached_tokens == seq.length <= max(len(prompt) - 1, 0)
             mine = ModelSequence([], list(prompt), tenant)
             layers = range(self.spec.layers)
             mine.tokens = [self._model_rows(mine, layer, 0, seq.length) for layer in layers]

@@ -20,10 +20,10 @@ _SPEC = KVSpec(layers=1, kv_heads=1, head_dim=1, page_tokens=4, dtype=torch.floa
 def serve(store: KVStore, ids: list[int], tenant: str | None = None) -> Sequence:
     """Open a prompt and write what is not cached; a token's key is its id."""
     seq = store.open(ids, tenant)
-    rows = torch.tensor(ids[seq.length :], dtype=store.spec.dtype)[:, None, None]
+    rows = torch.tensor(ids[seq.cached_tokens :], dtype=store.spec.dtype)[:, None, None]
+    k, v = (rows.expand(-1, store.spec.kv_heads, width) for width in store.spec.widths)
     for layer in range(store.spec.layers):
-        rows = rows.expand(-1, store.spec.kv_heads, store.spec.head_dim).contiguous()
-        store.append(seq, layer, rows, rows)
+        store.append(seq, layer, k, v)
     store.commit(seq)
     return seq
 

@@ -1,6 +1,6 @@
 """Where pages live besides the device: tiers, and the wrappers around them."""
 
-from .choice import Choice, PrefillSpeed, fetch_or_recompute
+from .choice import Choice, PrefillMeter, PrefillSpeed, fetch_or_recompute
 from .disk import DiskTier
 from .errors import (
     FormatTooNew,
@@ -15,6 +15,8 @@ from .form import PageForm
 from .memory import MemoryTier
 from .moves import Move, Moves
 from .order import EvictionOrder, Fifo, Lru
+from .secret import directory_secret
+from .stack import TierStack
 from .tier import Page, Tier, byte_view
 from .wrappers import CountTier, FailTier, LimitTier, LogTier, TierWrapper, VerifyTier
 
@@ -35,6 +37,7 @@ __all__ = [
     "Moves",
     "Page",
     "PageForm",
+    "PrefillMeter",
     "PrefillSpeed",
     "Tier",
     "TierClosed",
@@ -42,8 +45,10 @@ __all__ = [
     "TierLocked",
     "TierReadOnly",
     "TierRefused",
+    "TierStack",
     "TierWrapper",
     "VerifyTier",
     "byte_view",
+    "directory_secret",
     "fetch_or_recompute",
 ]

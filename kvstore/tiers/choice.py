@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import numpy as np
 
 FORGET = 0.9  # weight that a measurement keeps when another one of `SETTLED` seconds comes
 SETTLED = 0.05
+RUNS = 32  # prefills that are remembered
 
 
 class Meter:
@@ -86,6 +88,23 @@ class PrefillSpeed:
         if per_token < 0:
             return cls(0.0, float(seconds.sum() / pairs.sum()))
         return cls(float(per_token), float(per_pair))
+
+
+class PrefillMeter:
+    """Measures prefill speed from the latest prefills."""
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[int, int, float]] = deque(maxlen=RUNS)
+
+    def add(self, tokens: int, after: int, seconds: float) -> None:
+        """Note one prefill: so many tokens after so many others."""
+        self._runs.append((tokens, after, seconds))
+
+    @property
+    def speed(self) -> PrefillSpeed | None:
+        """The speed that fits them, None before the first."""
+        runs = list(self._runs)
+        return PrefillSpeed.fit(runs) if runs else None
 
 
 @dataclass(frozen=True)

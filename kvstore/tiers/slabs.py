@@ -14,7 +14,7 @@ from .form import BLOCK, SLAB, Damaged, Geometry, pack_geometry, read_geometry
 from .memory import aligned_region
 
 SLAB_NAME = re.compile(r"slab-(\d{5})")
-OURS = re.compile(r"(lock|index(\.new)?|slab-\d{5}(\.new)?)")
+OURS = re.compile(r"(lock|index(\.new)?|secret(\.new)?|slab-\d{5}(\.new)?)")
 MAX_SLABS = 100_000
 
 

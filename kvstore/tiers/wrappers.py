@@ -228,14 +228,15 @@ class FailTier(TierWrapper):
 
 
 class CountTier(TierWrapper):
-    """Counts calls, pages, bytes and seconds; hits and misses of `get`."""
+    """Counts calls, pages, bytes and seconds; hits and misses of `get`, found and absent of `contains`."""
 
     def __init__(self, inner: Tier) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
         self._counts: dict[str, float] = {}
 
-    def _add(self, **amounts: float) -> None:
+    def add(self, **amounts: float) -> None:
+        """Count something, by name."""
         with self._lock:
             for name, amount in amounts.items():
                 self._counts[name] = self._counts.get(name, 0) + amount
@@ -247,20 +248,26 @@ class CountTier(TierWrapper):
             return call()
         finally:
             seconds = time.perf_counter() - begin
-            self._add(**{f"{name}_calls": 1, f"{name}_pages": count, f"{name}_seconds": seconds})
+            self.add(**{f"{name}_calls": 1, f"{name}_pages": count, f"{name}_seconds": seconds})
 
     def put(self, keys: Sequence[bytes], pages: Sequence[Page]) -> list[bool]:
         """Count the bytes of pages that are held."""
         kept = super().put(keys, pages)
         held = sum(byte_view(page).size for page, yes in zip(pages, kept, strict=True) if yes)
-        self._add(put_bytes=held, refused=kept.count(False))
+        self.add(put_bytes=held, refused=kept.count(False))
         return kept
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        """Count how many of the keys that are looked for are held."""
+        held = super().contains(keys)
+        self.add(found=held.count(True), absent=held.count(False))
+        return held
 
     def get(self, keys: Sequence[bytes], out: Sequence[Page]) -> list[int | None]:
         """Count hits, misses and the bytes of hits."""
         found = super().get(keys, out)
         lengths = [length for length in found if length is not None]
-        self._add(hits=len(lengths), misses=len(found) - len(lengths), get_bytes=sum(lengths))
+        self.add(hits=len(lengths), misses=len(found) - len(lengths), get_bytes=sum(lengths))
         return found
 
     def counters(self) -> dict[str, float]:

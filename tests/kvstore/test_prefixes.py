@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from array import array
 
 import numpy as np
@@ -23,6 +22,7 @@ from plait.kvstore import (
 )
 from plait.kvstore.evict.testing import serve
 from plait.kvstore.identity import prefix_key
+from threads import run_threads
 
 SPEC = KVSpec(layers=2, kv_heads=1, head_dim=1, page_tokens=4, dtype=torch.float64)
 KEY = bytes(range(32))
@@ -365,32 +365,23 @@ def test_a_growing_store_does_not_grow_for_what_is_only_cached() -> None:
 
 def test_eight_threads_share_prefixes() -> None:
     store = KVStore(SPEC, num_pages=60, grow=False)
-    problems: list[BaseException] = []
 
     def work(seed: int) -> None:
         draws = np.random.default_rng(seed)
-        try:
-            for _ in range(60):
-                prompt = [0] * int(draws.integers(16)) + draws.integers(2, size=4).tolist()
-                tenant = "ab"[int(draws.integers(2))]
-                mine = [t + 1000.0 * (tenant == "b") for t in prompt]
-                seq = store.open(prompt, tenant)
-                assert content(store, seq) == mine[: seq.length]
-                rows = torch.tensor(mine[seq.length :]).double()[:, None, None]
-                for layer in range(2):
-                    store.append(seq, layer, rows, rows)
-                store.commit(seq)
-                assert content(store, seq) == mine
-                store.close(seq)
-        except BaseException as error:
-            problems.append(error)
+        for _ in range(60):
+            prompt = [0] * int(draws.integers(16)) + draws.integers(2, size=4).tolist()
+            tenant = "ab"[int(draws.integers(2))]
+            mine = [t + 1000.0 * (tenant == "b") for t in prompt]
+            seq = store.open(prompt, tenant)
+            assert content(store, seq) == mine[: seq.length]
+            rows = torch.tensor(mine[seq.length :]).double()[:, None, None]
+            for layer in range(2):
+                store.append(seq, layer, rows, rows)
+            store.commit(seq)
+            assert content(store, seq) == mine
+            store.close(seq)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not problems, problems
+    run_threads(work)
     store.check_integrity()
     assert store.counters()["tokens_found"] > 1000
     assert store.evict() + store.counters()["pages_free"] >= 60
@@ -398,7 +389,7 @@ def test_eight_threads_share_prefixes() -> None:
 
 def test_check_integrity_finds_what_was_broken_in_the_index() -> None:
     def fresh():
-        store = make()
+        store = make(secret=KEY)  # by a random one, a damaged digest may land where it was
         seq = serve(store, list(range(9)))
         store.close(serve(store, [*range(8), 20]))
         store.check_integrity()

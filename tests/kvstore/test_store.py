@@ -22,6 +22,7 @@ from plait.kvstore import (
 from plait.kvstore import StoreError as KVStoreError
 from plait.kvstore.extents import SPAN
 from plait.kvstore.testing import StoreMachine
+from threads import run_threads
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=4, page_tokens=4, dtype=torch.float64)
 
@@ -376,38 +377,29 @@ def test_eight_threads() -> None:
     store = KVStore(SPEC, num_pages=2)
     shared = store.open()
     write(store, [shared], [6])
-    problems: list[BaseException] = []
 
     def work(seed: int) -> None:
         draws = torch.Generator().manual_seed(seed)
-        try:
-            seq = store.fork(shared)
-            mine = [store.keys_values(seq, layer) for layer in range(2)]
-            mine = [(k.clone(), v.clone()) for k, v in mine]
-            for _ in range(25):
-                count = int(torch.randint(1, 6, (1,), generator=draws))
-                step = store.reserve([seq], [count])
-                for layer in range(2):
-                    k, v = torch.randn(2, count, 2, 4, dtype=torch.float64, generator=draws)
-                    store.append(step, layer, k, v)
-                    mine[layer] = (torch.cat([mine[layer][0], k]), torch.cat([mine[layer][1], v]))
-                store.commit(step)
-                q = torch.randn(1, 4, 4, dtype=torch.float64, generator=draws)
-                o, _ = store.attend(seq, 1, q)
-                end = torch.tensor([seq.length])
-                want, _ = attention_reference(q, *mine[1], end * 0, end, 0.5)
-                torch.testing.assert_close(o, want, rtol=1e-12, atol=1e-12)
-                assert torch.equal(store.keys_values(seq, 0)[0], mine[0][0])
-            store.close(seq)
-        except BaseException as error:
-            problems.append(error)
+        seq = store.fork(shared)
+        mine = [store.keys_values(seq, layer) for layer in range(2)]
+        mine = [(k.clone(), v.clone()) for k, v in mine]
+        for _ in range(25):
+            count = int(torch.randint(1, 6, (1,), generator=draws))
+            step = store.reserve([seq], [count])
+            for layer in range(2):
+                k, v = torch.randn(2, count, 2, 4, dtype=torch.float64, generator=draws)
+                store.append(step, layer, k, v)
+                mine[layer] = (torch.cat([mine[layer][0], k]), torch.cat([mine[layer][1], v]))
+            store.commit(step)
+            q = torch.randn(1, 4, 4, dtype=torch.float64, generator=draws)
+            o, _ = store.attend(seq, 1, q)
+            end = torch.tensor([seq.length])
+            want, _ = attention_reference(q, *mine[1], end * 0, end, 0.5)
+            torch.testing.assert_close(o, want, rtol=1e-12, atol=1e-12)
+            assert torch.equal(store.keys_values(seq, 0)[0], mine[0][0])
+        store.close(seq)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not problems, problems
+    run_threads(work)
     store.check_integrity()
     store.close(shared)
     assert store.counters()["pages_free"] == store.counters()["pages"]
