@@ -13,7 +13,7 @@ from ..kvstore import KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
 from .checkpoint.weights import load
-from .data import data_edits
+from .data import ShardParameters, data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
 from .families import is_transformers, roles_of
@@ -147,10 +147,6 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
                 "is planned and checked but not executed yet",
                 "apply plans of dp, tp, kvp and etp",
             )
-    if plan.dp.size > 1 and plan.dp.kind == "shard":
-        raise PlanError(
-            str(plan.dp.text()), "is planned but not executed yet", "use dp without :shard"
-        )
     if plan.etp not in {1, plan.size("ffn_tp")}:
         raise PlanError(
             f"etp={plan.etp}",
@@ -188,7 +184,7 @@ def prepare(
         from .binding import agreement_edits
 
         edits += agreement_edits(model, ranks)
-    edits += data_edits(model, groups, edits)
+    edits += data_edits(model, ranks, edits)
     return edits, Parallelized(plan, ranks, shape, Edits())
 
 
@@ -257,6 +253,9 @@ def unparallelize(model: nn.Module) -> nn.Module:
         raise PlanError(
             "unparallelize", "finds no plan on this model", "call it on what parallelize returned"
         )
+    for edit in done.edits.done:
+        if isinstance(edit, ShardParameters):
+            edit.gather()
     made: dict[int, nn.Parameter] = {}
     gathered: dict[int, torch.Tensor] = {}
     for parameter in done.parameters():

@@ -98,14 +98,22 @@ class Replicate(Choice):
 
 @dataclass(frozen=True, slots=True)
 class Shard(Choice):
-    """Fully sharded data parallelism: parameters are cut over dp between uses. ``dp2:shard``."""
+    """Fully sharded data parallelism: parameters are cut over dp between uses. ``dp2:shard,param_dtype=bf16``.
+
+    Args:
+        param_dtype: what parameters are gathered and used in; gradients are reduced in the model's own dtype, which
+            the sharded parameters keep.
+    """
 
     size: int
+    _: KW_ONLY
+    param_dtype: str = "model"
     axis: ClassVar[str] = "dp"
     kind: ClassVar[str] = "shard"
 
     def __post_init__(self) -> None:
         whole("dp", self.size)
+        one_of("param_dtype", self.param_dtype, ("model", "bf16", "fp16"))
 
     @property
     def word(self) -> str:

@@ -58,27 +58,29 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
     def save_pretrained(self: Any, directory: Any, **options: Any) -> None:
         """Write the whole model as transformers does.
 
-        Collective: all ranks of the first model copy; an all-gather per cut parameter. The first rank writes; copies
-        further along dp hold the same and do nothing.
+        Collective: all ranks of the first model copy; an all-gather per cut parameter. The first rank writes. Replicas
+        further along dp hold the same and do nothing; shards take part.
         """
-        if ranks.groups.folding.coords(ranks.groups.rank)["dp"] > 0:
+        replica = ranks.groups.folding.coords(ranks.groups.rank)["dp"]
+        if replica and not ranks.sharded:
             return
+        writes = ranks.index == 0 and not replica
         whole: dict[str, Tensor] = {}
         for name, tensor in self.state_dict().items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if ranks.index == 0:
+            if writes:
                 whole[name] = full
         failure: Exception | None = None
         private, self.config = self.config, config
         try:
-            if ranks.index == 0:
+            if writes:
                 original(directory, state_dict=whole, **options)
         except Exception as error:
             failure = error
         finally:
             self.config = private
         agree(
-            ranks.all, {}, failure
+            ranks.holders, {}, failure
         )  # nobody goes on before the files are there, or knows why they are not
 
     return save_pretrained

@@ -116,6 +116,22 @@ class Groups:
             self._meshes[key] = self._maker.mesh([group], order, (name,), device_type)
         return self._meshes[key]
 
+    def mesh_over(
+        self, ranks: tuple[tuple[int, ...], ...], names: tuple[str, str], device_type: str
+    ) -> DeviceMesh:
+        """Build a DeviceMesh of two dims: this rank's column and row of a table of ranks give the communicators.
+
+        Collective: all of these ranks, at first use of a group that is not made yet.
+        """
+        row = next(row for row in ranks if self.rank in row)
+        column = tuple(each[row.index(self.rank)] for each in ranks)
+        key = (*(r for each in ranks for r in each), *names, device_type)
+        if key not in self._meshes:
+            groups = [self._of(column), self._of(row)]
+            order = torch.tensor(ranks, dtype=torch.int)
+            self._meshes[key] = self._maker.mesh(groups, order, names, device_type)
+        return self._meshes[key]
+
     def prepare(self, *axis_sets: str | tuple[str, ...]) -> None:
         """Make several groups now, in the order given; all ranks must give the same order."""
         for axes in axis_sets:
@@ -156,7 +172,10 @@ class Groups:
         groups = [self._of(order) for order in own]
         if device_type is None:
             device_type = "cuda" if "nccl" in self._backend() else "cpu"
-        return self._maker.mesh(groups, mesh, axes, device_type)
+        made = self._meshes[(*axes, device_type)] = self._maker.mesh(
+            groups, mesh, axes, device_type
+        )
+        return made
 
     @property
     def count(self) -> int:
@@ -179,6 +198,12 @@ class Groups:
             if group is not whole:
                 self._maker.end(group)
         self._made.clear()
+        if self._meshes:
+            # DTensor remembers results by mesh, and a mesh over new groups of the same ranks equals the old one:
+            # without this it would hand out the communicators that end here.
+            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+            _clear_sharding_prop_cache()
         self._meshes.clear()
         self._closed = True
 

@@ -70,6 +70,11 @@ class ModelRanks:
         return self.tp * self.kvp
 
     @property
+    def sharded(self) -> bool:
+        """Whether parameters are cut over dp between their uses (FSDP2)."""
+        return self.plan.dp.size > 1 and self.plan.dp.kind == "shard"
+
+    @property
     def helix(self) -> HelixState | None:
         """What Helix layers share; None without a KV axis."""
         return self.attention if self.kvp > 1 else None
@@ -93,6 +98,11 @@ class ModelRanks:
     def all(self) -> Group:
         """The group of all ranks of the model copy (``ffn_tp``), in order of index."""
         return self.groups.group("tp", "kvp")
+
+    @cached_property
+    def holders(self) -> Group:
+        """The ranks that hold one whole model between them: the copy's, and with shards those along dp too."""
+        return self.groups.group("tp", "cp", "dp") if self.sharded else self.all
 
     @cached_property
     def kvp_group(self) -> Group:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..edits import CutParameter
-from .state_dict import as_dtensor, check_shape, local_part
+from .state_dict import as_dtensor, check_shape, local_value
 
 
 def track_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -34,7 +34,7 @@ def track_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch
 
     def load(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         def taken(value: Tensor, edit: CutParameter) -> Tensor:
-            return local_part(value, edit.cut, done.ranks)
+            return local_value(value, edit.module._parameters[edit.name], edit.cut, done.ranks)
 
         return _with_state(optimizer, state, cuts, lambda e: e.shape, taken)
 

@@ -22,6 +22,7 @@ from ..edits import AddHook, CutParameter, Edit
 from ..errors import PlanError
 from ..layout import Cut, Run
 from ..ranks import ModelRanks
+from .sharded import as_shard, cut_twice, dp_chunk, from_chunk, taken_back
 
 MESH_NAME = "ffn_tp"
 
@@ -36,7 +37,7 @@ def state_dict_edits(
     by_module: dict[nn.Module, list[CutParameter]] = defaultdict(list)
     for edit in cuts:
         by_module[edit.module].append(edit)
-    if not by_module:
+    if not by_module and not ranks.sharded:
         return []
     hooks = [ModuleHooks(edits, ranks) for edits in by_module.values()]
     edits: list[Edit] = [
@@ -94,7 +95,8 @@ class ModuleHooks:
                     "use assign=False",
                 )
             check_shape(edit.path, value, edit.shape)
-            state[prefix + edit.name] = local_part(value, edit.cut, self.ranks)
+            held = module._parameters[edit.name]
+            state[prefix + edit.name] = local_value(value, held, edit.cut, self.ranks)
 
 
 class ModelCheck:
@@ -124,14 +126,17 @@ class ModelCheck:
             failure = error
         # a rank with a DTensor where another has a whole tensor would wait for it for ever
         kinds = "/".join(
-            f"{n}{v.placements}{v.device_mesh.mesh.tolist()}"
+            f"{n}{v.placements}{v.device_mesh.shape}"
             for n, v in found.items()
             if isinstance(v, DTensor)
         )
-        agree(self.ranks.all, {"state dict": _short(kinds)}, failure)
+        agree(self.ranks.holders, {"state dict": _short(kinds)}, failure)
+        held = dict(self._tensors())
         for name in found.keys() - self.cuts.keys():
-            if isinstance(state[prefix + name], DTensor):
-                state[prefix + name] = state[prefix + name].full_tensor()
+            value, own = found[name], held[name]
+            if isinstance(value, DTensor) and not _alike(value, own):
+                value = value.full_tensor()
+            state[prefix + name] = as_shard(value, own)
 
     def _tensors(self) -> Iterable[tuple[str, Tensor]]:
         yield from self.model.named_parameters(remove_duplicate=False)
@@ -145,6 +150,8 @@ def as_dtensor(local: Tensor, cut: Cut, shape: tuple[int, ...], ranks: ModelRank
     Collective: all ranks of the model copy if `in_place` is false (one all-gather of the tensor), else none; at the
         first call of a plan with tp > 1 and kvp > 1 the communicator in run order is made.
     """
+    if isinstance(local, DTensor):
+        return _of_shard(local, cut, shape, ranks)
     start, stop = chunk_run(cut, ranks, ranks.index)
     if in_place(cut, ranks):
         offset = (cut.offset_of(ranks.index, start, stop) or 0) if start < stop else 0
@@ -160,6 +167,27 @@ def as_dtensor(local: Tensor, cut: Cut, shape: tuple[int, ...], ranks: ModelRank
         shape=whole.shape,
         stride=whole.stride(),
     )
+
+
+def _of_shard(shard: DTensor, cut: Cut, shape: tuple[int, ...], ranks: ModelRanks) -> DTensor:
+    """Show dp's shard of this rank's part as a DTensor of the whole.
+
+    Collective: none where the parts are chunks; else all ranks that hold the parameter, an all-gather of it.
+    """
+    shown = cut_twice(shard, cut, shape, ranks)
+    if shown is None:
+        chunk = as_dtensor(shard.detach().full_tensor(), cut, shape, ranks).to_local()
+        shown = from_chunk(dp_chunk(chunk, shard).clone(), cut, shape, ranks)
+    return shown
+
+
+def local_value(value: Tensor, held: Tensor | None, cut: Cut, ranks: ModelRanks) -> Tensor:
+    """Take what this rank's parameter ``held`` should hold out of a DTensor or a whole tensor.
+
+    Collective: as `local_part`, unless the value has the form that this plan's state dict gives.
+    """
+    back = taken_back(value, held, cut, ranks)
+    return as_shard(local_part(value, cut, ranks), held) if back is None else back
 
 
 def local_part(value: Tensor, cut: Cut, ranks: ModelRanks) -> Tensor:
@@ -221,6 +249,15 @@ def _is_ours(value: DTensor, cut: Cut, ranks: ModelRanks) -> bool:
         same
         and value.placements == (Shard(cut.dim),)
         and value.device_mesh == run_mesh(ranks, value.device)
+    )
+
+
+def _alike(value: DTensor, held: Tensor) -> bool:
+    """Say whether a value is held as the model holds it."""
+    return (
+        isinstance(held, DTensor)
+        and value.device_mesh == held.device_mesh
+        and value.placements == held.placements
     )
 
 

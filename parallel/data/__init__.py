@@ -1,5 +1,7 @@
 """Data parallelism: gradients are the mean over dp, by replicas or by shards."""
 
-from .replicas import Reducer, data_edits
+from .edits import data_edits
+from .replicas import Reducer
+from .shards import ShardParameters
 
-__all__ = ["Reducer", "data_edits"]
+__all__ = ["Reducer", "ShardParameters", "data_edits"]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..edits import AddHook, Edit, SetAttribute, SumGradient
-from ..groups import Groups
 from ..tensor import hook_gradient
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default: large enough for the wire, small enough to overlap
@@ -202,14 +201,11 @@ def _after(parameter: nn.Parameter, hook: Any) -> Any:
     return handle
 
 
-def data_edits(model: nn.Module, groups: Groups, edits: list[Edit]) -> list[Edit]:
-    """Edits that average gradients over dp; the last to be applied, for they see the parameters as cut.
+def replica_edits(model: nn.Module, group: dist.ProcessGroup, edits: list[Edit]) -> list[Edit]:
+    """Edits that average gradients over dp; applied when the parameters are as cut.
 
     Collective: all dp ranks in every backward; the bytes of this rank's parameters, all-reduced.
     """
-    group = groups.group("dp")
-    if group is None:
-        return []
     summed = [e for e in edits if isinstance(e, SumGradient) and e.over_dp]
     reduce = Reduce(model, group, summed)
 

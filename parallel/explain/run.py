@@ -139,8 +139,11 @@ def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
         if name == "cp" and plan.kvp.size > 1:
             values |= part
             continue
-        if _refused(Plan(**{"tp": plain.tp, "kvp": plain.kvp, **part}), rules) or _refused(
-            Plan(**{**values, **part}), rules
+        unseen = name == "dp" and plan.dp.kind == "shard"  # FSDP2 does not run on meta tensors
+        if (
+            unseen
+            or _refused(Plan(**{"tp": plain.tp, "kvp": plain.kvp, **part}), rules)
+            or _refused(Plan(**{**values, **part}), rules)
         ):
             said = " ".join(w for w in str(plan).split() if w.startswith(tuple(part)))
             left_out.append(f"{name} ({said}): {means}")

@@ -11,66 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from exactness import EXACT, Case, Pair, assert_exact, case, far, gradient_errors, loss_of, worst
+from exactness import EXACT, Pair, assert_exact, case, far, worst
 from models import tiny, tokens
 from plait.collectives.world import CHOSEN
 from plait.parallel import parallelize, unparallelize
 from plait.parallel.data import replicas
 from plait.parallel.data.replicas import Bucket, Reducer
+from training import batch_of, coordinate, gradient_errors, loss, trained
 from world import run_calls, run_world
-
-STEPS = 10
-
-
-def batch_of(d: int, step: int = 0) -> tuple[Tensor, Tensor]:
-    """The padded batch of dp coordinate d; its length differs from the others'."""
-    ids = tokens(2, 9 + 4 * d, seed=10 * step + d)
-    mask = torch.ones_like(ids)
-    mask[1, : 2 + d] = 0
-    return ids, mask
-
-
-def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    ids, mask = batch
-    return loss_of(model(ids, attention_mask=mask, use_cache=False).logits, mask) / 300
-
-
-def coordinate(model: Any, axis: str = "dp") -> int:
-    groups = model._plait.ranks.groups
-    return groups.folding.coords(groups.rank)[axis]
-
-
-def trained(each: Case, steps: int = STEPS) -> dict[str, float]:
-    """Gradients of the first step, and parameters after some steps of SGD."""
-    pair = Pair.of(each)
-    replicas = pair.model._plait.plan.dp.size
-    models = (pair.reference, pair.model)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
-    errors: dict[str, float] = {}
-    before = {n: p.detach().clone() for n, p in pair.reference.named_parameters()}
-    for step in range(steps):
-        for d in range(replicas):
-            (loss(pair.reference, batch_of(d, step)) / replicas).backward()
-        loss(pair.model, batch_of(coordinate(pair.model), step)).backward()
-        if step == 0:
-            errors["gradients"] = max(gradient_errors(pair).values())
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    moved = [far(before[n], p) for n, p in pair.reference.named_parameters()]
-    assert min(moved) > 1e-6, "the steps must move every parameter"
-    return errors | {"parameters": max(parameter_errors(pair).values())}
-
-
-def parameter_errors(pair: Pair) -> dict[str, float]:
-    done = pair.model._plait
-    cuts = {id(c.local): c.cut for c in done.parameters()}
-    right = dict(pair.reference.named_parameters())
-    return {
-        n: far(p, cuts[id(p)].take(right[n], done.ranks.index) if id(p) in cuts else right[n])
-        for n, p in pair.model.named_parameters()
-    }
-
 
 CASES = {
     2: [case("dp2", "llama"), case("dp2", "mixtral")],

@@ -1,0 +1,23 @@
+"""Which edits a plan's dp axis asks for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..edits import Edit
+from ..ranks import ModelRanks
+from .replicas import replica_edits
+from .shards import shard_edits
+
+
+def data_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[Edit]:
+    """Edits of dp; the last to be applied, for they see the parameters as the other axes leave them.
+
+    Collective: making the dp group, here.
+    """
+    group = ranks.groups.group("dp")
+    if group is None:
+        return []
+    if ranks.sharded:
+        return shard_edits(model, ranks, edits)
+    return replica_edits(model, group, edits)

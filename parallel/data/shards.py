@@ -1,0 +1,162 @@
+"""Shards: torch's FSDP2 on the local parameters, one unit per decoder layer and one for the rest."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..axes import Shard
+from ..edits import Edit, SetAttribute, SumGradient
+from ..families import decoder_layers, is_transformers
+from ..ranks import ModelRanks
+from ..tensor import hook_gradient
+
+DTYPES = {"model": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class ShardParameters:
+    """Give every parameter to FSDP2 but those of experts, which other axes spread over dp already.
+
+    FSDP2 has no way back: what it puts on a module (class, hooks, marks) is noted before and taken off by ``undo``,
+    and the parameters themselves are kept, empty, to be filled again by `gather`.
+    """
+
+    model: nn.Module
+    mesh: DeviceMesh
+    choice: Shard
+    sums: list[SumGradient]
+    _surfaces: list[Surface] = field(default_factory=list)
+    _kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+
+    def apply(self) -> None:
+        experts = {e.module.get_parameter(e.name) for e in self.sums if e.over_dp}
+        units = [*sharding_units(self.model), self.model]
+        self._surfaces = [Surface(module) for module in self.model.modules()]
+        self._kept = [
+            (module, name, p)
+            for module in self.model.modules()
+            for name, p in module._parameters.items()
+            if p is not None and p not in experts
+        ]
+        for p in experts:
+            self._handles.append(hook_gradient(p, lambda g: g / self.mesh.size()))
+        own = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        policy = MixedPrecisionPolicy(DTYPES[self.choice.param_dtype], reduce_dtype=own)
+        for unit in units:
+            made = fully_shard(unit, mesh=self.mesh, mp_policy=policy, ignored_params=experts)
+            # gloo has no pre-multiplied sum; ranks may use different parameters
+            made.set_force_sum_reduction_for_comms(True)
+        made.set_reduce_scatter_unused_params(True)
+        self._hook_sums(units)
+        for surface in self._surfaces:
+            surface.note()
+        for _, _, p in self._kept:
+            p.data = p.data.new_empty(0)
+
+    def _hook_sums(self, units: list[nn.Module]) -> None:
+        """Move the hooks of partial gradients to the parameters that FSDP2 computes with; they live as long as it.
+
+        It makes them when they are first gathered, and then hangs the last of its hooks on the modules too.
+        """
+        sums = [e for e in self.sums if not e.over_dp]
+        for unit in units:
+            assert isinstance(unit, FSDPModule)
+            unit.unshard()
+            for e in sums:
+                if not isinstance(e.module.get_parameter(e.name), DTensor):
+                    e.undo()
+                    e.apply()
+            unit.reshard()
+
+    def gather(self) -> None:
+        """Fill the parameters that `apply` took away, and put them back into their modules.
+
+        Collective: all dp ranks; one all-gather per parameter.
+        """
+        full: dict[int, Tensor] = {}
+        for module, name, p in self._kept:
+            if id(p) not in full:
+                shard = module._parameters[name]
+                assert isinstance(shard, DTensor)
+                full[id(p)] = shard.detach().full_tensor()
+                p.requires_grad_(shard.requires_grad)
+                p.data = full[id(p)]
+        for module, name, p in self._kept:
+            module._parameters[name] = p
+
+    def undo(self) -> None:
+        while self._surfaces:
+            self._surfaces.pop().clean()
+        while self._handles:
+            self._handles.pop().remove()
+
+
+class Surface:
+    """What FSDP2 puts on a module: a class, hooks, and what else it hangs there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        self.names, self.hooks = set(vars(module)), _hooks(module)
+
+    def note(self) -> None:
+        """Keep what came since: other edits add and take away their own."""
+        self.names = vars(self.module).keys() - self.names
+        self.hooks = {n: keys - self.hooks[n] for n, keys in _hooks(self.module).items()}
+
+    def clean(self) -> None:
+        """Take off what `note` kept; hook tables stay the objects they are, for their handles know them."""
+        _module_state_mapping.pop(self.module, None)  # where torch keeps what fully_shard was given
+        self.module.__class__ = self.kind
+        for name in self.names:
+            delattr(self.module, name)
+        for name, keys in self.hooks.items():
+            for key in keys:
+                del getattr(self.module, name)[key]
+
+
+def _hooks(module: nn.Module) -> dict[str, set[Any]]:
+    own = vars(module)
+    return {n: set(v) for n, v in own.items() if isinstance(v, dict) and "hooks" in n}
+
+
+def sharding_units(model: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one at a time: the decoder layers, or the items of every list of modules."""
+    if is_transformers(model):
+        return list(decoder_layers(model)[1])
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    return [item for each in lists if id(each) not in inner for item in each]
+
+
+def shard_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[Edit]:
+    """Edits that shard the parameters over dp.
+
+    Collective: all dp ranks; forward and backward an all-gather per unit, backward a reduce-scatter.
+    """
+    sums = [e for e in edits if isinstance(e, SumGradient)]
+    choice = ranks.plan.dp
+    assert isinstance(choice, Shard)
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        """Accumulate gradients without sending them, each rank whole ones: the memory of one model copy."""
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    mesh = ranks.groups.device_mesh("dp")
+    return [ShardParameters(model, mesh, choice, sums), SetAttribute(model, "no_sync", no_sync)]

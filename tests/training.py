@@ -1,0 +1,104 @@
+"""Train a parallel model and the untouched one side by side: the rank's side of the tests of dp, pp and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from exactness import Case, Pair, far, loss_of
+from models import tokens
+
+Loss = Callable[[Any, tuple[Tensor, Tensor]], Tensor]
+
+
+def batch_of(d: int, step: int = 0, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """The padded batch of dp coordinate d; its length differs from the others'."""
+    ids = tokens(batch, 9 + 4 * d, seed=10 * step + d)
+    mask = torch.ones_like(ids)
+    mask[1, : 2 + d] = 0
+    return ids, mask
+
+
+def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """A loss of the logits."""
+    ids, mask = batch
+    return loss_of(model(ids, attention_mask=mask, use_cache=False).logits, mask) / 300
+
+
+def coordinate(model: Any, axis: str = "dp") -> int:
+    """This rank's place along an axis."""
+    groups = model._plait.ranks.groups
+    return groups.folding.coords(groups.rank)[axis]
+
+
+def backward(pair: Pair, step: int = 0, loss: Loss = loss, batch: int = 2) -> None:
+    """One step's gradients: one process accumulates over the dp batches, the parallel model has its own."""
+    dp = pair.model._plait.plan.dp.size
+    for d in range(dp):
+        (loss(pair.reference, batch_of(d, step, batch)) / dp).backward()
+    loss(pair.model, batch_of(coordinate(pair.model), step, batch)).backward()
+
+
+def parts(pair: Pair, of: Callable[[Any], Tensor | None]) -> dict[str, tuple[Any, Any]]:
+    """What the parallel and the untouched model hold, by parameter: each rank's own part, whole along dp."""
+    done = pair.model._plait
+    cuts = {e.path: e.cut for e in done.parameters()}
+    right = dict(pair.reference.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, p in pair.model.named_parameters():
+        mine, whole = of(p), of(right[name])
+        mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
+        if name in cuts and whole is not None:
+            whole = cuts[name].take(whole, done.ranks.index)
+        found[name] = mine, whole
+    return found
+
+
+def gradient_errors(pair: Pair) -> dict[str, float]:
+    """Error of each gradient on this rank; a missing one counts as zeros."""
+    return {
+        name: _error(mine, whole) for name, (mine, whole) in parts(pair, lambda p: p.grad).items()
+    }
+
+
+def _error(mine: Tensor | None, whole: Tensor | None) -> float:
+    if whole is None or not whole.numel():
+        return 0.0 if mine is None or not mine.abs().sum() else float("inf")
+    return far(torch.zeros_like(whole) if mine is None else mine, whole)
+
+
+def parameter_errors(pair: Pair) -> dict[str, float]:
+    """Error of each parameter on this rank."""
+    return {
+        name: far(mine, whole)
+        for name, (mine, whole) in parts(pair, lambda p: p.detach()).items()
+        if whole.numel()
+    }
+
+
+def trained(
+    each: Case,
+    steps: int = 10,
+    *,
+    loss: Loss = loss,
+    batch: int = 2,
+) -> dict[str, float]:
+    """Gradients of the first step, and parameters after some steps of SGD."""
+    pair = Pair.of(each)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (pair.reference, pair.model)]
+    errors: dict[str, float] = {}
+    before = {n: p.detach().clone() for n, p in pair.reference.named_parameters()}
+    for step in range(steps):
+        backward(pair, step, loss, batch)
+        if step == 0:
+            errors["gradients"] = max(gradient_errors(pair).values())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    moved = [far(before[n], p) for n, p in pair.reference.named_parameters()]
+    assert min(moved) > 1e-6, "the steps must move every parameter"
+    return errors | {"parameters": max(parameter_errors(pair).values())}
