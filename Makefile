@@ -12,7 +12,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi-% check lint format wheel wheel-smoke faults bench clean
+.PHONY: help setup demo test test-mpi-% test-vllm check lint format wheel wheel-smoke faults bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,14 @@ test: $(READY)  ## all tests that this machine can run, multi-process and mpirun
 
 test-mpi-%: $(READY)  ## the tests of tests/mpi on % ranks of mpirun
 	$(BIN)/mpirun --oversubscribe -n $* $(BIN)/python -m pytest --with-mpi tests/mpi
+
+VLLM_READY := .venv-vllm/.ready
+$(VLLM_READY): tools/install_vllm.py pyproject.toml
+	$(PYTHON) tools/install_vllm.py
+	@touch $@
+
+test-vllm: $(VLLM_READY)  ## the plug-ins for vLLM in a real engine on this CPU (an environment of its own)
+	.venv-vllm/bin/python -m pytest -o faulthandler_timeout=3600 tests/vllm
 
 lint: $(READY)  ## format, lint, layers, spelling, types
 	$(BIN)/ruff format --check
@@ -60,4 +68,4 @@ bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench
 
 clean:  ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

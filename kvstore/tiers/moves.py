@@ -39,6 +39,11 @@ class Move:
         """Begin no more of it. What has begun still ends: wait before using the memory."""
         self._wanted = False
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing of it is under way any more, without waiting."""
+        return self._done.is_set()
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing of it is under way; say whether that is so.
 
