@@ -13,7 +13,7 @@ from ..kvstore import KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
 from .checkpoint.weights import load
-from .data import ShardParameters, data_edits
+from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
 from .families import is_transformers, roles_of
@@ -253,9 +253,7 @@ def unparallelize(model: nn.Module) -> nn.Module:
         raise PlanError(
             "unparallelize", "finds no plan on this model", "call it on what parallelize returned"
         )
-    for edit in done.edits.done:
-        if isinstance(edit, ShardParameters):
-            edit.gather()
+    done.edits.gather()
     made: dict[int, nn.Parameter] = {}
     gathered: dict[int, torch.Tensor] = {}
     for parameter in done.parameters():

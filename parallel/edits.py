@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -27,6 +27,15 @@ class Edit(Protocol):
 
     def undo(self) -> None:
         """Put back what was there."""
+        ...
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """An edit that must fetch tensors from other ranks before it can be undone."""
+
+    def gather(self) -> None:
+        """Fetch them. Collective: said by the edit."""
         ...
 
 
@@ -206,6 +215,12 @@ class Edits:
         """Undo what was applied, newest first."""
         while self.done:
             self.done.pop().undo()
+
+    def gather(self) -> None:
+        """Bring back what edits have spread further than the cuts say (dp's shards), before anything is undone."""
+        for edit in reversed(self.done):
+            if isinstance(edit, Gathers):
+                edit.gather()
 
     def parameters(self) -> list[CutParameter]:
         """The parameters that were cut."""

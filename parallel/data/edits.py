@@ -7,7 +7,6 @@ from torch import nn
 from ..edits import Edit
 from ..ranks import ModelRanks
 from .replicas import replica_edits
-from .shards import shard_edits
 
 
 def data_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[Edit]:
@@ -19,5 +18,7 @@ def data_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[E
     if group is None:
         return []
     if ranks.sharded:
+        from .shards import shard_edits  # FSDP2 takes a while to import
+
         return shard_edits(model, ranks, edits)
     return replica_edits(model, group, edits)

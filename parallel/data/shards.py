@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,9 +55,8 @@ class ShardParameters:
         policy = MixedPrecisionPolicy(DTYPES[self.choice.param_dtype], reduce_dtype=own)
         for unit in units:
             made = fully_shard(unit, mesh=self.mesh, mp_policy=policy, ignored_params=experts)
-            # gloo has no pre-multiplied sum; ranks may use different parameters
-            made.set_force_sum_reduction_for_comms(True)
-        made.set_reduce_scatter_unused_params(True)
+            made.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            made.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may use other ones
         self._hook_sums(units)
         for surface in self._surfaces:
             surface.note()
