@@ -140,18 +140,24 @@ def refuse_empty(model: nn.Module, weights: Any) -> None:
 
 def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
     """Refuse axes whose execution does not exist yet, rather than ignoring them."""
-    for axis in ("pp", "ep") + (() if plan.kvp.size > 1 else ("cp",)):
+    for axis in ("pp", "ep"):
         if plan.size(axis) > 1:
             raise PlanError(
                 f"{axis}={plan.size(axis)}",
                 "is planned and checked but not executed yet",
-                "apply plans of dp, tp, kvp and etp",
+                "apply plans of dp, cp, tp, kvp and etp",
             )
     if plan.etp not in {1, plan.size("ffn_tp")}:
         raise PlanError(
             f"etp={plan.etp}",
             "is executed only over all kvp * tp ranks or not at all",
             f"use etp=1 or etp={plan.size('ffn_tp')}",
+        )
+    if plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None:
+        raise PlanError(
+            f"cp={plan.cp.size} with rules",
+            "is not executed yet: cp is, for transformers decoders",
+            f"use kvp={plan.cp.size} or tp={plan.cp.size}",
         )
     if plan.tp.sp and (rules or plan.etp > 1):
         raise PlanError(
@@ -177,9 +183,8 @@ def prepare(
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
     edits += load(model, edits, ranks, weights)
-    if ranks.size > 1:
-        whole = binding(model, shape, ranks, store, edits)
-        edits = [*whole, *edits, *stream_edits(model, ranks, edits)]
+    if ranks.size * ranks.cp > 1:
+        edits = binding(model, shape, ranks, store, edits)
     elif is_transformers(model) and plan.world_size > 1:
         from .binding import agreement_edits
 
@@ -191,23 +196,30 @@ def prepare(
 def binding(
     model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, roles: list[Edit]
 ) -> list[Edit]:
-    """Edits of the model as a whole."""
+    """All edits: those of the model as a whole, and those of its roles in their place among them."""
+    last = stream_edits(model, ranks, roles) if ranks.size > 1 else []
     if not is_transformers(model):
         from .modules import module_edits
 
-        return module_edits(model, ranks)
+        return [*module_edits(model, ranks), *roles, *last]
     from .attention.binding import CacheBinding
     from .attention.paged import PagedBinding
     from .binding import agreement_edits
+    from .context.binding import ContextBinding
     from .sequence import sequence_edits
 
     edits = agreement_edits(model, ranks)
-    kind = CacheBinding if ranks.kvp > 1 else PagedBinding
-    assert ranks.attention is not None
-    edits += kind(model, shape, ranks.attention, store).edits()
+    if ranks.cp > 1:
+        context = ContextBinding(model, shape, ranks)
+        edits += context.edits()
+        last += context.gradient_edits()
+    else:
+        kind = CacheBinding if ranks.kvp > 1 else PagedBinding
+        assert ranks.attention is not None
+        edits += kind(model, shape, ranks.attention, store).edits()
     if ranks.span is not None:
         edits += sequence_edits(model, ranks, roles)
-    return edits
+    return [*edits, *roles, *last]
 
 
 def find_roles(

@@ -120,20 +120,41 @@ class Shard(Choice):
         return "shard"
 
 
+def heads_problem(ulysses: int, plan: Plan, shape: ModelShape) -> Problem | None:
+    """Say why so many ranks cannot share the query heads of a tp rank, or None."""
+    if shape.heads is None or ulysses == 1 or shape.heads % (ulysses * plan.tp.size) == 0:
+        return None
+    said = "(ulysses)" if ulysses == plan.cp.size else f"with ulysses={ulysses}"
+    return f"{said} * tp={plan.tp.size} does not divide heads={shape.heads}", ""
+
+
 @dataclass(frozen=True, slots=True)
 class Ring(Choice):
-    """Ring attention: K and V travel around cp. ``cp4:ring``."""
+    """Ring attention: K and V travel around cp. ``cp4:ring``, ``cp8:ring,ulysses=2``.
+
+    Args:
+        ulysses: ranks that share one place of the ring and exchange heads for tokens inside it.
+    """
 
     size: int
+    _: KW_ONLY
+    ulysses: int = 1
     axis: ClassVar[str] = "cp"
     kind: ClassVar[str] = "ring"
 
     def __post_init__(self) -> None:
         whole("cp", self.size)
+        whole("ulysses", self.ulysses)
 
     @property
     def word(self) -> str:
         return "ring"
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        if self.size % self.ulysses:
+            legal = listed(n for n in range(1, self.size + 1) if self.size % n == 0)
+            return f"(ring) is not a multiple of ulysses={self.ulysses}", f"use ulysses in {legal}"
+        return heads_problem(self.ulysses, plan, shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +172,13 @@ class Ulysses(Choice):
     def word(self) -> str:
         return "ulysses"
 
+    @property
+    def ulysses(self) -> int:
+        """Ranks that exchange heads for tokens: all of them."""
+        return self.size
+
     def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
-        cut = self.size * plan.tp.size
-        if shape.heads is not None and shape.heads % cut:
-            return f"(ulysses) * tp={plan.tp.size} does not divide heads={shape.heads}", ""
-        return None
+        return heads_problem(self.size, plan, shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,13 @@ from .agreement import agree, announce, tensor_digest
 from .edits import AddHook, Edit, SetAttribute
 from .ranks import ModelRanks
 
+INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+
 
 def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
     """Compare the ranks' inputs at every new prompt, and their random state at every ``generate``."""
     save = SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model))
-    if ranks.size == 1:
+    if ranks.inputs is None:
         return [save]
     device = next(model.parameters()).device
 
@@ -28,12 +30,12 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
         if cache is not None and cache.get_seq_length() > 0:
             return
         if device.type == "meta":  # a run for its collectives: there are no values to compare
-            announce(ranks.all)
+            announce(ranks.inputs)
             return
-        named = (kwargs.get(n) for n in ("input_ids", "inputs_embeds", "attention_mask"))
+        named = (kwargs.get(n) for n in INPUTS)
         tensors = [*args, *named]
         digest = tensor_digest(*(t for t in tensors if isinstance(t, Tensor)))
-        agree(ranks.all, {"input": digest}, None)
+        agree(ranks.inputs, {"input": digest}, None)
 
     original = model.generate if hasattr(model, "generate") else None
 
@@ -59,9 +61,10 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
         """Write the whole model as transformers does.
 
         Collective: all ranks of the first model copy; an all-gather per cut parameter. The first rank writes. Replicas
-        further along dp hold the same and do nothing; shards take part.
+        further along dp and cp hold the same and do nothing; shards take part.
         """
-        replica = ranks.groups.folding.coords(ranks.groups.rank)["dp"]
+        at = ranks.groups.folding.coords(ranks.groups.rank)
+        replica = at["dp"] or (ranks.cp > 1 and at["cp"])
         if replica and not ranks.sharded:
             return
         writes = ranks.index == 0 and not replica

@@ -65,6 +65,16 @@ class ModelRanks:
         return self.plan.kvp.size
 
     @property
+    def cp(self) -> int:
+        """Size of the axis along which Ring and Ulysses cut the sequence; 1 under Helix, which cuts it its own way."""
+        return self.plan.cp.size if self.kvp == 1 else 1
+
+    @property
+    def ulysses(self) -> int:
+        """Ranks of cp that exchange heads for tokens."""
+        return self.plan.cp.ulysses
+
+    @property
     def size(self) -> int:
         """Number of ranks of one model copy."""
         return self.tp * self.kvp
@@ -103,6 +113,11 @@ class ModelRanks:
     def holders(self) -> Group:
         """The ranks that hold one whole model between them: the copy's, and with shards those along dp too."""
         return self.groups.group("tp", "cp", "dp") if self.sharded else self.all
+
+    @cached_property
+    def inputs(self) -> Group:
+        """The group of the ranks that are given the same input: those of the model copy, and of cp."""
+        return self.groups.group("tp", "cp")
 
     @cached_property
     def kvp_group(self) -> Group:
