@@ -228,9 +228,7 @@ def _span(name: str) -> Iterator[None]:
 
 def _sent(op: str, payload: int, n: int) -> int:
     """Bytes one rank sends: ring all-reduce 2(n-1)/n, all-gather (n-1) times its part, the others (n-1)/n."""
-    if n <= 1:
-        return 0
-    if op == "recv":
+    if n <= 1 or op == "recv":
         return 0
     if op == "all_reduce":
         return round(2 * payload * (n - 1) / n)

@@ -24,7 +24,7 @@ from ..edits import AddHook, Edit, SetAttribute, SumGradient
 from ..ranks import ModelRanks
 from ..shape import ModelShape
 from .attention import CONTEXT, Spread, context_attention
-from .masks import context_mask
+from .masks import context_mask, knows_documents
 from .order import SequenceOrder
 from .refusals import refuse_call, refuse_generation, refuse_labels, refuse_model
 
@@ -98,6 +98,7 @@ class ContextBinding:
         self.model, self.base = model, model.base_model
         self.state = ContextState.of(ranks)
         self.headed = self.base is not model
+        self.documents = knows_documents(self.base)
         self.gathers = "states"
         self.keep: Any = 0
 
@@ -148,7 +149,8 @@ class ContextBinding:
         if positions is None:
             documents, positions = None, torch.arange(length, device=tokens.device)[None]
         else:
-            documents = positions.expand(batch, -1) if mask is None else None
+            known = mask is None and self.documents
+            documents = positions.expand(batch, -1) if known else None
         self.state.spread = Spread(
             order, rank, self.state.ring, self.state.ulysses,
             tokens.device,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -57,6 +60,23 @@ def in_documents(mask_function: Any, positions: Tensor | None) -> Any:
     return packed_sequence_compatibility_function(mask_function, positions, documents)
 
 
+def knows_documents(base: nn.Module) -> bool:
+    """Say whether a model hands position ids to the functions that make its masks; some (gpt-oss) do not.
+
+    In one process such a model sees across documents, and so it does under cp.
+    """
+    text = textwrap.dedent(inspect.getsource(inspect.unwrap(type(base).forward)))
+    for node in ast.walk(ast.parse(text)):
+        names: list[Any] = []
+        if isinstance(node, ast.Dict):
+            names = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        elif isinstance(node, ast.Call) and "mask" in ast.unparse(node.func):
+            names = [keyword.arg for keyword in node.keywords]
+        if "position_ids" in names:
+            return True
+    return False
+
+
 def by_index(mask_function: Any, batch: int) -> Sees:
     """Turn a mask function of four indices into one of the places of rows and keys."""
 
@@ -69,4 +89,4 @@ def by_index(mask_function: Any, batch: int) -> Sees:
     return sees
 
 
-__all__ = ["by_index", "context_mask", "in_documents"]
+__all__ = ["by_index", "context_mask", "in_documents", "knows_documents"]

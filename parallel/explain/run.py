@@ -185,12 +185,13 @@ class _Runs:
     ) -> None:
         self.twin, self.groups, self.batch, self.context = twin, groups, batch, context
         self.decoder = is_transformers(twin)
+        self.caches = self.decoder and twin._plait.ranks.cp == 1
         self.inputs = inputs
         self.kv: KeysAndValues | None = None
 
     def all(self, backward: bool) -> tuple[Traced, ...]:
         """Run what the model can do."""
-        steps = [self.decode()] if self.decoder else []
+        steps = [self.decode()] if self.caches else []
         steps.append(self.prefill())
         if backward:
             steps.append(self.train())
@@ -215,9 +216,11 @@ class _Runs:
         with torch.no_grad(), Footprint() as footprint:
             options: dict[str, Any] = {}
             cache = None
-            if self.decoder:
+            if self.caches:
                 cache = empty_cache(self.twin, 1, self.context)
-                options = {"use_cache": True, "past_key_values": cache, **self._last_logits()}
+                options = {"use_cache": True, "past_key_values": cache}
+            if self.decoder:
+                options |= self._last_logits()
             return self._traced(
                 "prefill", footprint, 1, self.context, cache,
                 lambda: self._forward(1, self.context, **options),
@@ -237,6 +240,8 @@ class _Runs:
 
     def notes(self) -> tuple[str, ...]:
         """What a reader should know about these runs."""
+        if self.decoder and not self.caches:
+            return ("Ring and Ulysses keep no cache: no decode step; kvp decodes on the same ranks",)
         if not self.decoder:
             return ("a plain module has no cache: no decode step",)
         config = self.twin.config.get_text_config(decoder=True)

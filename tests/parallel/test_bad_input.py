@@ -211,12 +211,17 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
     "sp and kvp": (llama, lambda m: parallelize(m, "tp2:sp kvp2"), "PlanError", ("sp", "kvp")),
     "dp": (llama, lambda m: parallelize(m, "dp4"), "PlanError", ("world_size=2", "4 ranks")),
     "pp": (llama, lambda m: parallelize(m, "pp2"), "PlanError", ("pp=2", "not executed yet")),
-    "cp": (llama, lambda m: parallelize(m, "cp2"), "PlanError", ("cp=2", "not executed yet")),
-    "ulysses": (
-        llama,
-        lambda m: parallelize(m, "cp2:ulysses"),
+    "cp with rules": (
+        Plain,
+        lambda m: parallelize(m, "cp2", rules={"one": "colwise"}),
         "PlanError",
         ("cp=2", "not executed yet"),
+    ),
+    "ulysses heads": (
+        lambda: tiny("llama", heads=9, kv_heads=3),
+        lambda m: parallelize(m, "cp2:ulysses"),
+        "PlanError",
+        ("cp=2 (ulysses) * tp=1", "heads=9", "use cp in {1, 3, 9}"),
     ),
     "ep": (
         lambda: tiny("mixtral"),

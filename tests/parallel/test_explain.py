@@ -263,7 +263,6 @@ def test_the_model_is_left_alone() -> None:
         ("dp2:shard tp2", "dp"),
         ("pp2 tp2", "pp"),
         ("tp2 ep2", "ep"),
-        ("cp2 tp2", "cp"),
     ],
 )
 def test_axes_without_execution_are_named(plan: str, word: str) -> None:

@@ -1,0 +1,236 @@
+"""Context parallelism equals one process: logits, loss, gradients and training steps, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from exactness import EXACT, Case, Pair, case, far, gradient_errors, loss_of, mask_of, worst
+from models import StayFloat64, tiny, tokens
+from plait.parallel import parallelize, unparallelize
+from world import run_calls
+
+LENGTH = 21
+
+
+def batch_of(kind: str, vocab: int) -> dict[str, Any]:
+    """A batch with labels: ragged and padded, packed documents, or as short as can be."""
+    if kind == "documents":
+        ids = tokens(2, LENGTH, vocab)
+        starts = [[0, 4, 5, 13], [0, 9, 17]]
+        positions = torch.stack(
+            [torch.arange(LENGTH) - max_start(torch.tensor(s), LENGTH) for s in starts]
+        )
+        return {"input_ids": ids, "position_ids": positions, "labels": ids}
+    if kind.startswith("short"):
+        ids = tokens(2, int(kind[5:]), vocab)
+        return {"input_ids": ids, "labels": ids.clone()}
+    ids, mask = tokens(3, LENGTH, vocab), mask_of()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill((mask == 0) | (ids % 7 == 0), -100),
+    }
+
+
+def max_start(starts: Tensor, length: int) -> Tensor:
+    """The start of the document of each token."""
+    return starts[torch.searchsorted(starts, torch.arange(length), right=True) - 1]
+
+
+def whole_outputs(pair: Pair, batch: dict[str, Any]) -> dict[str, float]:
+    """Without labels the logits are whole, and any loss of them has the gradients of one process."""
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    logits = []
+    for model in (pair.reference, pair.model):
+        logits.append(model(**inputs, use_cache=False).logits)
+        loss_of(logits[-1], mask).backward()
+    real = mask.bool()
+    return {"logits": far(logits[1][real], logits[0][real]), **worst_gradient(pair, "logits")}
+
+
+def whole_loss(pair: Pair, batch: dict[str, Any]) -> dict[str, float]:
+    """With labels every rank has the whole loss; the logits are this rank's."""
+    found = [m(**batch, use_cache=False) for m in (pair.reference, pair.model)]
+    for out in found:
+        out.loss.backward()
+    assert found[1].logits.shape[1] < max(2, found[0].logits.shape[1])
+    return {"loss": far(found[1].loss, found[0].loss), **worst_gradient(pair, "loss")}
+
+
+def worst_gradient(pair: Pair, of: str) -> dict[str, float]:
+    errors = gradient_errors(pair)
+    assert any(p.grad is not None and p.grad.abs().max() > 1e-6 for p in pair.model.parameters())
+    name = max(errors, key=errors.__getitem__)
+    pair.model.zero_grad()
+    pair.reference.zero_grad()
+    return {f"gradient of {of} at {name}": errors[name]}
+
+
+def stepped(pair: Pair, batch: dict[str, Any], steps: int) -> dict[str, float]:
+    """Weights and loss after so many steps of SGD."""
+    losses = []
+    for model in (pair.reference, pair.model):
+        optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.05), torch.zeros(())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+        losses.append(loss)
+    unparallelize(pair.model)
+    expected = dict(pair.reference.named_parameters())
+    start = dict(tiny(FAMILY_OF[id(pair)]).named_parameters())
+    moved = min(far(p, start[n]) for n, p in expected.items())
+    assert moved > 1e-6, "a weight did not move"
+    errors = {n: far(p, expected[n]) for n, p in pair.model.named_parameters()}
+    name = max(errors, key=errors.__getitem__)
+    return {f"loss after {steps}": far(losses[1], losses[0]), f"{name} after {steps}": errors[name]}
+
+
+FAMILY_OF: dict[int, str] = {}
+
+
+def measure(each: Case, batch: str) -> dict[str, float]:
+    """All errors of one case on this rank."""
+    with StayFloat64():
+        pair = Pair.of(each)
+        FAMILY_OF[id(pair)] = each.family
+        for model in (pair.reference, pair.model):
+            model.train()
+        inputs = batch_of(batch, pair.reference.config.vocab_size)
+        errors: dict[str, float] = {}
+        if "logits" in each.parts:
+            errors |= whole_outputs(pair, inputs)
+        if "loss" in each.parts:
+            errors |= whole_loss(pair, inputs)
+        for part in each.parts:
+            if part.startswith("steps"):
+                errors |= stepped(pair, inputs, int(part[5:]))
+        return errors
+
+
+BOTH = ["logits", "loss"]
+CASES: list[tuple[Case, str]] = [
+    *((case("cp2", f, ["loss"]), "padded") for f in ("qwen2", "phi3", "gpt_neox")),
+    (case("cp2", "llama", BOTH), "padded"),
+    (case("cp2", "gemma3", BOTH), "documents"),
+    (case("cp2", "mistral", ["loss", "steps1"]), "documents"),
+    (case("cp2:ulysses", "deepseek", ["loss"]), "padded"),
+    (case("cp2:ulysses", "gpt_oss", ["loss"]), "documents"),
+    (case("cp3", "llama", BOTH), "documents"),
+    (case("cp3", "gpt_oss", ["loss", "steps1"]), "padded"),
+    (case("cp3:ulysses", "qwen3", ["loss"], heads=12, kv_heads=4), "padded"),
+    (case("cp4", "deepseek", ["loss"]), "short5"),
+    (case("cp4", "qwen3", BOTH), "short3"),
+    (case("cp4:ulysses", "llama", ["loss"], kv_heads=2), "short3"),
+    (case("cp4:ring,ulysses=2", "gpt_oss", BOTH), "padded"),
+    (case("cp4:ring,ulysses=2", "llama", BOTH), "short3"),
+    (case("cp2 tp2", "llama", ["loss", "steps10"]), "padded"),
+    (case("cp2:ulysses tp2", "gemma3", BOTH), "padded"),
+    (case("cp2 tp2:sp", "qwen3", BOTH), "documents"),
+    (case("cp2 tp2", "deepseek", ["loss"]), "padded"),
+    (case("cp2 tp2 etp2", "mixtral", ["loss"], output_router_logits=True), "padded"),
+]  # fmt: skip
+SIZES = {c.name + b: 4 if "4" in c.plan or "tp" in c.plan else int(c.plan[2]) for c, b in CASES}
+ANSWERS: dict[str, dict[str, float]] = {}
+
+
+@pytest.mark.parametrize(("each", "batch"), CASES, ids=[f"{c.name}-{b}" for c, b in CASES])
+def test_equals_one_process(each: Case, batch: str) -> None:
+    name, size = each.name + batch, SIZES[each.name + batch]
+    if name not in ANSWERS:
+        alike = [(c, b) for c, b in CASES if SIZES[c.name + b] == size]
+        ranks = run_calls([(measure, c, b) for c, b in alike], size, timeout=200)
+        for i, (c, b) in enumerate(alike):
+            ANSWERS[c.name + b] = worst([answers[i] for answers in ranks])
+    print(ANSWERS[name])
+    assert max(ANSWERS[name].values()) < EXACT, ANSWERS[name]
+
+
+def over_dp(plan: str) -> float:
+    """Each dp rank brings its own batch; the oracle takes the mean of the losses."""
+    with StayFloat64():
+        pair = Pair.of(case(plan, "qwen3"))
+        at = pair.model._plait.ranks.groups.folding.coords(dist.get_rank())["dp"]
+        batches = [tokens(2, 11, seed=s) for s in range(2)]
+        for ids in batches:
+            (pair.reference(ids, labels=ids).loss / 2).backward()
+        pair.model(batches[at], labels=batches[at]).loss.backward()
+        return max(gradient_errors(pair).values())
+
+
+def checkpointed(plan: str) -> float:
+    """Recomputed attention passes its keys around again."""
+    with StayFloat64():
+        pair = Pair.of(case(plan, "llama"))
+        pair.model.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = batch_of("padded", 61)
+        for model in (pair.reference, pair.model):
+            model.train()
+            model(**batch, use_cache=False).loss.backward()
+        return max(gradient_errors(pair).values())
+
+
+def other_ways_in() -> dict[str, float]:
+    """Embeddings instead of ids, the base model alone, wanted logits, own item counts, and accumulation."""
+    errors: dict[str, float] = {}
+    with StayFloat64():
+        pair = Pair.of(case("cp2", "qwen3"))
+        ids, models = tokens(2, 13), (pair.reference, pair.model)
+        embeds = [
+            torch.randn(2, 13, 48, generator=torch.Generator().manual_seed(1)) for _ in models
+        ]
+        embeds = [e.double().requires_grad_() for e in embeds]
+        base = [
+            m.model(inputs_embeds=e, output_hidden_states=True, use_cache=False)
+            for m, e in zip(models, embeds, strict=True)
+        ]
+        for out in base:
+            out.last_hidden_state.square().sum().backward()
+        errors["states"] = far(base[1].last_hidden_state, base[0].last_hidden_state)
+        errors["every state"] = far(base[1].hidden_states[1], base[0].hidden_states[1])
+        errors["gradient of embeddings"] = far(embeds[1].grad, embeds[0].grad)  # type: ignore[arg-type]
+        for keep in (3, torch.tensor([1, 12])):
+            kept = [m(ids, logits_to_keep=keep).logits for m in models]
+            errors[f"keep {keep}"] = far(kept[1], kept[0])
+            with torch.no_grad():
+                errors[f"keep {keep} without gradients"] = far(
+                    models[1](ids, logits_to_keep=keep).logits, kept[0]
+                )
+        pair.model.zero_grad()
+        pair.reference.zero_grad()
+        for model in models:
+            for _ in range(2):
+                model(ids, labels=ids, num_items_in_batch=50).loss.backward()
+        errors["accumulated"] = max(gradient_errors(pair).values())
+        with torch.no_grad():
+            errors["evaluated"] = far(*(m(ids, labels=ids).loss for m in models))
+    return errors
+
+
+def test_compositions_and_other_ways_in() -> None:
+    calls = [(over_dp, "dp2 cp2"), (checkpointed, "cp2 tp2")]
+    for answers in run_calls(calls, 4, timeout=100):
+        assert max(answers) < EXACT, answers
+    for (errors,) in run_calls([(other_ways_in,)], 2, timeout=100):
+        assert max(errors.values()) < EXACT, errors
+
+
+def lower_precision() -> tuple[float, float]:
+    """bf16 under cp is as near to float64 as bf16 in one process."""
+    ids = tokens(2, 64)
+    exact = tiny("qwen3")(ids).logits
+    one = tiny("qwen3", dtype=torch.bfloat16)
+    found = parallelize(tiny("qwen3", dtype=torch.bfloat16), "cp2")(ids).logits
+    return far(found.double(), exact), far(one(ids).logits.double(), exact)
+
+
+def test_bf16_is_as_good_as_in_one_process() -> None:
+    for ((ours, theirs),) in run_calls([(lower_precision,)], 2):
+        assert ours < 1.5 * theirs
