@@ -154,15 +154,24 @@ def test_equals_one_process(each: Case, batch: str) -> None:
 
 
 def over_dp(plan: str) -> float:
-    """Each dp rank brings its own batch; the oracle takes the mean of the losses."""
+    """Each dp rank brings its own batches; the oracle takes the mean of the losses. Weights after two steps."""
     with StayFloat64():
         pair = Pair.of(case(plan, "qwen3"))
         at = pair.model._plait.ranks.groups.folding.coords(dist.get_rank())["dp"]
-        batches = [tokens(2, 11, seed=s) for s in range(2)]
-        for ids in batches:
-            (pair.reference(ids, labels=ids).loss / 2).backward()
-        pair.model(batches[at], labels=batches[at]).loss.backward()
-        return max(gradient_errors(pair).values())
+        optimizers = [
+            torch.optim.SGD(m.parameters(), lr=0.05) for m in (pair.reference, pair.model)
+        ]
+        for step in range(2):
+            batches = [tokens(2, 11, seed=2 * step + s) for s in range(2)]
+            for ids in batches:
+                (pair.reference(ids, labels=ids).loss / 2).backward()
+            pair.model(batches[at], labels=batches[at]).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        unparallelize(pair.model)
+        expected = dict(pair.reference.named_parameters())
+        return max(far(p, expected[n]) for n, p in pair.model.named_parameters())
 
 
 def checkpointed(plan: str) -> float:
@@ -215,7 +224,7 @@ def other_ways_in() -> dict[str, float]:
 
 
 def test_compositions_and_other_ways_in() -> None:
-    calls = [(over_dp, "dp2 cp2"), (checkpointed, "cp2 tp2")]
+    calls = [(over_dp, "dp2 cp2"), (over_dp, "dp2:shard cp2"), (checkpointed, "cp2 tp2")]
     for answers in run_calls(calls, 4, timeout=100):
         assert max(answers) < EXACT, answers
     for (errors,) in run_calls([(other_ways_in,)], 2, timeout=100):
