@@ -133,3 +133,29 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     assert said.keys() == REFUSED.keys()
     for what, begin in REFUSED.items():
         assert said[what].startswith(begin), what
+
+
+def test_the_tier_below_vllms_own_manager(tmp_path: Path) -> None:
+    """vLLM's TieringOffloadingManager with room for four chunks: the others come from disk, or are misses."""
+    command = [sys.executable, str(ENGINE.with_name("manager.py")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert "RESULT " in done.stdout, done.stdout + done.stderr
+    said = json.loads(done.stdout.split("RESULT ")[1])
+    assert said["given"] == ["right"] * 8
+    assert said["unknown"] == ["MISS"]
+    assert said["jobs"] == {
+        "while storing": "RETRY",
+        "stored": [True, 2 * 65536],
+        "then": "HIT",
+        "in part": [False, True],
+        "bytes": [201, 201],
+    }
+    assert said["restarted"] == ["right"] * 3 + ["MISS"] + ["right"] * 4, "one was damaged"
+    assert said["damaged"] == 1
+    assert said["metrics known"]
+    assert said["metrics"] == 6
+    assert said["after many"] == [["MISS"], ["right"]]
+    assert said["evicted"]
+    assert said["another model"] == ["MISS"]
+    assert said["no room to wait"] == 1
+    assert "exported pointers" not in done.stderr, "vLLM's region was not let go"
