@@ -30,9 +30,12 @@ COUNTS = (2, 4, 8, 16)
 def predicted(attention: float, exchange: float, chunks: int, launch: float) -> float:
     """Seconds of attention and its exchange in a pipeline of two stages; ``launch`` is an empty exchange.
 
-    Each chunk attends for c and exchanges for m: c + m + (chunks - 1) * max(c, m).
+    Each chunk attends for c and exchanges for m: c + m + (chunks - 1) * max(c, m). One more chunk costs a launch in
+    both, as the processor that attends also begins the exchange.
     """
-    c, m = attention / chunks, max(0.0, exchange - launch) / chunks + launch
+    if chunks == 1:
+        return attention + exchange
+    c, m = attention / chunks + launch, max(0.0, exchange - launch) / chunks + launch
     return c + m + (chunks - 1) * max(c, m)
 
 
@@ -132,9 +135,11 @@ class Pace:
             regime.alone = whole
             chunks = best_chunks(attention, exchange, launch, requests, regime.kept)
             regime.enter("trial" if chunks > 1 else "settled", chunks)
-        else:
-            worth = 1.0 if regime.chunks == regime.kept else GAIN
-            regime.enter("settled", regime.chunks if whole < worth * regime.alone else 1)
+        elif whole < (1.0 if regime.chunks == regime.kept else GAIN) * regime.alone:
+            regime.enter("settled", regime.chunks)
+        else:  # fewer may do better
+            fewer = regime.chunks // 2
+            regime.enter("trial" if fewer > 1 else "settled", max(1, fewer))
         if regime.phase == "settled":
             regime.kept = regime.chunks
 

@@ -321,6 +321,6 @@ def test_all_ranks_choose_alike_and_by_what_they_measure() -> None:
     assert pays[8] > 1
     assert 1 in pays[16:24]  # looked at again
     assert pays[24:32] == [pays[8]] * 8
-    assert fails[4] > 1
-    assert fails[8:16] == [1] * 8
+    assert fails[4:16] == [8] * 4 + [4] * 4 + [2] * 4  # each tried
+    assert fails[16:24] == [1] * 8
     assert set(never) == {1}
