@@ -120,7 +120,8 @@ def bench(
     from pathlib import Path
 
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem != "contest"}
+    shared = {"contest", "netns"}
+    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in shared}
     if not scripts:
         typer.echo("plait: benchmarks come with the repository, not with the package", err=True)
         raise typer.Exit(2)

@@ -241,7 +241,9 @@ class _Runs:
     def notes(self) -> tuple[str, ...]:
         """What a reader should know about these runs."""
         if self.decoder and not self.caches:
-            return ("Ring and Ulysses keep no cache: no decode step; kvp decodes on the same ranks",)
+            return (
+                "Ring and Ulysses keep no cache: no decode step; kvp decodes on the same ranks",
+            )
         if not self.decoder:
             return ("a plain module has no cache: no decode step",)
         config = self.twin.config.get_text_config(decoder=True)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from plait.parallel.cli import app
 
 NAMES = {path.stem for path in (Path(__file__).parents[2] / "benchmarks").glob("*.py")} - {
-    "contest"
+    "contest",
+    "netns",
 }
 
 
