@@ -76,7 +76,7 @@ class Engine:
             model=model,
             skip_tokenizer_init=True,
             dtype="float32",
-            max_model_len=2048,
+            max_model_len=options.pop("max_model_len", 2048),
             enforce_eager=True,
             block_size=BLOCK,
             enable_prefix_caching=True,
@@ -235,6 +235,7 @@ def crowd(folder: Path, kind: str, way: str | None, max_bytes: str = "64MiB") ->
     engine = Engine(
         make_model(folder / kind, kind),
         transfer,
+        max_model_len=768,
         max_num_batched_tokens=128,
         max_num_seqs=4,
         num_gpu_blocks_override=48,

@@ -71,7 +71,9 @@ def test_pages_outlive_the_engine(way: str, kind: str, tmp_path: Path) -> None:
     assert restarted["disk"]["cached"] == [PROMPT]
     assert same(cold, restarted["disk"])
 
-    flip_a_bit(tmp_path, slot=24)
+    # gemma's 36 pages of this prompt, in two groups, begin at slot 38; of one of these two only the window is read
+    for slot in (24,) if kind == "llama" else (44, 64):
+        flip_a_bit(tmp_path, slot)
     damaged = run("again")
     assert damaged["counters"]["damaged"] == 1
     assert same(cold, damaged["disk"]), "it was computed again"
