@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..errors import PlanError
-from ..legality import validate
 from ..plan import Plan
 from . import search
 from .accuracy import PUBLISHED
-from .candidates import grids, one
+from .candidates import one
 from .catalogue import hardware
+from .ffn_cost import Coverage
 from .goals import Goal
 from .hardware import Hardware
-from .points import Points
+from .loaded import Loaded
 from .precision import element_bytes
-from .provenance import provenance
+from .proposals import Proposal, nearest, proposals
 from .reading import decoder
 from .shapes import Decoder
 from .tiers import fetch_seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """One plan with what it would do. ``plan`` pastes into `Plan.parse`."""
-
-    plan: str
-    mode: str
-    weights: str
-    kv: str
-    batch: int
-    draft: int
-    ttl: float
-    ftl: float
-    tokens_per_user: float
-    tokens_per_rank: float
-    memory: float
-    ranks: int
-    split: dict[str, float]
-    provenance: str
-    partner: str = ""
-
-    @property
-    def bottleneck(self) -> str:
-        """The cause with the largest share of a step."""
-        return max(self.split, key=lambda cause: self.split[cause])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +32,7 @@ class Answer:
         proposals: best first; where the goal is out of reach, the nearest that can be reached.
         reached: whether they meet the goal.
         remedies: what would reach a goal that is not.
+        loaded: what users would wait for under arrivals, simulated; empty unless asked for (`loaded.under_load`).
     """
 
     model: str
@@ -71,6 +44,7 @@ class Answer:
     why: str = ""
     remedies: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    loaded: tuple[Loaded, ...] = ()
 
     @property
     def band(self) -> str:
@@ -87,15 +61,20 @@ class Answer:
         return json.dumps(data, indent=2)
 
 
-def answer(model: Any, part: str | Hardware, goal: Goal, most: int = 10) -> Answer:
+def answer(
+    model: Any, part: str | Hardware, goal: Goal, most: int = 10, cover: Coverage | None = None
+) -> Answer:
     """Find the best plans of a model on some hardware for a goal.
+
+    Args:
+        cover: which share of experts a number of tokens touches; default Zipf's (`ffn_cost.zipf`).
 
     Raises:
         PlanError: an unknown model, part or precision; a model that fits on no plan of these ranks.
     """
     known = decoder(model)
     chip = hardware(part) if isinstance(part, str) else part
-    found = search.sweep(known, chip, goal)
+    found = search.sweep(known, chip, goal, cover=cover)
     if not found:
         raise _too_small(known, chip, goal)
     meeting = [
@@ -105,7 +84,7 @@ def answer(model: Any, part: str | Hardware, goal: Goal, most: int = 10) -> Answ
     why, remedies = "", ()
     if not best:
         best = nearest(known, chip, goal, found)
-        why, remedies = _why(goal, best[0]), remedy(known, chip, goal)
+        why, remedies = out_of_reach(goal, best[0]), remedy(known, chip, goal)
     edge = proposals(
         known, chip, goal, [search.envelope(points) for points in found], 10_000, frontier=True
     )
@@ -113,65 +92,8 @@ def answer(model: Any, part: str | Hardware, goal: Goal, most: int = 10) -> Answ
     return Answer(known.name, chip.title, goal, best, edge, bool(meeting), why, remedies, notes)
 
 
-def proposals(
-    model: Decoder,
-    part: Hardware,
-    goal: Goal,
-    found: Sequence[Points],
-    most: int,
-    frontier: bool = False,
-) -> tuple[Proposal, ...]:
-    """Turn points of all modes and precisions into one list, most throughput per rank first."""
-    rows = []
-    for points in found:
-        kept = points if frontier else search.ranked(points, most)
-        rows += [proposal(model, part, goal, kept, row) for row in range(len(kept))]
-    if frontier:
-        rows = _undominated(rows)
-    return tuple(sorted(rows, key=lambda row: (-row.tokens_per_rank, row.ttl))[:most])
-
-
-def _undominated(rows: list[Proposal]) -> list[Proposal]:
-    kept: list[Proposal] = []
-    for row in sorted(rows, key=lambda row: (row.ttl, -row.tokens_per_rank)):
-        if not kept or row.tokens_per_rank > kept[-1].tokens_per_rank:
-            kept.append(row)
-    return kept
-
-
-def proposal(model: Decoder, part: Hardware, goal: Goal, points: Points, row: int) -> Proposal:
-    """Describe one row, after the Plan's own legality has accepted it."""
-    plan = points.candidates.plan(row, model.shape)
-    plan.validate(model.shape)
-    draft = int(points.candidates.draft[row])
-    return Proposal(
-        plan=str(plan), mode=points.mode, weights=points.weight, kv=points.kv,
-        batch=int(points.candidates.batch[row]), draft=draft,
-        ttl=float(points.ttl[row]), ftl=float(points.ftl[row]),
-        tokens_per_user=float(points.per_user[row]), tokens_per_rank=float(points.per_rank[row]),
-        memory=float(points.memory[row]), ranks=int(points.used[row]), split=points.split(row),
-        provenance=provenance(part, plan, goal.context, draft),
-        partner=points.partner[row] if points.partner else "",
-    )  # fmt: skip
-
-
-def nearest(
-    model: Decoder, part: Hardware, goal: Goal, found: Sequence[Points]
-) -> tuple[Proposal, ...]:
-    """Return the least latency there is, for a goal that nothing meets."""
-    rows = []
-    for points in found:
-        over = np.zeros(len(points))
-        if goal.ttl is not None:
-            over += np.maximum(0, np.log(points.ttl / goal.ttl))
-        if goal.ftl is not None and goal.prompt:
-            over += np.maximum(0, np.log(np.maximum(points.ftl, 1e-9) / goal.ftl))
-        best = int(np.lexsort((-points.per_rank, np.round(over, 9)))[0])
-        rows.append((float(over[best]), proposal(model, part, goal, points, best)))
-    return tuple(row for _, row in sorted(rows, key=lambda pair: pair[0]))[:1]
-
-
-def _why(goal: Goal, best: Proposal) -> str:
+def out_of_reach(goal: Goal, best: Proposal) -> str:
+    """Say which of a goal's times the nearest plan misses, and what it reaches."""
     said = []
     if goal.ttl is not None and best.ttl > goal.ttl:
         said.append(
@@ -179,7 +101,11 @@ def _why(goal: Goal, best: Proposal) -> str:
         )
     if goal.ftl is not None and best.ftl > goal.ftl:
         said.append(f"{goal.ftl:.3g} s to the first token: the best reachable is {best.ftl:.3g} s")
-    return "; ".join(said) or "no plan meets both times at once"
+    if goal.stall is not None and best.stall > goal.stall:
+        said.append(
+            f"{goal.stall * 1e3:.3g} ms between two tokens: the best reachable is {best.stall * 1e3:.3g} ms"
+        )
+    return "; ".join(said) or "no plan meets all times at once"
 
 
 def remedy(model: Decoder, part: Hardware, goal: Goal) -> tuple[str, ...]:
@@ -236,7 +162,7 @@ def _notes(model: Decoder, part: Hardware, goal: Goal, best: Proposal) -> tuple[
     """Say where a prefix of the whole context would better come from: a tier, or the prompt again."""
     kv = model.kv_elements * element_bytes(best.kv)
     plan = one(Plan.parse(best.plan))
-    (machine,) = search.machines(part, replace(goal, weights=(best.weights,), kv=(best.kv,)))
+    (machine,) = search.machines(part, replace(goal, **best.precisions))
     again = float(search.prefill(model, machine, plan, goal.context).total[0])
     holders = max(1, best.ranks // Plan.parse(best.plan).dp.size)
     host, far = (
@@ -249,61 +175,3 @@ def _notes(model: Decoder, part: Hardware, goal: Goal, best: Proposal) -> tuple[
         f"the network, {again:.2g} s by computing it again: {better} is faster"
     )
     return (said,)
-
-
-def check(model: Any, part: str | Hardware, goal: Goal, plan: Plan, batch: int = 1) -> Answer:
-    """Price one plan that is given.
-
-    Raises:
-        PlanError: the plan is illegal, too large, or does not fit; with the nearest plan that is and does.
-    """
-    known, chip = decoder(model), hardware(part) if isinstance(part, str) else part
-    (machine, *_) = search.machines(chip, goal)
-    try:
-        validate(plan, known.shape)
-    except PlanError as error:
-        near = nearest_plan(known, plan, goal.ranks)
-        raise PlanError(
-            error.asked, error.because, f"{error.instead}; the nearest legal plan is '{near}'"
-        ) from None
-    points = search.priced(known, machine, goal, one(plan, batch))
-    if points.memory[0] > chip.memory.value:
-        near = _nearest_fitting(known, machine, goal, plan)
-        raise PlanError(
-            f"plan '{plan}' with batch {batch}",
-            f"needs {points.memory[0] / 1e9:,.0f} GB a rank and {chip.title} has {chip.memory.value / 1e9:,.0f}",
-            f"the nearest plan that fits is '{near}'" if near else "nothing fits on so many ranks",
-        )
-    rows = (proposal(known, chip, goal, points, 0),)
-    met = bool(len(search.within(points, goal)))
-    return Answer(known.name, chip.title, goal, rows, rows, met, "" if met else _why(goal, rows[0]))
-
-
-def _distance(plan: Plan, rows: Any) -> Any:
-    sizes = [
-        plan.tp.size,
-        plan.kvp.size,
-        plan.size("cp") // plan.kvp.size,
-        plan.dp.size,
-        plan.pp.size,
-        plan.ep,
-        plan.etp,
-    ]
-    return np.abs(np.log2(rows) - np.log2(np.array(sizes, float))).sum(axis=1)
-
-
-def nearest_plan(model: Decoder, plan: Plan, ranks: int) -> Plan:
-    """Return the legal plan of at most so many ranks whose axes differ least, in powers of two."""
-    most = min(plan.world_size, ranks)
-    rows = np.concatenate([grids(model, most), grids(model, most, whole=False)])
-    best = rows[_distance(plan, rows).argmin()]
-    return search.enumeration.crossed(best[None], (1,)).plan(0, model.shape)
-
-
-def _nearest_fitting(model: Decoder, machine: Any, goal: Goal, plan: Plan) -> Plan | None:
-    points = search.decode_points(model, machine, goal)
-    if not len(points):
-        return None
-    c = points.candidates
-    rows = np.stack([c.tp, c.kvp, c.cp, c.dp, c.pp, c.ep, c.etp], axis=1)
-    return c.plan(int(_distance(plan, rows).argmin()), model.shape)

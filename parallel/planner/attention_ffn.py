@@ -12,7 +12,7 @@ from .candidates import Candidates, crossed
 from .columns import Array, as_array
 from .goals import Goal
 from .memory import HEAD_BYTES, attention_weights, request_bytes
-from .points import Points
+from .points import Partner, Points
 from .precision import element_bytes
 from .search import BATCHES
 from .shapes import Decoder, LayerKind
@@ -40,7 +40,7 @@ def split_points(model: Decoder, machine: Machine, goal: Goal) -> Points:
     attention = crossed(np.stack([tp, ones, ones, dp, ones, ones, ones], axis=1), BATCHES)
     ep = np.repeat(ep, len(BATCHES))
     one = np.ones(len(attention))
-    ffn = Candidates(one, one, one, ep, one, ep, one, attention.batch, one, one * 0)
+    ffn = Candidates(one, one, one, ep, one, ep, one, attention.batch, one, 0 * one, 0 * one, one)
     memory = _bytes(model, machine, goal, attention, ffn)
     inside = memory <= machine.part.memory.value
     return _priced(model, machine, goal, attention.take(inside), ffn.take(inside), memory[inside])
@@ -81,12 +81,13 @@ def _priced(
     causes = np.stack([np.broadcast_to(column, len(attention)) for column in seconds])
     ttl = causes.sum(axis=0) / DERATE
     partner = tuple(
-        f"experts on {int(ep)} more ranks, as 'dp{int(ep)} ep{int(ep)} etp1'" for ep in ffn.ep
+        Partner(f"experts on {int(ep)} more ranks, as 'dp{int(ep)} ep{int(ep)} etp1'")
+        for ep in ffn.ep
     )
     return Points(
-        "attention-ffn", machine.weight, machine.kv, attention, ttl, np.zeros(len(ttl)),
+        "attention-ffn", machine.weight, machine.kv, machine.comm, attention, ttl, np.zeros(len(ttl)),
         STAGES * attention.batch * attention.dp / ttl, float(goal.ranks), attention.ranks + ffn.ep, memory, causes,
-        partner,
+        ttl, np.zeros(len(ttl)), partner=partner,
     )  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def _slowest(
     else:
         there = machine.gemm(2.0 * kind.ffn.expert_params * rows, kind.ffn.expert_params)
     places = np.minimum(kind.ffn.per_token or 1, ffn.ep)
-    width = (machine.dispatch_bytes + element_bytes(machine.activation)) * kind.attention.hidden
+    width = (machine.dispatch_bytes + machine.wire_bytes) * kind.attention.hidden
     own = attention.batch / attention.tp * places * width
     theirs = rows * places * width
     wire = Split(

@@ -1,13 +1,13 @@
 """Candidates: plans and batches as columns of numbers, enumerated by legality first.
 
-One row is one plan with one batch, HOP-B chunk count and draft length. The masks below are the rules of
-`parallel.legality` in vectorised form; whatever is proposed in the end is still shown to `Plan.validate`.
+One row is one plan with one batch, HOP-B chunk count, draft length and way of passing prompts. The masks below are
+the rules of `parallel.legality` in vectorised form; whatever is proposed in the end is still shown to `Plan.validate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,8 @@ class Candidates:
     """Columns, one row per candidate; floats, because all that follows is arithmetic.
 
     `cp` is ring attention of a prefill; under Helix it is 1 and `kvp` names the ranks. `batch` is per dp rank and
-    per pipeline stage: with pp stages as many batches are in flight.
+    per pipeline stage: with pp stages as many batches are in flight. `beside` is how many tokens of a prompt pass
+    beside the decodes of a step (0: prompts pass alone), in one of `groups` equal groups of layers.
     """
 
     tp: Array
@@ -40,6 +41,8 @@ class Candidates:
     batch: Array
     chunks: Array
     draft: Array
+    beside: Array
+    groups: Array
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -47,6 +50,11 @@ class Candidates:
     def take(self, index: NDArray[np.intp] | NDArray[np.bool_]) -> Candidates:
         """Return some rows."""
         return Candidates(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def and_those(self, other: Candidates) -> Candidates:
+        """Return these rows and others."""
+        names = [f.name for f in fields(self)]
+        return Candidates(*(np.concatenate((getattr(self, n), getattr(other, n))) for n in names))
 
     @property
     def sequence(self) -> Array:
@@ -78,6 +86,15 @@ class Candidates:
         """Tokens of one dp rank in a decode step, drafted ones included."""
         return self.batch * (1 + self.draft)
 
+    @property
+    def rows(self) -> Array:
+        """Rows of one dp rank's matrix products in a step: tokens, and those of a prompt beside them."""
+        return self.tokens + self.beside
+
+    def passing(self, beside: Array, groups: Array) -> Candidates:
+        """Return the same rows with prompts passed in another way."""
+        return replace(self, beside=beside, groups=groups)
+
     def plan(self, row: int, shape: ModelShape) -> Plan:
         """Return one row as a Plan."""
         size = {f.name: int(getattr(self, f.name)[row]) for f in fields(self)}
@@ -101,7 +118,7 @@ def one(plan: Plan, batch: int = 1, draft: int = 0) -> Candidates:
     """Return a plan that is given as a table of one row."""
     sizes = [
         plan.tp.size, plan.kvp.size, plan.size("cp") // plan.kvp.size, plan.dp.size, plan.pp.size, plan.ep,
-        plan.etp, batch, 1 if plan.kvp.chunks == "auto" else plan.kvp.chunks, draft,
+        plan.etp, batch, 1 if plan.kvp.chunks == "auto" else plan.kvp.chunks, draft, 0, 1,
     ]  # fmt: skip
     return Candidates(*(np.array([float(size)]) for size in sizes))
 
@@ -177,7 +194,6 @@ def crossed(
     axes = (np.arange(len(plans)), np.array(batches), np.array(chunks), np.array(drafts))
     rows, batch, chunk, draft = (grid.ravel() for grid in np.meshgrid(*axes, indexing="ij"))
     tp, kvp, cp, dp, pp, ep, etp = plans[rows].T
-    all_of = Candidates(
-        tp, kvp, cp, dp, pp, ep, etp, as_array(batch), as_array(chunk), as_array(draft)
-    )
+    batch, chunk, draft = as_array(batch), as_array(chunk), as_array(draft)
+    all_of = Candidates(tp, kvp, cp, dp, pp, ep, etp, batch, chunk, draft, 0 * batch, 1 + 0 * batch)
     return all_of.take((all_of.chunks == 1) | ((all_of.kvp > 1) & (all_of.chunks <= all_of.batch)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,12 @@ Output = Annotated[int, Option(help="Tokens each request generates, with --promp
 Ftl = Annotated[str, Option(help="Most time to the first token, unloaded, with --prompt: 2s.")]
 Weights = Annotated[str, Option(help="Precisions to choose from: fp8,nvfp4. Default: 8 bits.")]
 Kv = Annotated[str, Option(help="Precisions of the cache to choose from: bf16,fp8,mxfp4.")]
+Comm = Annotated[str, Option(help="Precisions of what is sent and not summed: bf16,fp8.")]
+Stall = Annotated[str, Option(help="Most time between two tokens, with a prompt beside: 100ms.")]
+Idle = Annotated[int, Option(help="Sessions that wait with their cache, for each that runs.")]
+Tiers = Annotated[str, Option(help="Where caches may wait: device,host,disk,recompute.")]
+Experts = Annotated[str, Option(help="Which experts tokens choose: uniform, zipf or zipf:1.1.")]
+Arrivals = Annotated[str, Option(help="Also simulate requests at random: 2/s, with --prompt.")]
 Draft = Annotated[int, Option(help="Most tokens drafted per step.")]
 Acceptance = Annotated[float, Option(help="Chance that a drafted token is accepted.")]
 Only = Annotated[str, Option("--plan", help='Price this plan alone, e.g. "kvp8 tp8".')]
@@ -38,6 +45,8 @@ Json = Annotated[bool, Option("--json", help="Print JSON for a program to read."
 def plan(
     model: Model = "", hardware: Part = "h100", gpus: Gpus = 8, context: Context = "8k", ttl: Ttl = "",
     prompt: Prompt = "0", output: Output = 1024, ftl: Ftl = "", weights: Weights = "", kv: Kv = "bf16",
+    comm: Comm = "bf16", stall: Stall = "", idle: Idle = 0, tiers: Tiers = "device,host,disk,recompute",
+    experts: Experts = "zipf", arrivals: Arrivals = "",
     draft: Draft = 0, acceptance: Acceptance = 0.7, only: Only = "", batch: Batch = 1,
     no_helix: NoHelix = False, split: Apart = False, top: Top = 10, pareto: Pareto = "",
     layers: Layers = "", list_names: Names = False, calibrate: Calibrate = "", as_json: Json = False,
@@ -52,20 +61,19 @@ def plan(
         _list()
         return
     words = {
-        "ttl": ttl,
-        "ftl": ftl,
-        "context": context,
-        "prompt": prompt,
-        "weights": weights,
-        "kv": kv,
-    }
+        "ttl": ttl, "ftl": ftl, "stall": stall, "context": context, "prompt": prompt, "weights": weights, "kv": kv,
+        "comm": comm, "tiers": tiers,
+    }  # fmt: skip
     numbers = {
         "ranks": gpus, "output": output, "draft": draft, "acceptance": acceptance, "helix": not no_helix,
-        "split": split,
+        "split": split, "idle": idle,
     }  # fmt: skip
     try:
+        for path in (pareto, layers):
+            _writable(path)
         goal = _goal(hardware, words, numbers)
-        _answer(model, hardware, goal, only, batch, top, pareto, layers, as_json)
+        said = _found(model, hardware, goal, only, batch, top, experts, arrivals)
+        _show(said, model, hardware, top, pareto, layers, as_json)
     except PlanError as error:
         typer.echo(f"Refused: {error}", err=True)
         raise typer.Exit(2) from None
@@ -100,52 +108,62 @@ def _goal(hardware: str, words: dict[str, str], numbers: dict[str, Any]) -> Any:
     part = part_named(hardware)
     weights = words["weights"] or ("fp8" if part.fp8 else "bf16")
     prompt, context = token_count(words["prompt"]), token_count(words["context"])
+    times = {name: seconds_of(words[name]) for name in ("ttl", "ftl", "stall") if words[name]}
+    choices = {name: tuple(words[name].split(",")) for name in ("kv", "comm", "tiers")}
     return Goal(
-        context=max(context, prompt),
-        prompt=prompt,
-        ttl=seconds_of(words["ttl"]) if words["ttl"] else None,
-        ftl=seconds_of(words["ftl"]) if words["ftl"] else None,
-        weights=tuple(weights.split(",")),
-        kv=tuple(words["kv"].split(",")),
-        **numbers,
-    )
+        context=max(context, prompt), prompt=prompt, weights=tuple(weights.split(",")), **choices, **times, **numbers
+    )  # fmt: skip
 
 
-def _answer(
-    model: str,
-    hardware: str,
-    goal: Any,
-    only: str,
-    batch: int,
-    top: int,
-    pareto: str,
-    layers: str,
-    as_json: bool,
-) -> None:
+def _found(
+    model: str, hardware: str, goal: Any, only: str, batch: int, top: int, experts: str, arrivals: str
+) -> Any:  # fmt: skip
+    """Ask the planner; simulate arrivals for the best proposal of each mode if asked to."""
+    from ..errors import PlanError
     from ..plan import Plan
-    from .answer import answer, check
+    from .answer import answer
+    from .catalogue import hardware as part_named
+    from .ffn_cost import coverage
+    from .given import check
+    from .goals import rate_of
+    from .loaded import under_load
+    from .reading import decoder
+
+    rate, cover = rate_of(arrivals) if arrivals else 0.0, coverage(experts)
+    if rate and (only or not goal.prompt):
+        raise PlanError(
+            f"arrivals {arrivals!r}", "need prompts to be computed here", "give --prompt, without --plan"
+        )  # fmt: skip
+    if only:
+        return check(model, hardware, goal, Plan.parse(only), batch, cover)
+    said = answer(model, hardware, goal, top, cover)
+    if not rate:
+        return said
+    part, best = part_named(hardware), {row.mode: row for row in reversed(said.proposals)}
+    known = decoder(model)
+    return replace(
+        said, loaded=tuple(under_load(known, part, goal, row, rate, cover=cover) for row in best.values())
+    )  # fmt: skip
+
+
+def _show(
+    said: Any, model: str, hardware: str, top: int, pareto: str, layers: str, as_json: bool
+) -> None:
     from .table import show
 
-    for path in (pareto, layers):
-        _writable(path)
-    said = (
-        check(model, hardware, goal, Plan.parse(only), batch)
-        if only
-        else answer(model, hardware, goal, top)
-    )
     if as_json:
         typer.echo(said.to_json())
     else:
         console = Console()
-        wide = Console(width=max(console.width, 150)) if not console.is_terminal else console
+        wide = Console(width=max(console.width, 200)) if not console.is_terminal else console
         show(said, wide, top)
     if pareto or layers:
         from . import pictures
 
         if pareto:
-            pictures.frontier_picture(model, hardware, goal, pareto)
+            pictures.frontier_picture(model, hardware, said.goal, pareto)
         if layers:
-            pictures.layer_picture(model, hardware, goal, said.proposals[0], layers)
+            pictures.layer_picture(model, hardware, said.goal, said.proposals[0], layers)
         typer.echo(f"wrote {' and '.join(path for path in (pareto, layers) if path)}", err=as_json)
 
 

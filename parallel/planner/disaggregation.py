@@ -9,11 +9,12 @@ import numpy as np
 from . import candidates as enumeration
 from .candidates import Candidates
 from .goals import Goal
-from .points import Points
+from .points import Partner, Points
 from .search import decode_points, fits
 from .serving import rate_match
 from .shapes import Decoder
 from .step_time import Machine, prefill
+from .tiers import fetching, stored_points
 
 PREFILL_DERATE, DECODE_DERATE = 0.9, 0.92  # aiconfigurator 0.12's practical shares of an ideal pool
 
@@ -28,17 +29,22 @@ class PrefillPool:
     seconds: float
 
 
-def prefill_pool(model: Decoder, machine: Machine, goal: Goal) -> PrefillPool | None:
-    """Return the prefill plan with the most prompts per second and rank whose first token is in time."""
+def prefill_pool(
+    model: Decoder, machine: Machine, goal: Goal, tier: str = "device"
+) -> PrefillPool | None:
+    """Return the prefill plan with the most prompts per second and rank whose first token is in time.
+
+    Cached prefixes come from their tier first; those on the device are the decode ranks', and come over the network.
+    """
     plans = enumeration.grids(model, goal.ranks, helix=False, ring=True, whole=False)
     c = enumeration.crossed(plans, (1,))
     c = c.take(fits(model, machine, c, goal.context) <= machine.part.memory.value)
     if not len(c):
         return None
-    past = max(0, goal.context - goal.prompt)
-    seconds = prefill(model, machine, c, goal.prompt, past).total
-    work = prefill(model, machine, c, goal.prompt, past, chunk=None).total
-    rate = PREFILL_DERATE * c.dp * c.pp / work
+    fetch = fetching(model, machine, goal, c, tier, apart=True)
+    seconds = prefill(model, machine, c, goal.prompt, goal.cached).total + fetch
+    work = prefill(model, machine, c, goal.prompt, goal.cached, chunk=None).total / c.pp
+    rate = PREFILL_DERATE * c.dp / np.maximum(work, fetch)
     allowed = np.ones(len(c), bool) if goal.ftl is None else seconds <= goal.ftl
     if not allowed.any():
         return None
@@ -49,14 +55,18 @@ def prefill_pool(model: Decoder, machine: Machine, goal: Goal) -> PrefillPool | 
     )
 
 
-def disaggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points:
+def disaggregated_points(
+    model: Decoder, machine: Machine, goal: Goal, tier: str = "device"
+) -> Points:
     """Price decode pools beside the best prefill pool, in whole instances that fit on the ranks there are.
 
     For each decode row: the smallest whole numbers of instances whose request rates balance (`serving.rate_match`), as
     many times as the ranks allow. Throughput is what the slower side lets through.
     """
-    alone = decode_points(model, machine, goal, whole=False)
-    pool = prefill_pool(model, machine, goal)
+    alone = stored_points(
+        model, machine, goal, decode_points(model, machine, goal, whole=False), tier
+    )
+    pool = prefill_pool(model, machine, goal, tier)
     if pool is None or not len(alone):
         return replace(alone.take(np.zeros(len(alone), bool)), mode="disaggregated", partner=())
     c = alone.candidates
@@ -73,7 +83,8 @@ def disaggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points
             requests = min(n_p * pool.requests_per_second, n_d * rate[row])
             throughput[row] = requests * (goal.output - 1)
             used[row] = n_p * pool.ranks + n_d * c.ranks[row]
-            partner.append((row, f"{n_d} x this + {n_p} x prefill {text!r}"))
+            said = f"{n_d} x this + {n_p} x prefill {text!r}"
+            partner.append((row, Partner(said, text, n_p, n_d)))
     rows = np.array([row for row, _ in partner], dtype=int)
     made = replace(
         alone,
@@ -83,7 +94,7 @@ def disaggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points
         ftl=np.full(len(c), pool.seconds),
         partner=(),
     ).take(rows)
-    return replace(made, partner=tuple(text for _, text in partner))
+    return replace(made, partner=tuple(other for _, other in partner))
 
 
 def _worth_matching(alone: Points) -> list[int]:

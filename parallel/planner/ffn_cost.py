@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import PlanError
 from .columns import Array, as_array
 from .shapes import Ffn
 
@@ -37,6 +38,26 @@ def zipf(exponent: float = 1.25) -> Coverage:
         return (1.0 - missed)[where].reshape(np.shape(tokens))
 
     return cover
+
+
+def coverage(text: str) -> Coverage:
+    """Read a curve by name: ``uniform``, ``zipf`` or ``zipf:1.1``.
+
+    Raises:
+        PlanError: neither, or an exponent that is no number of 0 or more.
+    """
+    name, _, exponent = text.partition(":")
+    if name == "uniform" and not exponent:
+        return uniform
+    try:
+        found = float(exponent or 1.25)
+    except ValueError:
+        found = -1.0
+    if name != "zipf" or not 0 <= found < 100:
+        raise PlanError(
+            f"experts {text!r}", "is no curve of which are touched", "use uniform, zipf or zipf:1.1"
+        )
+    return zipf(found)
 
 
 @cache

@@ -52,7 +52,8 @@ class Hardware:
     """One kind of accelerator and the links around it.
 
     ``scale_up`` is the fast link (NVLink, Infinity Fabric, UB) among ``domain`` ranks; ``scale_out`` the
-    network card beyond. The latencies are those of one small collective in a captured graph.
+    network card beyond. The latencies are those of one small collective in a captured graph. ``host_memory``,
+    ``disk`` and ``disk_link`` are one rank's share of its server; None is a tier it has not.
 
     Args:
         like: whose measured kernel and collective constants stand for this part's where it has none.
@@ -72,6 +73,9 @@ class Hardware:
     scale_out: Figure
     scale_out_latency: Figure
     host_link: Figure
+    host_memory: Figure | None = None
+    disk: Figure | None = None
+    disk_link: Figure | None = None
     price: Figure | None = None
     like: str = ""
     constants: Efficiency | None = None

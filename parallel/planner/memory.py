@@ -92,4 +92,4 @@ def rank_bytes(
     """Return all bytes of a rank: weights, KV of the batches in flight, activations of a step, and the floor."""
     held = weight_bytes(model, c, weight) + request_bytes(model, c, tokens, kv) * c.batch * c.pp
     widest = max(model.hidden, max(k.ffn.width for k in model.kinds))
-    return held + floor + c.tokens * (4 * model.hidden + 2 * widest) * activation
+    return held + floor + c.rows * (4 * model.hidden + 2 * widest) * activation

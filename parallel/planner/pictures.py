@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from ..errors import PlanError
 from ..plan import Plan
 from . import search
 from .accuracy import PUBLISHED
-from .answer import Proposal
 from .candidates import one
 from .catalogue import hardware
 from .goals import Goal
+from .proposals import Proposal
 from .reading import decoder
 from .step_time import CAUSES, decode_step
 
@@ -87,8 +88,7 @@ def frontier_picture(model: str, part: str, goal: Goal, path: str) -> None:
 def layer_picture(model: str, part: str, goal: Goal, best: Proposal, path: str) -> None:
     """Draw the seconds of one layer of the best plan, stacked by cause, against the context."""
     known, chip = decoder(model), hardware(part)
-    wish = Goal(ranks=goal.ranks, context=goal.context, weights=(best.weights,), kv=(best.kv,))
-    (machine,) = search.machines(chip, wish)
+    (machine,) = search.machines(chip, replace(goal, **best.precisions))
     row = one(Plan.parse(best.plan), best.batch, best.draft)
     contexts = np.geomspace(1024, max(2048, 4 * goal.context), 60)
     table = np.array([_causes(decode_step(known, machine, row, context)) for context in contexts]).T

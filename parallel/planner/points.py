@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +19,37 @@ SHARES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Partner:
+    """The other side of a plan: in words; and of a prefill pool its plan and how many of both there are."""
+
+    text: str
+    plan: str = ""
+    instances: int = 0
+    here: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Points:
-    """Priced candidates of one mode, one weight and one KV precision.
+    """Priced candidates of one mode, one choice of precisions, and one tier for cached prefixes.
 
     Args:
+        comm: precision of what collectives move without adding it up.
+        tier: where a request's cached prefix waits for its next prompt, or ``recompute``.
         ttl: seconds from token to token of one request.
         ftl: seconds to the first token, unloaded; 0 where prompts are computed elsewhere.
         throughput: output tokens per second of all ranks together.
         ranks: ranks the throughput is shared by: those that were asked for, idle ones included.
         memory: bytes of the fullest rank.
         causes: seconds of a step, ``[share, row]`` in the order of `SHARES`.
-        partner: text of the prefill (or FFN) side, where there is one.
+        stall: longest seconds between two tokens of a request: those of a step that also carries a prompt.
+        stored: bytes of waiting prefixes of a rank in the tier.
+        partner: the prefill (or FFN) side of each row, where there is one.
     """
 
     mode: str
     weight: str
     kv: str
+    comm: str
     candidates: Candidates
     ttl: Array
     ftl: Array
@@ -43,7 +58,10 @@ class Points:
     used: Array
     memory: Array
     causes: Array
-    partner: tuple[str, ...] = ()
+    stall: Array
+    stored: Array
+    tier: str = "device"
+    partner: tuple[Partner, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ttl)
@@ -62,10 +80,20 @@ class Points:
         """Return some rows."""
         rows = np.arange(len(self))[index]
         return Points(
-            self.mode, self.weight, self.kv, self.candidates.take(rows), self.ttl[rows], self.ftl[rows],
+            self.mode, self.weight, self.kv, self.comm, self.candidates.take(rows), self.ttl[rows], self.ftl[rows],
             self.throughput[rows], self.ranks, self.used[rows], self.memory[rows], self.causes[:, rows],
+            self.stall[rows], self.stored[rows], self.tier,
             tuple(self.partner[i] for i in rows) if self.partner else (),
         )  # fmt: skip
+
+    def and_those(self, other: Points) -> Points:
+        """Return these rows and those of other points that differ in nothing but rows."""
+        both = {
+            name: np.concatenate((getattr(self, name), getattr(other, name)), axis=-1)
+            for name in ("ttl", "ftl", "throughput", "used", "memory", "causes", "stall", "stored")
+        }
+        rows = self.candidates.and_those(other.candidates)
+        return replace(self, candidates=rows, partner=self.partner + other.partner, **both)
 
     def split(self, row: int) -> dict[str, float]:
         """Return the share of a step by cause."""

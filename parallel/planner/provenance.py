@@ -18,7 +18,9 @@ def _measured() -> tuple[frozenset[str], int, int]:
     return parts, ranks, max(anchor.input_tokens + anchor.output_tokens for anchor in ANCHORS)
 
 
-def reasons(part: Hardware, plan: Plan, context: int, draft: int = 0) -> tuple[str, ...]:
+def reasons(
+    part: Hardware, plan: Plan, context: int, draft: int = 0, comm: str = "bf16"
+) -> tuple[str, ...]:
     """Return why a point is beyond the anchors; nothing if it is among them."""
     parts, ranks, longest = _measured()
     found = []
@@ -33,12 +35,14 @@ def reasons(part: Hardware, plan: Plan, context: int, draft: int = 0) -> tuple[s
         found.append(f"measured points end at {ranks} ranks")
     if context > longest:
         found.append(f"measured contexts end at {longest:,} tokens")
+    if comm != "bf16":
+        found.append(f"no measured point with {comm} on the wire")
     if draft:
         found.append("acceptance is yours, not measured")
     return tuple(found)
 
 
-def provenance(part: Hardware, plan: Plan, context: int, draft: int = 0) -> str:
+def provenance(part: Hardware, plan: Plan, context: int, draft: int = 0, comm: str = "bf16") -> str:
     """Return ``calibrated`` or ``extrapolated: why``."""
-    found = reasons(part, plan, context, draft)
+    found = reasons(part, plan, context, draft, comm)
     return f"extrapolated: {'; '.join(found)}" if found else "calibrated"

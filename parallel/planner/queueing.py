@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -33,9 +34,14 @@ class Load:
                 "a load", "needs a rate and counts above zero", "use e.g. Load(2.0, 1024, 256)"
             )
 
+    def arrivals(self) -> Array:
+        """Return when requests come: a Poisson process."""
+        gaps = np.random.default_rng(self.seed).exponential(1 / self.rate, self.requests)
+        return np.cumsum(gaps)
+
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class Seen:
     """What the simulated requests saw, in seconds. Simulated, not measured."""
 
     first_token: Array
@@ -50,56 +56,56 @@ class Loaded:
 
 
 def simulate(
-    load: Load,
-    slots: int,
-    step: Callable[[int], float],
-    prefill: Callable[[int], float],
-    chunk: int | None = None,
-) -> Loaded:
+    load: Load, slots: int, step: Callable[[int, int], float], piece: int | None = None, arrivals: Array | None = None
+) -> Seen:  # fmt: skip
     """Run one instance that decodes up to `slots` requests together and admits prompts first come, first served.
 
     Args:
-        step: seconds of a decode step with so many requests.
-        prefill: seconds of so many prompt tokens.
-        chunk: tokens of a prompt that one step takes beside the decodes; None stops decoding for a whole prompt.
+        step: seconds of a step with so many decoding requests and so many tokens of a prompt.
+        piece: tokens of a prompt that one step takes beside the decodes; None stops decoding for a whole prompt.
+        arrivals: when requests come, in order; default at random, as the load says.
     """
-    arrivals = np.cumsum(np.random.default_rng(load.seed).exponential(1 / load.rate, load.requests))
+    arrivals = load.arrivals() if arrivals is None else arrivals
     first, last = np.zeros(load.requests), np.zeros(load.requests)
     waiting: deque[int] = deque()
-    left: dict[int, int] = {}  # request -> tokens still to come
+    done: list[
+        tuple[int, int]
+    ] = []  # heap of (step of the last token, request) of those that decode
     reading: tuple[int, int] | None = None  # request, prompt tokens left
-    now, busy, seen = 0.0, 0.0, 0
-    while seen < load.requests or waiting or left or reading:
+    now, busy, seen, steps = 0.0, 0.0, 0, 0
+    while seen < load.requests or waiting or done or reading:
         while seen < load.requests and arrivals[seen] <= now:
             waiting.append(seen)
             seen += 1
-        if reading is None and waiting and len(left) < slots:
+        if reading is None and waiting and len(done) < slots:
             reading = (waiting.popleft(), load.prompt)
-        if reading is None and not left:
+        if reading is None and not done:
             now = float(arrivals[seen])
             continue
-        part = min(chunk or load.prompt, reading[1]) if reading else 0
-        took = prefill(part) if reading else 0.0
-        if left and (reading is None or chunk):
-            took += step(len(left))
+        part = min(piece or load.prompt, reading[1]) if reading else 0
+        decoding = len(done) if reading is None or piece else 0
+        took = step(decoding, part)
         now, busy = now + took, busy + took
-        if left and (reading is None or chunk):
-            _emit(left, last, now)
+        if decoding:
+            steps += 1
+            while done and done[0][0] == steps:
+                last[heappop(done)[1]] = now
         if reading is not None:
             request, rest = reading
             reading = (request, rest - part) if rest > part else None
             if reading is None:
                 first[request] = last[request] = now
                 if load.output > 1:
-                    left[request] = load.output - 1
+                    heappush(done, (steps + load.output - 1, request))
     spread = (last - first) / max(1, load.output - 1)
-    return Loaded(first - arrivals, spread, busy / now)
+    return Seen(first - arrivals, spread, busy / now)
 
 
-def _emit(left: dict[int, int], last: Array, now: float) -> None:
-    """Give every decoding request its token; those that have all leave."""
-    for request in list(left):
-        last[request] = now
-        left[request] -= 1
-        if not left[request]:
-            del left[request]
+def served(arrivals: Array, servers: int, service: float) -> Array:
+    """Return when each request begins at one of some servers, first come, first served; each takes so many seconds."""
+    free = [0.0] * servers
+    begins = np.zeros(len(arrivals))
+    for i, arrival in enumerate(arrivals):
+        begins[i] = max(float(arrival), heappop(free))
+        heappush(free, begins[i] + service)
+    return begins

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -12,24 +13,35 @@ from . import candidates as enumeration
 from .candidates import Candidates
 from .columns import Array, as_array
 from .efficiency import Efficiency, fitted
+from .ffn_cost import Coverage
 from .goals import Goal
 from .hardware import Hardware
 from .memory import rank_bytes
+from .mixed import first_token, mixed_steps
 from .points import Index, Points, frontier
 from .precision import element_bytes
 from .serving import accepted_tokens
 from .shapes import Decoder
 from .step_time import CAUSES, Machine, Split, decode_step, prefill
+from .tiers import RECOMPUTE, placed, recomputed, tiers_of
 
 BATCHES = tuple(sorted({b for n in range(13) for b in (2**n, 3 * 2 ** max(0, n - 1)) if b <= 4096}))
 CHUNKS = (1, 2, 4, 8)
 DRAFT_HEAD = 1.0  # a drafted token costs about one layer of the model (a multi-token head)
 
 
-def machines(part: Hardware, goal: Goal, constants: Efficiency | None = None) -> list[Machine]:
-    """Return one machine per pair of precisions to search."""
+def machines(
+    part: Hardware,
+    goal: Goal,
+    constants: Efficiency | None = None,
+    cover: Coverage | None = None,
+) -> list[Machine]:
+    """Return one machine per choice of precisions to search."""
     constants = constants or fitted(part)
-    return [Machine(part, constants, weight, kv) for weight in goal.weights for kv in goal.kv]
+    return [
+        Machine(part, constants, weight, kv, wire=comm, cover=cover)
+        for weight, kv, comm in product(goal.weights, goal.kv, goal.comm)
+    ]
 
 
 def fits(model: Decoder, machine: Machine, c: Candidates, context: int) -> Array:
@@ -71,35 +83,61 @@ def _drafting(model: Decoder, c: Candidates) -> Array:
 
 def points_of(
     goal: Goal, machine: Machine, c: Candidates, memory: Array, step: Split, mode: str, longer: Array,
-    prompts: Array | float = 0.0, ftl: Array | None = None,
+    prompts: Array | float = 0.0, ftl: Array | None = None, stall: Array | None = None,
 ) -> Points:  # fmt: skip
     """Turn seconds of a step into points; `prompts` are seconds of prefill that each token carries."""
-    accepted = as_array([accepted_tokens(n, goal.acceptance) for n in range(goal.draft + 1)])[
-        c.draft.astype(int)
-    ]
+    accepted = accepted_of(goal, c)
     seconds = [getattr(step, cause) * longer for cause in CAUSES] + [prompts * accepted]
     causes = np.stack([np.broadcast_to(column, len(c)) for column in seconds])
     ttl = causes.sum(axis=0) / accepted
+    nothing = np.zeros(len(c))
     return Points(
-        mode, machine.weight, machine.kv, c, ttl, np.zeros(len(c)) if ftl is None else ftl,
-        c.batch * c.dp * c.pp / ttl, float(goal.ranks), c.ranks, memory, causes,
+        mode, machine.weight, machine.kv, machine.comm, c, ttl,
+        nothing if ftl is None else ftl, c.batch * c.dp * c.pp / ttl, float(goal.ranks), c.ranks, memory, causes,
+        ttl * accepted if stall is None else stall, nothing,
     )  # fmt: skip
 
 
+def accepted_of(goal: Goal, c: Candidates) -> Array:
+    """Return the tokens that a step yields for a request."""
+    table = as_array([accepted_tokens(n, goal.acceptance) for n in range(goal.draft + 1)])
+    return table[c.draft.astype(int)]
+
+
 def aggregated_points(model: Decoder, machine: Machine, goal: Goal) -> Points:
-    """Price decode and prefill on the same ranks in the fluid limit: each step admits batch/output prompts."""
+    """Price decode and prefill on the same ranks: prompts whole and alone, or beside the decodes (`mixed`).
+
+    Alone is the fluid limit: each step admits batch/output prompts.
+    """
     c, memory = fitting(model, machine, goal)
     if not len(c):
         return points_of(goal, machine, c, memory, Split(), "aggregated", np.ones(0))
     single = c.take((c.batch == 1) & (c.chunks == 1) & (c.draft == 0))
-    past, place = max(0, goal.context - goal.prompt), _same_plan(c, single)
-    first = prefill(model, machine, single, goal.prompt, past).total[place]
-    work = prefill(model, machine, single, goal.prompt, past, chunk=None).total[place]
+    place = _same_plan(c, single)
+    first = prefill(model, machine, single, goal.prompt, goal.cached).total[place]
+    work = prefill(model, machine, single, goal.prompt, goal.cached, chunk=None).total[place]
     step = decode_step(model, machine, c, goal.context)
-    share = c.batch / goal.output * work
-    return points_of(
-        goal, machine, c, memory, step, "aggregated", _drafting(model, c), share, first
-    )
+    longer = _drafting(model, c)
+    alone = points_of(
+        goal, machine, c, memory, step, "aggregated", longer, c.batch / goal.output * work, first,
+        step.total * longer + first,
+    )  # fmt: skip
+    return alone.and_those(_beside(model, machine, goal, c, step))
+
+
+def _beside(model: Decoder, machine: Machine, goal: Goal, c: Candidates, step: Split) -> Points:
+    """Price prompts beside the decodes, where the batch's prompts come no faster than the steps that carry them."""
+    mixed = mixed_steps(model, machine, goal, c, step.total)
+    made, pure = mixed.candidates, step.rows(mixed.rows, len(c))
+    memory = fits(model, machine, made, goal.context)
+    longer = _drafting(model, made)
+    share = made.batch / goal.output * mixed.parts  # steps with a part of a prompt, for each token
+    points = points_of(
+        goal, machine, made, memory, pure, "aggregated", longer, share * (mixed.step - pure.total),
+        first_token(mixed), mixed.step * longer,
+    )  # fmt: skip
+    bearable = share * accepted_of(goal, made) <= 1
+    return points.take(bearable & (memory <= machine.part.memory.value))
 
 
 def _same_plan(c: Candidates, single: Candidates) -> Index:
@@ -118,6 +156,8 @@ def within(points: Points, goal: Goal) -> Points:
         keep &= points.ttl <= goal.ttl
     if goal.ftl is not None and goal.prompt:
         keep &= points.ftl <= goal.ftl
+    if goal.stall is not None:
+        keep &= points.stall <= goal.stall
     return points.take(keep)
 
 
@@ -169,9 +209,9 @@ def without_helix(goal: Goal) -> Goal:
 
 
 def sweep(
-    model: Decoder, part: Hardware, goal: Goal, constants: Efficiency | None = None
-) -> Sequence[Points]:
-    """Price every mode that the goal admits, for every pair of precisions.
+    model: Decoder, part: Hardware, goal: Goal, constants: Efficiency | None = None, cover: Coverage | None = None
+) -> Sequence[Points]:  # fmt: skip
+    """Price every mode that the goal admits, for every choice of precisions and every tier.
 
     Without prompts: decode, and for models with experts also attention apart from them. With prompts: prefill on the
     same ranks (aggregated) and on ranks of its own (disaggregated).
@@ -180,14 +220,19 @@ def sweep(
     from .disaggregation import disaggregated_points
 
     found: list[Points] = []
-    for machine in machines(part, goal, constants):
-        if goal.prompt:
-            found += [
-                aggregated_points(model, machine, goal),
-                disaggregated_points(model, machine, goal),
-            ]
+    for machine in machines(part, goal, constants, cover):
+        if not goal.prompt:
+            found.append(decode_points(model, machine, goal))
+            if model.has_experts and goal.split and goal.ranks > 1:
+                found.append(split_points(model, machine, goal))
             continue
-        found.append(decode_points(model, machine, goal))
-        if model.has_experts and goal.split and goal.ranks > 1:
-            found.append(split_points(model, machine, goal))
+        whole = (
+            aggregated_points(model, machine, goal) if set(tiers_of(goal)) - {RECOMPUTE} else None
+        )
+        for tier in tiers_of(goal):
+            wish = recomputed(goal) if tier == RECOMPUTE else goal
+            same = aggregated_points(model, machine, wish) if tier == RECOMPUTE else whole
+            assert same is not None
+            found.append(placed(model, machine, wish, same, tier))
+            found.append(disaggregated_points(model, machine, wish, tier))
     return [points for points in found if len(points)]

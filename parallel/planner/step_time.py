@@ -47,6 +47,10 @@ class Split:
         for cause in CAUSES:
             setattr(self, cause, getattr(self, cause) + getattr(other, cause) * times)
 
+    def rows(self, index: Any, size: int) -> Split:
+        """Return some of `size` rows."""
+        return Split(*(np.broadcast_to(getattr(self, cause), size)[index] for cause in CAUSES))
+
     def named(self, row: int) -> dict[str, float]:
         """Return one row's seconds by cause."""
         size = np.shape(self.total)
@@ -55,7 +59,15 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A part, what is reached of it, and the precisions of weights, KV, activations and dispatch."""
+    """A part, what is reached of it, and the precisions a step uses.
+
+    Args:
+        wire: precision of payloads that are moved and not added up (Helix' partial outputs, tokens on their way to
+            experts and back); empty: as activations. What is summed on the way (all-reduce) stays as activations.
+        dispatch: precision of tokens on their way to the experts; empty: FP8 unless weights are wider.
+        arithmetic: precision attention multiplies in; empty: 16 bits unless the cache is 8 bits wide or less.
+        cover: which share of experts a number of tokens touches; None: `zipf` of the constants' exponent.
+    """
 
     part: Hardware
     constants: Efficiency
@@ -63,20 +75,35 @@ class Machine:
     kv: str = "bf16"
     activation: str = "bf16"
     dispatch: str = ""
+    wire: str = ""
+    arithmetic: str = ""
+    cover: Coverage | None = None
     network: Network = field(init=False)
-    cover: Coverage = field(init=False)
+    coverage: Coverage = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "network", Network(self.part, self.constants))
         exponent = self.constants.zipf
-        object.__setattr__(self, "cover", zipf(exponent) if exponent else uniform)
+        object.__setattr__(
+            self, "coverage", self.cover or (zipf(exponent) if exponent else uniform)
+        )
 
     @property
     def dispatch_bytes(self) -> float:
         """Bytes per element on the way to the experts: FP8 unless weights are wider."""
         if self.dispatch:
             return element_bytes(self.dispatch)
-        return min(element_bytes(self.activation), max(1.0, element_bytes(self.weight)))
+        return min(self.wire_bytes, max(1.0, element_bytes(self.weight)))
+
+    @property
+    def comm(self) -> str:
+        """Precision of what is moved and not added up."""
+        return self.wire or self.activation
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes per element of what is moved and not added up."""
+        return element_bytes(self.comm)
 
     def gemm(self, flops: Any, weights: Any, precision: str = "", grouped: bool = False) -> Split:
         """Price a matrix product that reads `weights` elements once."""
@@ -96,17 +123,30 @@ class Machine:
     def attend(self, flops: Any, read_bytes: Any) -> Split:
         """Price an attention kernel; it multiplies in 16 bits unless the cache is 8 bits wide."""
         kernel = self.constants.attention
-        peak = self.part.peak("fp8" if element_bytes(self.kv) <= 1 else "bf16")
+        peak = self.part.peak(self.arithmetic or ("fp8" if element_bytes(self.kv) <= 1 else "bf16"))
         memory = as_array(read_bytes) / (kernel.memory * self.part.memory_bandwidth.value)
         compute = as_array(flops) / (kernel.compute * peak)
         return Split(kv=memory, compute=np.maximum(compute - memory, 0.0), floor=kernel.fixed)
 
 
-def decode_step(model: Decoder, machine: Machine, c: Candidates, context: Any) -> Split:
-    """Return the seconds of one step in which every request reads `context` tokens and adds one (plus drafts)."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Prompts that pass beside decodes: new tokens of each, and tokens cached before them."""
+
+    new: int
+    past: int = 0
+
+
+def decode_step(
+    model: Decoder, machine: Machine, c: Candidates, context: Any, prompt: Prompt | None = None
+) -> Split:
+    """Return the seconds of one step in which every request reads `context` tokens and adds one (plus drafts).
+
+    Where `c.beside` is not 0 the same products carry a part of a prompt: the mean of its parts is priced.
+    """
     step = Split()
     for kind in model.kinds:
-        step.add(_decode_layer(kind, machine, c, context), kind.count)
+        step.add(_decode_layer(kind, machine, c, context, prompt), kind.count)
     _ends(step, model, machine, c, c.tokens)
     step.floor = step.floor + machine.constants.step
     return step
@@ -118,25 +158,42 @@ def _ends(step: Split, model: Decoder, machine: Machine, c: Candidates, rows: An
     step.add(machine.gemm(2.0 * head * rows, head, "bf16"))
     rows, net = as_array(rows), machine.network
     logits = all_gather_bytes(c.ffn_tp, rows * model.vocab / c.ffn_tp * HEAD_BYTES)
-    carried = rows * model.hidden * element_bytes(machine.activation) / c.ffn_tp
-    ends = _reduce(machine, c, rows, model.hidden) + net.seconds(logits, c.ffn_tp)
+    carried = (rows + c.beside) * model.hidden * element_bytes(machine.activation) / c.ffn_tp
+    embedded = _reduce(machine, c, rows + c.beside, model.hidden)
+    ends = embedded + net.seconds(logits, c.ffn_tp)
     step.communication = step.communication + ends + (c.pp - 1) * net.seconds(carried, 2 * c.stage)
 
 
-def _decode_layer(kind: LayerKind, machine: Machine, c: Candidates, context: Any) -> Split:
+def _decode_layer(
+    kind: LayerKind, machine: Machine, c: Candidates, context: Any, prompt: Prompt | None
+) -> Split:
     layer = attention_half(kind.attention, machine, c, context)
-    layer.add(_ffn(kind.ffn, machine, c, c.tokens))
+    if prompt is not None:
+        layer.add(_prompt_attention(kind.attention, machine, c, prompt))
+    layer.add(_ffn(kind.ffn, machine, c, c.rows))
     return layer
+
+
+def _prompt_attention(
+    attention: Attention, machine: Machine, c: Candidates, prompt: Prompt
+) -> Split:
+    """The mean part of a prompt over its own cache; MLA decompresses what earlier parts cached once more."""
+    parts = np.ceil(prompt.new / np.maximum(c.beside, 1.0))
+    flops = prefill_flops(attention, prompt.new, prompt.past) / (parts * c.tp)
+    earlier = prompt.past + (parts - 1) / 2 * c.beside
+    again = 2.0 * attention.up_params / c.tp * earlier
+    read = kv_bytes_on_rank(attention, earlier + c.beside, element_bytes(machine.kv), c.tp, 1.0)
+    return machine.attend(flops + again, read)
 
 
 def attention_half(attention: Attention, machine: Machine, c: Candidates, context: Any) -> Split:
     """Return the seconds of a layer up to its feed-forward."""
     layer = Split(floor=machine.constants.layer)
     before, after = _projections(attention, c)
-    layer.add(machine.gemm(2.0 * before * c.tokens, before))
+    layer.add(machine.gemm(2.0 * before * c.rows, before))
     layer.add(_attention_and_exchange(attention, machine, c, context))
-    layer.add(machine.gemm(2.0 * after * c.tokens, after))
-    layer.communication = layer.communication + _reduce(machine, c, c.tokens, attention.hidden)
+    layer.add(machine.gemm(2.0 * after * c.rows, after))
+    layer.communication = layer.communication + _reduce(machine, c, c.rows, attention.hidden)
     return layer
 
 
@@ -160,7 +217,7 @@ def _attention_and_exchange(
     flops = c.tokens * decode_flops(attention, context) / (c.tp * kvp)
     kernel = machine.attend(flops, read)
     width = attention.kv_rank or attention.value_head_dim
-    held = helix_payload(c.tokens, attention.heads, width, c.tp, element_bytes(machine.activation))
+    held = helix_payload(c.tokens, attention.heads, width, c.tp, machine.wire_bytes)
     piece = machine.network.all_to_all(kvp, held / c.chunks, c.tp * kvp)
     alone = kernel.total / c.chunks + (c.chunks > 1) * kernel.floor * (1 - 1 / c.chunks)
     hidden_too = overlapped(alone, piece, c.chunks)
@@ -187,7 +244,7 @@ def routed_half(ffn: Ffn, machine: Machine, c: Candidates, rows: Any) -> Split:
     done.add(machine.gemm(2.0 * ffn.router_params * as_array(rows), ffn.router_params, "bf16"))
     cut = c.ep * c.etp > 1  # experts that are whole on every rank read all of its tokens
     entering = np.where(cut, as_array(rows) * c.dp / c.edp, rows)
-    touched = expert_bytes(ffn, entering, c.ep, c.etp, 1.0, machine.cover)
+    touched = expert_bytes(ffn, entering, c.ep, c.etp, 1.0, machine.coverage)
     done.add(machine.gemm(expert_flops(ffn, entering, c.ep, c.etp), touched, grouped=True))
     if ffn.shared_params:
         shared = ffn.shared_params / c.ffn_tp
@@ -204,8 +261,7 @@ def _expert_exchange(ffn: Ffn, machine: Machine, c: Candidates, rows: Any) -> Ar
     away = c.ep * c.etp > c.ffn_tp
     cut = (c.ep * c.etp > 1) | (ffn.shared_params > 0)
     travel = _dispatch(ffn, machine, c, as_array(rows) / c.ffn_tp)
-    element = element_bytes(machine.activation)
-    gathered = as_array(rows) * ffn.hidden * element * (1 - 1 / c.ffn_tp)
+    gathered = as_array(rows) * ffn.hidden * machine.wire_bytes * (1 - 1 / c.ffn_tp)
     rest = machine.network.seconds(gathered, c.ffn_tp)
     return np.where(away, travel + rest, cut * _reduce(machine, c, rows, ffn.hidden))
 
@@ -214,7 +270,7 @@ def _dispatch(ffn: Ffn, machine: Machine, c: Candidates, own: Array) -> Array:
     """Seconds of sending this rank's tokens to their experts and bringing the results back."""
     group = c.ep * c.etp
     there = dispatch_payload(ffn, own, c.ep, c.etp, machine.dispatch_bytes)
-    back = dispatch_payload(ffn, own, c.ep, c.etp, element_bytes(machine.activation))
+    back = dispatch_payload(ffn, own, c.ep, c.etp, machine.wire_bytes)
     net = machine.network
     return net.all_to_all(group, there) + net.all_to_all(group, back)
 
@@ -253,9 +309,13 @@ def _prefill_layer(
     layer = Split(floor=machine.constants.layer)
     attention, ffn = kind.attention, kind.ffn
     weights = attention_weights(attention, c)
-    share = attention.matrix_params / c.tp
+    after = cut_qkv(attention)[
+        2
+    ]  # all kvp * tp ranks share it in decode; here a rank's tokens meet tp's part
+    share = weights + after / c.tp - after / c.ffn_tp
     layer.add(machine.gemm(2.0 * share * rows, weights))
     flops = prefill_flops(attention, new, past) / (c.tp * c.sequence)
+    flops = flops + 2.0 * attention.up_params * as_array(past) / (c.tp * c.sequence)  # MLA's cache
     read = kv_bytes_on_rank(attention, new + past, element_bytes(machine.kv), c.tp, 1.0)
     kernel = machine.attend(flops, read)
     moved = read * (c.sequence - 1) / c.sequence
@@ -271,7 +331,7 @@ def _prefill_layer(
         return layer
     layer.floor = layer.floor + machine.constants.routed
     entering = np.where(c.ep * c.etp > 1, rows * c.dp * c.sequence / c.edp, rows)
-    touched = expert_bytes(ffn, entering, c.ep, c.etp, 1.0, machine.cover)
+    touched = expert_bytes(ffn, entering, c.ep, c.etp, 1.0, machine.coverage)
     layer.add(machine.gemm(expert_flops(ffn, entering, c.ep, c.etp), touched, grouped=True))
     shared = ffn.shared_params / c.tp
     layer.add(machine.gemm(2.0 * shared * rows, shared))

@@ -1,8 +1,89 @@
-"""Tiers: when weights stream from the host (MoE-Lens), and when a prefix is fetched rather than computed."""
+"""Tiers: where cached prefixes wait for their next prompt, and weights that stream from the host (MoE-Lens)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .candidates import Candidates
+from .columns import Array
+from .goals import Goal
+from .memory import request_bytes
+from .points import Points
+from .precision import element_bytes
+from .shapes import Decoder
+from .step_time import Machine
+
+DEVICE, HOST, RECOMPUTE = "device", "host", "recompute"
+
+
+def tiers_of(goal: Goal) -> tuple[str, ...]:
+    """Return the tiers worth pricing: where nothing waits, the device is as good as any and costs nothing."""
+    free = not goal.cached or (not goal.idle and DEVICE in goal.tiers)
+    return (DEVICE,) if free else goal.tiers
+
+
+def recomputed(goal: Goal) -> Goal:
+    """Return the same goal with no cached prefix: the whole context is a prompt."""
+    return replace(goal, prompt=goal.context, idle=0)
+
+
+def fetching(
+    model: Decoder, machine: Machine, goal: Goal, c: Candidates, tier: str, apart: bool = False
+) -> Array:
+    """Return the seconds in which a rank's share of one cached prefix comes from its tier.
+
+    Args:
+        apart: whether the device that has it is another rank's, at the other end of the network.
+    """
+    part = machine.part
+    share = request_bytes(model, c, goal.cached, element_bytes(machine.kv))
+    if tier == DEVICE:
+        near = goal.ranks <= part.domain.value
+        link = part.scale_up.each_way if near else part.scale_out.each_way
+        return share / link * (apart and goal.idle > 0)
+    if tier == RECOMPUTE:
+        return 0.0 * share
+    link = part.host_link.each_way
+    if tier != HOST:
+        link = min(link, part.disk_link.each_way if part.disk_link else 0.0)
+    return share / link if link else np.inf + share
+
+
+def stored_points(
+    model: Decoder, machine: Machine, goal: Goal, points: Points, tier: str
+) -> Points:
+    """Return those points that have room in their tier for `goal.idle` waiting sessions per running one."""
+    if tier == RECOMPUTE:
+        return replace(points, tier=tier)
+    c, part = points.candidates, machine.part
+    each = request_bytes(model, c, goal.context, element_bytes(machine.kv))
+    stored = goal.idle * each * c.batch * c.pp
+    if tier == DEVICE:
+        memory = points.memory + stored
+        return replace(points, memory=memory, stored=stored).take(memory <= part.memory.value)
+    room = part.host_memory if tier == HOST else part.disk
+    return replace(points, stored=stored, tier=tier).take(stored <= (room.value if room else -1.0))
+
+
+def placed(model: Decoder, machine: Machine, goal: Goal, points: Points, tier: str) -> Points:
+    """Return aggregated points with their prefixes in a tier.
+
+    A prefix comes before its prompt is computed, so the first token waits for it. While it comes, decodes go on; the
+    link brings one per prompt, and holds the steps up only where it is slower than they are.
+    """
+    kept = stored_points(model, machine, goal, points, tier)
+    c = kept.candidates
+    fetch = fetching(model, machine, goal, c, tier)
+    ttl = np.maximum(kept.ttl, fetch * c.batch * c.pp / goal.output)
+    longer = (ttl - kept.ttl) * kept.causes.sum(axis=0) / kept.ttl  # seconds of a step
+    causes = kept.causes.copy()
+    causes[-1] += longer
+    return replace(
+        kept, ttl=ttl, ftl=kept.ftl + fetch, throughput=kept.throughput * kept.ttl / ttl, causes=causes,
+        stall=kept.stall + longer,
+    )  # fmt: skip
 
 
 def parallel_tokens(prompt: int, generated: int) -> float:
