@@ -26,12 +26,12 @@ def check_holders(cache: PageCache, sequences: Listing[Sequence]) -> None:
         np.add.at(holders, seq.pages, 1)
         if len(np.unique(seq.pages)) != len(seq.pages):
             raise IntegrityError(f"sequence {seq.number} holds a page twice")
-        if len(seq.pages) != -(-seq.length // pool.spec.page_tokens):
+        if len(seq.pages) != -(-seq.tokens // pool.spec.page_tokens):
             raise IntegrityError(f"{seq!r} does not fit its pages")
         if (pool.states[seq.pages] != PageState.LIVE).any():
             raise IntegrityError(f"{seq!r} holds a page that is not LIVE")
         if seq.history is not None:
-            cache.check_history(seq.history, seq.pages, seq.length)
+            cache.check_history(seq.history, seq.pages, seq.tokens)
         if seq.fetch is not None:
             np.add.at(holders, seq.fetch.pages, 1)
             if (pool.states[seq.fetch.pages] != PageState.RESERVED).any():

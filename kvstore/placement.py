@@ -99,7 +99,7 @@ class Placement:
             return
         keys = self.reach(history)
         size, full = self._cache.index.size, history.indexed
-        gain = (full + len(keys)) * size - seq.length
+        gain = (full + len(keys)) * size - seq.tokens
         with self._lock:
             self._counts["lookups"] += 1
             self._counts["pages_found"] += len(keys)
@@ -107,7 +107,7 @@ class Placement:
             return
         limit = float("inf") if seconds is None else seconds
         if self._rule == "sooner":
-            choice = self._choose(keys, gain, seq.length)
+            choice = self._choose(keys, gain, seq.tokens)
             if not choice.fetch:
                 with self._lock:
                     self._counts["recomputes"] += 1
@@ -147,8 +147,8 @@ class Placement:
         length = (full + len(fetch.pages)) * cache.index.size
         seq.pages = cache.record(history, np.concatenate([seq.pages[:full], fetch.pages]), length)
         self.outbox.known(seq.pages[full:])
-        cache.counters.tokens_found += length - seq.length
-        seq.length = seq.found_tokens = length
+        cache.counters.tokens_found += length - seq.tokens
+        seq.tokens = seq.found_tokens = length
 
     # -- measuring ---------------------------------------------------------------------------
 

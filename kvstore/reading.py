@@ -68,7 +68,7 @@ class PageReader:
                 inside = step if step is not None and seq.step is step else None
                 at = -1 if inside is None else inside.find(seq)
                 pages.append(seq.pages if inside is None else inside.table.pages(at))
-                lengths.append(seq.length if inside is None else int(inside.table.lengths[at]))
+                lengths.append(seq.tokens if inside is None else int(inside.table.lengths[at]))
             return PageTable(pages, np.array(lengths, np.int64), self.spec.page_tokens)
 
     def keys_values(

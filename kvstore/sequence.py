@@ -22,14 +22,14 @@ class Sequence:
     Use one sequence from one thread at a time; different sequences are independent.
 
     Attributes:
-        length: committed tokens; more once what `open` fetches from tiers is there.
+        tokens: those that are there now, without what `open` fetches from tiers; `length` waits for that.
         history: the token ids, as far as the store was told them.
         tenant: whose sequence this is; prefixes are never shared between tenants.
     """
 
     __slots__ = (
-        "closed", "fetch", "found_tokens", "history", "length", "number", "pages", "step", "store",
-        "tenant",
+        "closed", "fetch", "found_tokens", "history", "number", "pages", "step", "store", "tenant",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, store: KVStore, number: int, tenant: str | None = None) -> None:
@@ -38,11 +38,17 @@ class Sequence:
         self.tenant = tenant
         self.found_tokens = 0
         self.fetch: Fetch | None = None
-        self.length = 0
+        self.tokens = 0
         self.pages: np.ndarray = np.empty(0, np.int32)
         self.step: Step | None = None
         self.history: History | None = None
         self.closed = False
+
+    @property
+    def length(self) -> int:
+        """Committed tokens; waits for what is under way from the tiers, as `cached_tokens` does."""
+        self.wait()
+        return self.tokens
 
     @property
     def cached_tokens(self) -> int:
@@ -72,7 +78,7 @@ class Sequence:
             self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self.length} tokens, {len(self.pages)} pages"
+        state = "closed" if self.closed else f"{self.tokens} tokens, {len(self.pages)} pages"
         return f"Sequence({self.number}: {state})"
 
     def step_alone(self) -> Step | None:

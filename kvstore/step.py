@@ -104,7 +104,7 @@ def make_step(
     `allocate` is `PagePool.allocate`, and may raise; nothing is changed then.
     """
     size = pool.spec.page_tokens
-    bases = np.fromiter((seq.length for seq in seqs), np.int64, len(seqs))
+    bases = np.fromiter((seq.tokens for seq in seqs), np.int64, len(seqs))
     held = np.fromiter((len(seq.pages) for seq in seqs), np.int64, len(seqs))
     more = -(-(bases + counts) // size) - held
     lasts = np.fromiter(

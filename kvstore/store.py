@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ class KVStore(StoreAccounts):
         codec: how tiers keep pages: "none", "fp8", "int8", "zstd", "exponent", chains such as "int8+zstd".
         tiers: further tiers by name, slower than those; the store closes them.
         fetch: "sooner": what is computed sooner than fetched is not fetched; "always" fetches.
+        clock: the time that deadlines are in.
 
     State: one lock around metadata and writes; reads run outside it. Use a sequence from one
     thread at a time.
@@ -84,6 +86,7 @@ class KVStore(StoreAccounts):
         codec: str = "none",
         tiers: Mapping[str, Tier] | None = None,
         fetch: FetchRule = "sooner",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         policy, chain = find_policy(evict), find_codec(codec)
@@ -106,7 +109,7 @@ class KVStore(StoreAccounts):
             self.placement = None
             if below:
                 self.placement = Placement(
-                    self.cache, self._lock, TierStack(below), encoding, fetch
+                    self.cache, self._lock, TierStack(below), encoding, fetch, clock
                 )
                 weakref.finalize(self, self.placement.close, LAST_FLUSH)
             undo.pop_all()
@@ -155,8 +158,8 @@ class KVStore(StoreAccounts):
         seq = Sequence(self, self._next, tenant)
         if ids is not None:
             seq.history = History(key, ids, self.spec.page_tokens)
-            seq.pages, seq.length = self.cache.pin(seq.history)
-            seq.found_tokens = seq.length
+            seq.pages, seq.tokens = self.cache.pin(seq.history)
+            seq.found_tokens = seq.tokens
         self._sequences[self._next] = seq
         self._next += 1
         return seq
@@ -188,7 +191,7 @@ class KVStore(StoreAccounts):
             self._own(seq)
             self._tell(seq, ids)
             if seq.history is not None:
-                seq.pages = self.cache.record(seq.history, seq.pages, seq.length)
+                seq.pages = self.cache.record(seq.history, seq.pages, seq.tokens)
 
     def _tell(self, seq: Sequence, ids: np.ndarray) -> None:
         if seq.history is None:
@@ -216,9 +219,9 @@ class KVStore(StoreAccounts):
                 if seq.fetch is not None and self.placement is not None:
                     self.placement.settle(seq)
                 if seq.history is not None:
-                    self.cache.record_tail(seq.history, seq.pages, seq.length)
+                    self.cache.record_tail(seq.history, seq.pages, seq.tokens)
                 self.cache.release(seq.pages)
-                seq.pages, seq.length, seq.closed = np.empty(0, np.int32), 0, True
+                seq.pages, seq.tokens, seq.closed = np.empty(0, np.int32), 0, True
                 del self._sequences[seq.number]
 
     def fork(self, seq: Sequence) -> Sequence:
@@ -232,7 +235,7 @@ class KVStore(StoreAccounts):
             twin = self._open(None, b"", seq.tenant)
             self.pool.share(seq.pages)
             twin.history = None if seq.history is None else seq.history.copy()
-            twin.pages, twin.length = seq.pages.copy(), seq.length
+            twin.pages, twin.tokens = seq.pages.copy(), seq.tokens
             twin.found_tokens = seq.found_tokens
             return twin
 
@@ -272,13 +275,13 @@ class KVStore(StoreAccounts):
             seq.require_open()
             if seq.step is not None:
                 raise busy(seq)
-            if not 0 <= length <= seq.length:
+            if not 0 <= length <= seq.tokens:
                 raise ValueError(
-                    f"truncate to {length}: sequence {seq.number} has {seq.length} tokens"
+                    f"truncate to {length}: sequence {seq.number} has {seq.tokens} tokens"
                 )
             keep = -(-length // self.spec.page_tokens)
             self.cache.release(seq.pages[keep:])
-            seq.pages, seq.length = seq.pages[:keep].copy(), length
+            seq.pages, seq.tokens = seq.pages[:keep].copy(), length
             if seq.history is not None:
                 seq.history.truncate(length)
             seq.found_tokens = min(seq.found_tokens, length)
@@ -367,14 +370,14 @@ class KVStore(StoreAccounts):
             for at, seq in enumerate(step.seqs):
                 swap = step.copied[at]
                 seq.pages = step.table.pages(at).copy()
-                seq.length = int(step.table.lengths[at])
+                seq.tokens = int(step.table.lengths[at])
                 seq.step = None
                 if swap is not None:
                     self.cache.release(np.array([swap[1]], np.int32))
                 if told:
                     self._tell(seq, told[at])
                 if seq.history is not None:
-                    seq.pages = self.cache.record(seq.history, seq.pages, seq.length)
+                    seq.pages = self.cache.record(seq.history, seq.pages, seq.tokens)
             step.state = "committed"
 
     def abort(self, step: Step | Sequence) -> None:

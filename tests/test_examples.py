@@ -49,3 +49,16 @@ def test_own_module(tmp_path: Path, launch: list[str] | None) -> None:
     found = re.search(r"from one process: (\S+)", job.output)
     assert found is not None, job.output
     assert float(found[1]) < 1e-5
+
+
+def test_a_second_process_skips_the_prefill_of_the_first(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "persistent_prefix.py"), str(tmp_path / "cache")]
+    jobs = [run_job([*command, "--tokens", "400"], tmp_path / name) for name in ("one", "two")]
+    assert [job.code for job in jobs] == [0, 0], jobs[0].output + jobs[1].output
+    assert "400 prompt tokens, 0 of them from disk" in jobs[0].output
+    assert "400 prompt tokens, 384 of them from disk" in jobs[1].output
+    assert "pages read 24" in jobs[1].output
+    first, second = (re.search("answer.*", job.output) for job in jobs)
+    assert first is not None
+    assert second is not None
+    assert first[0] == second[0]

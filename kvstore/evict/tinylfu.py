@@ -5,18 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .leaves import Leaves, exposed, forget_gone, longer
 from .leaves import drop as heap_drop
+from .leaves import exposed, forget_gone
 from .leaves import push as heap_push
 from .policy import Chain
+from .queues import NEW, PROVEN, TwoQueues
 
 _ROWS = 4
 _MOST = 255
 _SAMPLES = 10  # uses per counter before all counters are halved
 
 _ASKED = 15  # pages of the main part that one eviction compares: four levels of the heap
-
-_WINDOW, _MAIN = 1, 2
 
 
 @njit(cache=True)
@@ -52,10 +51,10 @@ def _promote(window, main, where, rank, queue, sizes, parents, page):
     """Move a leaf of the window to the main part, and the pages before it."""
     heap_drop(window, where, rank, page)
     heap_push(main, where, rank, page)
-    while page >= 0 and queue[page] == _WINDOW:
-        queue[page] = _MAIN
-        sizes[_WINDOW] -= 1
-        sizes[_MAIN] += 1
+    while page >= 0 and queue[page] == NEW:
+        queue[page] = PROVEN
+        sizes[NEW] -= 1
+        sizes[PROVEN] += 1
         page = parents[page]
 
 
@@ -78,25 +77,25 @@ def _choose(
 ):  # fmt: skip
     """Fill `out` with victims; sizes: clock, pages of the window, pages of the main part."""
     count = 0
-    room = (1 - share) * (sizes[_WINDOW] + sizes[_MAIN])
+    room = (1 - share) * (sizes[NEW] + sizes[PROVEN])
     while count < len(out) and window[0] + main[0] > 0:
         page = _least_popular(main, sketch, keys) if main[0] > 0 else window[1]
         if window[0] > 0:
             newcomer = window[1]
-            if sizes[_MAIN] < room and window[0] > 1:
+            if sizes[PROVEN] < room and window[0] > 1:
                 _promote(window, main, where, rank, queue, sizes, parents, newcomer)
                 continue
             if popularity(sketch, keys[newcomer]) > popularity(sketch, keys[page]):
                 _promote(window, main, where, rank, queue, sizes, parents, newcomer)
             else:
                 page = newcomer
-        heap_drop(main if queue[page] == _MAIN else window, where, rank, page)
+        heap_drop(main if queue[page] == PROVEN else window, where, rank, page)
         sizes[queue[page]] -= 1
         out[count] = page
         count += 1
         parent = exposed(parents, children, holders, gone, page)
         if parent >= 0:
-            heap_push(main if queue[parent] == _MAIN else window, where, rank, parent)
+            heap_push(main if queue[parent] == PROVEN else window, where, rank, parent)
     forget_gone(parents, gone, out[:count])
     return count
 
@@ -116,66 +115,49 @@ class TinyLFU:
         if not 0 < window_share < 1:
             raise ValueError(f"window_share={window_share} must lie between 0 and 1")
         self.window_share = window_share
-        self._window, self._main = Leaves(), np.zeros(1, np.int32)
-        self._queue = np.zeros(0, np.uint8)
-        self._keys = np.zeros(0, np.uint64)
+        self._queues = TwoQueues()
         self._sketch = np.zeros((_ROWS, 1), np.uint8)
         self._counted = 0
-        self._sizes = np.zeros(3, np.int64)
 
     def attach(self, chain: Chain) -> None:
-        self._window.attach(chain)
-        self._main = longer(self._main, chain.capacity + 1)
-        self._queue = longer(self._queue, chain.capacity)
-        self._keys = longer(self._keys, chain.capacity)
+        self._queues.attach(chain)
         self._sketch = np.zeros((_ROWS, max(chain.capacity, 64)), np.uint8)
 
     def _use(self, pages: np.ndarray) -> None:
-        self._sizes[0] += 1
-        self._window.rank[pages] = self._sizes[0]
-        count_uses(self._sketch, self._keys[pages])
+        queues = self._queues
+        queues.sizes[0] += 1
+        queues.leaves.rank[pages] = queues.sizes[0]
+        count_uses(self._sketch, queues.keys[pages])
         self._counted += len(pages)
         if self._counted > _SAMPLES * self._sketch.shape[1]:
             self._sketch >>= 1
             self._counted //= 2
 
     def admitted(self, pages: np.ndarray, keys: np.ndarray, depths: np.ndarray) -> None:
-        self._keys[pages] = keys
-        self._queue[pages] = _WINDOW
-        self._sizes[_WINDOW] += len(pages)
+        self._queues.enter(pages, keys, NEW)
         self._use(pages)
 
     def touched(self, pages: np.ndarray) -> None:
         self._use(pages)
 
     def pinned(self, pages: np.ndarray) -> None:
-        self._drop(pages)
+        self._queues.drop(pages)
 
     def unpinned(self, pages: np.ndarray) -> None:
-        mine = self._queue[pages]
-        self._window.offer(pages[mine == _WINDOW])
-        self._window.offer(pages[mine == _MAIN], self._main)
+        self._queues.offer(pages)
 
     def removed(self, pages: np.ndarray) -> None:
-        listed = pages[self._queue[pages] > 0]
-        self._drop(listed)
-        self._sizes[1:] -= np.bincount(self._queue[listed], minlength=3)[1:]
-        self._queue[listed] = 0
-
-    def _drop(self, pages: np.ndarray) -> None:
-        main = self._queue[pages] == _MAIN
-        self._window.drop(pages[~main])
-        self._window.drop(pages[main], self._main)
+        self._queues.removed(pages)
 
     def victims(self, count: int) -> np.ndarray:
-        window, chain = self._window, self._window.chain
+        queues, new, chain = self._queues, self._queues.leaves, self._queues.chain
         out = np.empty(min(count, chain.capacity), np.int32)
         out = out[
             : _choose(
-                window.heap, self._main, window.where, window.rank, self._sketch, self._keys,
-                self._queue, self._sizes, self.window_share, chain.parents, chain.children,
-                chain.holders, window.gone, out,
+                new.heap, queues.proven, new.where, new.rank, self._sketch, queues.keys,
+                queues.queue, queues.sizes, self.window_share, chain.parents, chain.children,
+                chain.holders, new.gone, out,
             )
         ]  # fmt: skip
-        self._queue[out] = 0
+        queues.queue[out] = 0
         return out

@@ -25,15 +25,17 @@ class Catalog:
     Attributes:
         slots: held pages.
         pending: the last change of each slot that the index does not have yet.
-        writing: keys that are being written.
+        writing: keys that are being written, and the slots they will have.
+        lost: slots whose slab is gone.
         num_slots: slots of all slabs that are there.
     """
 
     def __init__(self, order: EvictionOrder, last_seq: int) -> None:
         self._order = order
         self.slots: dict[bytes, int] = {}
-        self.writing: set[bytes] = set()
+        self.writing: dict[bytes, int] = {}
         self.leaving: set[int] = set()
+        self.lost: set[int] = set()
         self.pending: dict[int, Record] = {}
         self.first_seq = self._next_seq = (last_seq // EPOCH + 1) * EPOCH
         self.evicted = 0
@@ -49,6 +51,7 @@ class Catalog:
             self._seqs = np.concatenate([self._seqs, np.zeros(short, np.uint64)])
             self._lengths = np.concatenate([self._lengths, np.zeros(short, np.int64)])
         self.num_slots += len(slots)
+        self.lost.difference_update(slots)
         self._free[:0] = reversed(slots)  # the lowest free slot is taken first: runs stay together
 
     def restore(self, records: Iterable[Record], page_bytes: int) -> int:
@@ -107,9 +110,9 @@ class Catalog:
                 )
             self._free.append(self._forget(victim))
             self.evicted += 1
-        self.writing.add(key)
+        self.writing[key] = slot = self._free.pop()
         self._next_seq += 1
-        return Record(HELD, self._free.pop(), self._next_seq - 1, length, key)
+        return Record(HELD, slot, self._next_seq - 1, length, key)
 
     def _forget(self, key: bytes) -> int:
         slot = self.slots.pop(key)
@@ -119,14 +122,15 @@ class Catalog:
 
     def publish(self, record: Record) -> None:
         """A claimed slot was written: the page is held."""
-        self.writing.discard(record.key)
+        del self.writing[record.key]
         self._hold(record)
         self.pending[record.slot] = record
 
     def unclaim(self, record: Record) -> None:
         """A claimed slot was not written, or only in part: it leaves."""
-        self.writing.discard(record.key)
-        self.leaving.add(record.slot)
+        del self.writing[record.key]
+        if record.slot not in self.lost:
+            self.leaving.add(record.slot)
 
     def drop(self, key: bytes, seq: int | None = None) -> int | None:
         """Forget a page (of this number, if given); its slot leaves."""
@@ -138,8 +142,20 @@ class Catalog:
 
     def free(self, slot: int) -> None:
         """A leaving slot's header is erased: it can be used again."""
-        self.leaving.discard(slot)
-        self._free.append(slot)
+        if slot in self.leaving:  # else its slab went meanwhile
+            self.leaving.remove(slot)
+            self._free.append(slot)
+
+    def lose(self, slots: range) -> int:
+        """A slab is gone: forget its slots, whatever state they were in; give how many pages that were."""
+        keys = [key for key, slot in self.slots.items() if slot in slots]
+        for key in keys:
+            self._forget(key)
+        self._free = [slot for slot in self._free if slot not in slots]
+        self.leaving.difference_update(slots)
+        self.lost.update(slots)
+        self.num_slots -= len(slots)
+        return len(keys)
 
     def take_pending(self) -> dict[int, Record]:
         """The changes to make durable now."""
@@ -169,8 +185,9 @@ class Catalog:
         known = [*held, *self._free, *self.leaving]
         checks = {
             "a slot is in two states": len(set(known)) != len(known),
-            "a slot is lost": len(known) + len(self.writing) != self.num_slots,
-            "a held page is also being written": bool(self.writing & self.slots.keys()),
+            "a slot is lost": len(known) + len(set(self.writing.values()) - self.lost)
+            != self.num_slots,
+            "a held page is also being written": bool(self.writing.keys() & self.slots.keys()),
         }
         for what, wrong in checks.items():
             if wrong:

@@ -23,6 +23,7 @@ from .recovery import folder_at, open_to_read, open_to_write, reread
 from .tier import Page, Tier, byte_views, check_keys
 
 STAGING = 4  # transfers at a time; four keep a disk busy
+_COUNTED = "damaged", "lost_in_sync", "lost_with_slab", "write_failures", "growth_refused"
 
 
 class DiskTier(Tier):
@@ -79,6 +80,7 @@ class DiskTier(Tier):
         self._committing = threading.Lock()
         self._dirty: set[int] = set()
         self._stuck: set[int] = set()  # leaving slots that could not be erased
+        self._gone: set[int] = set()  # slabs that were deleted while they were open
         self._sync_failures = 0
         self._grow = True
         self._busy = 0  # calls that use the files now
@@ -223,7 +225,10 @@ class DiskTier(Tier):
                 records, dirty = self._catalog.take_pending(), self._dirty
                 self._dirty = set()
                 self._grow = True
-            self._sync_slabs(records, dirty)
+                if self._busy <= 1:  # only this call: nobody reads or writes a slab that is gone
+                    while self._gone:
+                        self._opened.slabs.drop(self._gone.pop())
+            records = self._sync_slabs(records, dirty)
             try:
                 self._extend_index(records)
             except OSError as error:
@@ -235,10 +240,14 @@ class DiskTier(Tier):
                     f"commit: {len(stuck)} removed pages could not be erased; commit again"
                 )
 
-    def _sync_slabs(self, records: dict[int, Record], dirty: set[int]) -> None:
+    def _sync_slabs(self, records: dict[int, Record], dirty: set[int]) -> dict[int, Record]:
+        """Make the slabs' content durable; give the records without those of slabs that are gone."""
         try:
-            for number in sorted(dirty):
-                self._opened.slabs.sync(number)
+            for number in sorted(dirty - self._gone):
+                try:
+                    self._opened.slabs.sync(number)
+                except FileNotFoundError:
+                    records = self._lose_slab(number, records)
         except OSError as error:
             # The system may have thrown away what it could not write, of any page since the last good sync.
             with self._lock:
@@ -252,6 +261,17 @@ class DiskTier(Tier):
             raise TierError(
                 f"commit: {len(lost)} pages could not be made durable: {error}"
             ) from error
+        return records
+
+    def _lose_slab(self, number: int, records: dict[int, Record]) -> dict[int, Record]:
+        """Somebody deleted a slab: its pages are lost, the others are not."""
+        slots = self._opened.slabs.slots(number)
+        with self._lock:
+            self._sync_failures += 1  # what is being written there is not held
+            self._counts["lost_with_slab"] += self._catalog.lose(slots)
+            self._stuck.difference_update(slots)
+            self._gone.add(number)
+        return {slot: record for slot, record in records.items() if slot not in slots}
 
     def _extend_index(self, records: dict[int, Record]) -> None:
         index, catalog = self._opened.index, self._catalog
@@ -333,7 +353,7 @@ class DiskTier(Tier):
                 "pages": len(self._catalog.slots),
                 "evicted": self._catalog.evicted,
                 "leaving": len(self._catalog.leaving),
-                **dict.fromkeys(("damaged", "lost_in_sync", "write_failures", "growth_refused"), 0),
+                **dict.fromkeys(_COUNTED, 0),
                 **self._counts,
             }
 

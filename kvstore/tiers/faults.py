@@ -14,6 +14,7 @@ import errno
 import itertools
 import os
 import random
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .errors import TierLocked
 from .folder import Buffers, Folder
 from .memory import ALIGNMENT
 
+_LOCK = threading.RLock()  # one for all disks, so that they can be deep-copied
 SECTOR = 512  # what a disk writes whole or not at all
 
 
@@ -87,14 +89,14 @@ class FaultyDisk:
 
     def power_cut(self, draw: random.Random) -> None:
         """Lose power: all handles and locks are gone, and what was not synced, in part."""
-        self.cuts += 1
-        self.writer = None
-        self.armed.clear()
-        states = [self._durable_names, *self._journal]
-        self.names = dict(draw.choice(states))
-        self.sync_names()
-        for file in self.names.values():
-            file.cut(draw)
+        with _LOCK:
+            self.kill()
+            self.cuts += 1
+            states = [self._durable_names, *self._journal]
+            self.names = dict(draw.choice(states))
+            self.sync_names()
+            for file in self.names.values():
+                file.cut(draw)
 
     def kill(self) -> None:
         """End the process only: what was written stays."""
@@ -142,9 +144,12 @@ class FaultyFolder(Folder):
         self.path = Path("a faulty disk")
         self.direct = True
         self._files: dict[int, tuple[FaultyFile, bool]] = {}
+        self._writes = False
         self._numbers = itertools.count(3)
 
     def _strike(self, operation: str) -> bool:
+        if self._writes and self._disk.writer is not self:
+            raise OSError(errno.EIO, "the process or the power of this folder is gone")
         fault = self._disk.strike(operation)
         if fault in ("EIO", "ENOSPC"):
             code = getattr(errno, fault)
@@ -159,7 +164,7 @@ class FaultyFolder(Folder):
         """Become the only writer."""
         if self._disk.writer is not None:
             raise TierLocked("there is a writer already")
-        self._disk.writer = self
+        self._disk.writer, self._writes = self, True
         if name not in self._disk.names:
             self.close(self.create(name))
 
@@ -214,24 +219,28 @@ class FaultyFolder(Folder):
         views = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
         self._aligned(handle, views, offset)
         data = b"".join(view.tobytes() for view in views)
-        if self._strike("write"):
-            data = data[: len(data) // 2 // SECTOR * SECTOR]
-        file = self._files[handle][0]
-        file.current.extend(bytes(max(0, offset + len(data) - len(file.current))))
-        file.current[offset : offset + len(data)] = data
-        file.unsynced.append((offset, data))
+        with _LOCK:
+            if self._strike("write"):
+                data = data[: len(data) // 2 // SECTOR * SECTOR]
+            file = self._files[handle][0]
+            file.current.extend(bytes(max(0, offset + len(data) - len(file.current))))
+            file.current[offset : offset + len(data)] = data
+            file.unsynced.append((offset, data))
         return len(data)
 
     def sync(self, handle: int) -> None:
         """Make a file's content safe; if that fails, what was not safe is forgotten, as Linux may."""
         file = self._files[handle][0]
-        try:
-            self._strike("sync")
-        except OSError:
-            file.current[: len(file.durable)] = file.durable
-            file.unsynced.clear()
-            raise
-        file.sync()
+        with _LOCK:
+            alive = self._disk.writer is self
+            try:
+                self._strike("sync")
+            except OSError:
+                if alive:
+                    file.current[: len(file.durable)] = file.durable
+                    file.unsynced.clear()
+                raise
+            file.sync()
         if not any(file is named for named in self._disk.names.values()):
             raise FileNotFoundError(errno.ENOENT, "a file was deleted")
 

@@ -20,7 +20,7 @@ SLOT, SLAB, INDEX = 1, 2, 3
 MAX_FORM_BYTES = 2048
 FORM_DIGEST_BYTES = 16
 RECORD_BYTES = 128
-HELD, DROPPED, OPENED = 1, 2, 3  # kinds of record
+HELD, DROPPED, OPENED, END = 1, 2, 3, 4  # kinds of record
 
 _MAGIC = b"plaitKV"
 _START = struct.Struct("<7sBBB6x")  # magic, kind of block, version, 255 - version

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from .folder import Folder
 from .form import (
     BLOCK,
+    END,
     HELD,
     INDEX,
     OPENED,
@@ -65,7 +66,8 @@ class Index:
             if len(block) < BLOCK or self._allocated > MAX_BYTES:
                 return
             self.geometry, _ = read_geometry(block, INDEX)
-            self.whole = self._replay() and self._allocated % CHUNK == 0  # else it was cut off
+            said = self._end()  # before the lines: a writer adds them first
+            self.whole = self._replay() and said is not None and said <= self.lines
         except (Damaged, OSError):
             self.whole = False
 
@@ -74,14 +76,22 @@ class Index:
         buffer = bytearray(size)
         return bytes(buffer[: self._folder.read(self._handle, [buffer], offset)])
 
+    def _end(self) -> int | None:
+        """Give how many lines the file's last line says there are; None if it is not there: the file was cut off."""
+        place, rest = divmod(self._allocated - BLOCK, RECORD_BYTES)
+        if rest or place < 1:
+            return None
+        record = read_record(self._read(self._allocated - RECORD_BYTES, RECORD_BYTES), place - 1)
+        return record.seq if record is not None and record.kind == END else None
+
     def _replay(self) -> bool:
-        """Apply line after line; say whether nothing but zeros follows the last good one."""
-        offset, ended = BLOCK, False
-        while chunk := self._read(offset, CHUNK):
+        """Apply line after line; say whether nothing but zeros follows the last good one, up to the file's last."""
+        offset, ended, stop = BLOCK, False, self._allocated - RECORD_BYTES
+        while offset < stop and (chunk := self._read(offset, min(CHUNK, stop - offset))):
             whole = len(chunk) - len(chunk) % RECORD_BYTES
             for at in range(0, whole, RECORD_BYTES):
                 record = None if ended else read_record(chunk[at : at + RECORD_BYTES], self.lines)
-                if record is None:
+                if record is None or record.kind == END:
                     ended = True
                     if chunk[at:].strip(b"\0"):
                         return False
@@ -110,10 +120,11 @@ class Index:
         data = b"".join(pack_record(r, self.lines + i) for i, r in enumerate(records))
         offset = BLOCK + self.lines * RECORD_BYTES
         try:
-            if offset + len(data) > self._allocated:
-                self._allocated = _rounded(offset + len(data))
+            if offset + len(data) + RECORD_BYTES > self._allocated:
+                self._allocated = _rounded(offset + len(data) + RECORD_BYTES)
                 self._folder.preallocate(self._handle, self._allocated)
             self._write(self._handle, data, offset)
+            self._mark_end(self._handle, self._allocated, self.lines + len(data) // RECORD_BYTES)
             self._folder.sync(self._handle)
         except OSError:
             self.suspect = True
@@ -123,6 +134,12 @@ class Index:
     def _write(self, handle: int, data: bytes, offset: int) -> None:
         if self._folder.write(handle, [data], offset) != len(data):
             raise OSError(f"{NAME}: short write")
+
+    def _mark_end(self, handle: int, allocated: int, lines: int) -> None:
+        """Say in the file's last line how many there are: without it, or with fewer, the file was damaged."""
+        place = (allocated - BLOCK) // RECORD_BYTES - 1
+        line = pack_record(Record(END, 0, lines), place)
+        self._write(handle, line, allocated - RECORD_BYTES)
 
     def rewrite(self, geometry: Geometry, records: Iterable[Record]) -> None:
         """Put a new file in place of the old, durably, or leave the old as it is.
@@ -134,8 +151,10 @@ class Index:
         try:
             lines = [pack_record(record, number) for number, record in enumerate(records)]
             data = b"".join(lines)
-            self._folder.preallocate(handle, _rounded(BLOCK + len(data)))
+            allocated = _rounded(BLOCK + len(data) + RECORD_BYTES)
+            self._folder.preallocate(handle, allocated)
             self._write(handle, pack_geometry(INDEX, geometry) + data, 0)
+            self._mark_end(handle, allocated, len(lines))
             self._folder.sync(handle)
             self._folder.rename(NEW, NAME)
         except OSError:
@@ -145,7 +164,7 @@ class Index:
             raise
         self.close()
         self._handle, self.geometry = handle, geometry
-        self._allocated = _rounded(BLOCK + len(data))
+        self._allocated = allocated
         self.lines = len(lines)
         self.suspect = True  # until its name is durable
         self._folder.sync_names()

@@ -145,6 +145,10 @@ class Slabs:
         if number in self._handles:
             self.folder.sync(self._handles[number])
 
+    def drop(self, number: int) -> None:
+        """Give back a slab whose file is gone; `grow` may make it again. No transfer may be under way."""
+        self.folder.close(self._handles.pop(number))
+
     def close(self) -> None:
         """Give the files back."""
         for handle in self._handles.values():

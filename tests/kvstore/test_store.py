@@ -422,7 +422,7 @@ def test_check_integrity_finds_what_was_broken() -> None:
     with pytest.raises(IntegrityError, match="count"):
         store.check_integrity()
     store, a, _ = fresh()
-    a.length = 3
+    a.tokens = 3
     with pytest.raises(IntegrityError, match="does not fit"):
         store.check_integrity()
     store, a, _ = fresh()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import random
 import threading
 import time
 
@@ -11,8 +13,18 @@ import pytest
 import torch
 
 from plait.kvstore import Identity, KVSpec, KVStore
+from plait.kvstore.encoding import PageEncoding
 from plait.kvstore.evict.testing import serve
-from plait.kvstore.tiers import FailTier, FormatTooNew, MemoryTier, TierLocked, TierRefused
+from plait.kvstore.tiers import (
+    DiskTier,
+    FailTier,
+    FormatTooNew,
+    MemoryTier,
+    TierError,
+    TierLocked,
+    TierRefused,
+)
+from plait.kvstore.tiers.faults import FaultyDisk, FaultyFolder
 from plait.kvstore.tiers.form import BLOCK
 from plait.kvstore.tiers.wrappers import TierWrapper
 from threads import run_threads
@@ -167,6 +179,16 @@ def test_a_tier_that_lies_is_not_believed(flips) -> None:
         assert counts["liar"]["injected"] >= counts["moves"]["pages_damaged"]
 
 
+def test_a_lie_that_is_believed_is_seen_by_these_tests(monkeypatch) -> None:
+    monkeypatch.setattr(PageEncoding, "unseal", lambda *args: True)
+    with make(tiers={"liar": FailTier(MemoryTier(40, 4096), seed=3, flips=1.0)}) as store:
+        fill(store)
+        with pytest.raises(AssertionError):  # noqa: PT012 - one of ten flips hits a number
+            for _ in range(10):
+                run(store, PROMPT)
+                store.evict()
+
+
 class Gated(TierWrapper):
     """A tier whose reads or writes wait for a gate."""
 
@@ -187,7 +209,7 @@ def test_open_does_not_wait_and_what_needs_the_pages_does() -> None:
         seq = store.open(PROMPT)
         assert not seq.wait(0)
         assert not seq.wait(0.05)
-        assert (seq.length, store.match([PROMPT])) == (0, [28])
+        assert (seq.tokens, store.match([PROMPT])) == (0, [28])
         store.check_integrity()
         other = store.open(OTHER)  # nothing of it is in a tier: it does not wait for others
         assert other.cached_tokens == 0
@@ -243,6 +265,24 @@ def test_eviction_waits_for_a_slow_tier_but_not_for_ever() -> None:
         assert store.flush(60)
         after = store.tier_counters()["moves"]
         assert after["pages_written"] + after["pages_dropped"] == 599
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_what_was_flushed_survives_a_power_cut(flushed) -> None:
+    disk = FaultyDisk()
+    tier = Gated(DiskTier(FaultyFolder(disk), page_bytes=4096, max_bytes="1MiB"), "put")
+    store = make(tiers={"disk": tier})
+    if flushed:
+        tier.gate.set()
+    run(store, PROMPT)
+    assert store.flush(60 if flushed else 0.05) == flushed
+    disk.power_cut(random.Random(0))
+    tier.gate.set()
+    with contextlib.suppress(TierError):
+        store.shutdown(0)
+    again = DiskTier(FaultyFolder(disk), page_bytes=4096, max_bytes="1MiB")
+    with make(tiers={"disk": again}) as store:
+        assert run(store, PROMPT) == (28 if flushed else 0)
 
 
 def test_recompute_is_chosen_when_it_is_sooner() -> None:

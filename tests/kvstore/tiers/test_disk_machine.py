@@ -135,6 +135,9 @@ class DiskMachine(RuleBasedStateMachine):
                 if self.durable.get(key) != self.current[key] and not self.tier.contains([key])[0]:
                     self.forget(key)
             return
+        for key in list(self.current) if self.deleted else ():
+            if not self.tier.contains([key])[0]:  # it was in the file that is gone
+                self.forget(key)
         self.committed()
 
     def committed(self) -> None:
@@ -147,6 +150,8 @@ class DiskMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         struck = self.disk.struck
+        if self.deleted:
+            self.commit()
         try:
             self.tier.close()
             self.committed()
@@ -211,7 +216,9 @@ class DiskMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.disk.names)))
         if cut:
             size = len(self.disk.names[name].current)
-            self.disk.truncate(name, data.draw(st.integers(0, size)))
+            even = data.draw(st.booleans())  # files grow by chunks: a cut there leaves no half line
+            at = data.draw(st.integers(0, size))
+            self.disk.truncate(name, at - at % index_module.CHUNK if even else at)
         else:
             self.disk.delete(name)
             self.deleted = True

@@ -335,12 +335,58 @@ def test_a_directory_deleted_under_it(tmp_path) -> None:
     (tmp_path / "c").rmdir()
     assert right(tier, made) == [True] * 5, "open files stay readable"
     assert tier.put([b"k"], [b"page"]) == [True]
-    with pytest.raises(TierError, match="deleted"):
-        tier.commit()
+    tier.commit()
     assert tier.contains([b"k"]) == [False]
-    with pytest.raises(TierError):
+    assert tier.counters()["lost_with_slab"] == 6
+    with pytest.raises(TierError, match="deleted"):
         tier.close()
     filled(tmp_path / "c")[0].close()
+
+
+def test_a_slab_deleted_under_an_open_writer_costs_its_pages_only(tmp_path) -> None:
+    page = b"p" * 5000
+    keys = [f"k{i}".encode() for i in range(40)]
+    with DiskTier(tmp_path / "c", page_bytes=8192, max_bytes="1MiB") as tier:
+        per_slab = tier._opened.geometry.slots_per_slab
+        assert tier.put(keys, [page] * 40) == [True] * 40
+        tier.commit()
+        (tmp_path / "c" / "slab-00000").unlink()
+        assert tier.put([b"new"], [page]) == [True]
+        tier.commit()
+        assert tier.contains([*keys, b"new"]) == [False] * 41
+        assert tier.counters()["lost_with_slab"] == 41
+        tier.check_integrity()
+        tier.commit()
+        assert tier.put([b"newer"], [page]) == [True], "the slab was made again"
+        tier.commit()
+        assert tier._opened.geometry.slots_per_slab == per_slab
+    with DiskTier(tmp_path / "c") as tier:
+        assert tier.contains([b"newer", b"new", keys[0]]) == [True, False, False]
+        assert not tier.counters()["recovered_by_scan"]
+
+
+@pytest.mark.parametrize("how", ["cut", "zeros to the end", "zeros before the end"])
+def test_an_index_that_lost_its_last_lines_is_not_believed(how, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(index_module, "CHUNK", 8192)
+    page = b"p" * 100
+    keys = [f"k{i}".encode() for i in range(100)]
+    with DiskTier(tmp_path / "c", page_bytes=4096, max_bytes="2MiB") as tier:
+        for first in range(0, 100, 10):
+            tier.put(keys[first : first + 10], [page] * 10)
+            tier.commit()
+    path = tmp_path / "c" / "index"
+    data = path.read_bytes()
+    assert len(data) == 3 * 8192
+    if how == "cut":
+        data = data[: 2 * 8192]
+    elif how == "zeros to the end":
+        data = data[:9000].ljust(len(data), b"\0")
+    else:
+        data = data[:9088] + bytes(len(data) - 9088 - 128) + data[-128:]
+    path.write_bytes(data)
+    with DiskTier(tmp_path / "c") as tier:
+        assert tier.counters()["recovered_by_scan"]
+        assert tier.contains(keys) == [True] * 100
 
 
 # -- versions, damage, fuzz -----------------------------------------------------------------
@@ -546,15 +592,17 @@ def test_without_erasing_removed_pages_come_back(tmp_path, monkeypatch) -> None:
 def test_believing_a_damaged_index_loses_pages(tmp_path, monkeypatch) -> None:
     replay = index_module.Index._replay
     monkeypatch.setattr(index_module.Index, "_replay", lambda self: replay(self) or True)
+    monkeypatch.setattr(index_module.Index, "_end", lambda self: 0)
     with pytest.raises(AssertionError):
         test_a_wrong_bit_of_the_index_loses_nothing(3, tmp_path)
 
 
 def test_forgiving_a_failed_sync_is_seen(monkeypatch) -> None:
-    def forgiving(self, records, dirty) -> None:
+    def forgiving(self, records, dirty) -> dict:
         with contextlib.suppress(OSError):
             for number in dirty:
                 self._opened.slabs.sync(number)
+        return records
 
     monkeypatch.setattr(DiskTier, "_sync_slabs", forgiving)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
