@@ -6,7 +6,7 @@ whole gradient) and *partial* ones (the ranks' values, or gradients, sum to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,37 @@ class _AllToAll(Function):
         return primitive.all_to_all(grad, ctx.group, ctx.receive, ctx.send), None, None, None
 
 
+class _EnterRows(Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *_as_one(grads, lambda g: primitive.all_reduce(g, ctx.group)))
+
+
+class _SplitRows(Function):
+    @staticmethod
+    def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ctx.sizes = chunk_sizes(tensors[0].shape[0], group.size())  # type: ignore[union-attr]
+        return tuple(own_part(x, group, 0, ctx.sizes).contiguous() for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *_as_one(grads, lambda g: primitive.all_gather(g, ctx.group, ctx.sizes)))
+
+
+def _as_one(grads: Sequence[Tensor], send: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Send several [rows, width] tensors as one message if they are of one dtype."""
+    if len({g.dtype for g in grads}) > 1:
+        return [send(g.contiguous().clone()) for g in grads]
+    widths = [g.shape[1] for g in grads]
+    return list(send(torch.cat(list(grads), 1)).split(widths, 1))
+
+
 def own_part(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:
     """Slice this rank's run of ``dim``."""
     rank = 0 if group is None else group.rank()
@@ -121,6 +152,24 @@ def leave(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     return _Leave.apply(x, group) if needs_grad(x) else primitive.all_reduce(x.contiguous(), group)
+
+
+def enter_rows(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Enter a parallel region with several [rows, width] tensors; their gradients travel together.
+
+    Collective: none forward; one all-reduce backward.
+    """
+    if group is None or not any(needs_grad(x) for x in tensors):
+        return tensors
+    return _EnterRows.apply(group, *tensors)
+
+
+def split_rows(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Keep this rank's chunk of the rows of several replicated [rows, width] tensors.
+
+    Collective: none forward; one all-gather backward.
+    """
+    return tensors if group is None else _SplitRows.apply(group, *tensors)
 
 
 def gather(

@@ -3,13 +3,14 @@
 from .api import parallelize, unparallelize
 from .attention.mla import Mla
 from .attention.role import Attention
-from .axes import Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
+from .axes import Experts, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
 from .checkpoint import track_optimizer
 from .errors import PlanError
 from .plan import Plan
 
 __all__ = [
     "Attention",
+    "Experts",
     "Helix",
     "Mla",
     "Pipeline",

@@ -16,6 +16,7 @@ from .checkpoint.weights import load
 from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
+from .experts import RoutedExperts
 from .families import is_transformers, roles_of
 from .folding import Folding
 from .groups import Groups
@@ -140,28 +141,24 @@ def refuse_empty(model: nn.Module, weights: Any) -> None:
 
 def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
     """Refuse axes whose execution does not exist yet, rather than ignoring them."""
-    for axis in ("pp", "ep"):
+    for axis in ("pp",):
         if plan.size(axis) > 1:
             raise PlanError(
                 f"{axis}={plan.size(axis)}",
                 "is planned and checked but not executed yet",
-                "apply plans of dp, cp, tp, kvp and etp",
+                "apply plans of dp, cp, tp, kvp, ep and etp",
             )
-    if plan.etp not in {1, plan.size("ffn_tp")}:
-        raise PlanError(
-            f"etp={plan.etp}",
-            "is executed only over all kvp * tp ranks or not at all",
-            f"use etp=1 or etp={plan.size('ffn_tp')}",
-        )
     if plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None:
         raise PlanError(
             f"cp={plan.cp.size} with rules",
             "is not executed yet: cp is, for transformers decoders",
             f"use kvp={plan.cp.size} or tp={plan.cp.size}",
         )
-    if plan.tp.sp and (rules or plan.etp > 1):
+    if plan.tp.sp and (rules or plan.cuts_experts):
         raise PlanError(
-            "tp:sp", "is executed for transformers decoders without etp only", "use tp without :sp"
+            "tp:sp",
+            "is executed for transformers decoders without ep and etp only",
+            "use tp without :sp",
         )
 
 
@@ -178,7 +175,9 @@ def prepare(
     shape = shape_of(model)
     ranks = ModelRanks.of(plan, groups)
     ranks = replace(ranks, attention=HelixState(ranks))
-    roles = find_roles(model, shape, plan, rules) if ranks.size > 1 else {}
+    roles = find_roles(model, shape, plan, rules) if ranks.size > 1 or plan.cuts_experts else {}
+    if ranks.size == 1:  # a copy of one rank has nothing to cut but experts, over other copies
+        roles = {path: role for path, role in roles.items() if isinstance(role, RoutedExperts)}
     edits: list[Edit] = []
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
@@ -212,7 +211,7 @@ def binding(
     if ranks.cp > 1:
         context = ContextBinding(model, shape, ranks)
         edits += context.edits()
-        last += context.gradient_edits()
+        last += context.gradient_edits(roles)
     else:
         kind = CacheBinding if ranks.kvp > 1 else PagedBinding
         assert ranks.attention is not None
@@ -283,10 +282,10 @@ def unparallelize(model: nn.Module) -> nn.Module:
 def gather_whole(parameter: CutParameter, ranks: ModelRanks) -> torch.Tensor:
     """Put a cut parameter together on every rank.
 
-    Collective: all ranks of the model copy; an all-gather padded to the largest part.
+    Collective: its holders; an all-gather padded to the largest part for each cut.
     """
     assert parameter.local is not None
-    return ranks.gather(parameter.local.detach(), parameter.cut)
+    return parameter.join(parameter.local.detach(), ranks)
 
 
 def shape_of(model: nn.Module) -> ModelShape:

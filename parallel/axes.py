@@ -277,6 +277,37 @@ class Tensor(Choice):
 
 
 @dataclass(frozen=True, slots=True)
+class Experts(Choice):
+    """Expert parallelism: experts are shared out over ep. ``ep4``, ``ep4,exchange=tokens``.
+
+    Args:
+        exchange: what crosses the wire: ``tokens`` (rows travel to their experts and back), ``sums`` (every rank works
+            on the tokens that all ranks of its model copy hold, and the results are summed; where ep * etp fits into a
+            copy), or ``auto``: sums where it can be.
+    """
+
+    size: int
+    _: KW_ONLY
+    exchange: str = "auto"
+    axis: ClassVar[str] = "ep"
+    kind: ClassVar[str] = "experts"
+
+    def __post_init__(self) -> None:
+        whole("ep", self.size)
+        one_of("exchange", self.exchange, ("auto", "tokens", "sums"))
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        copies = plan.size("ffn_tp")
+        if self.exchange == "sums" and (copies % (self.size * plan.etp) or plan.sequence_parallel):
+            because = (
+                f"with exchange=sums needs ep * etp = {self.size * plan.etp} to divide the {copies} ranks "
+                "(kvp * tp, without sp) that hold the same tokens"
+            )
+            return because, "use exchange=tokens"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class Pipeline(Choice):
     """Pipeline parallelism over layers. ``pp2:1f1b,microbatches=8``."""
 
@@ -314,7 +345,7 @@ AXES: Mapping[str, tuple[type[Choice], ...]] = {
     "cp": (Ring, Ulysses),
     "kvp": (Helix,),
     "tp": (Tensor,),
-    "ep": (),
+    "ep": (Experts,),
     "etp": (),
     "pp": (Pipeline,),
 }

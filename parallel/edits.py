@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..collectives.primitive import Group
 from .layout import Cut, Run
+from .ranks import Holders, Placed
 from .tensor import sum_gradient
 
 
@@ -98,7 +100,7 @@ class AddHook:
 class SumGradient:
     """Sum the gradient of a parameter, or of ``parts`` of one dim of it, over the ranks that hold the same.
 
-    ``over_dp`` says that the group already spans what differs over dp (experts over edp): dp then divides only.
+    ``over_dp`` says that what differs over cp and dp is summed with this (experts over edp): dp then divides only.
     """
 
     module: nn.Module
@@ -110,12 +112,13 @@ class SumGradient:
     _handle: Any = None
 
     def apply(self) -> None:
-        self._handle = sum_gradient(
-            self.module.get_parameter(self.name), self.group, self.dim, self.parts
-        )
+        parameter = self.module.get_parameter(self.name)
+        if self.group is not None:
+            self._handle = sum_gradient(parameter, self.group, self.dim, self.parts)
 
     def undo(self) -> None:
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
 
 @dataclass
@@ -142,16 +145,69 @@ class CutParameter:
     """Replace a whole parameter by this rank's part.
 
     ``path`` is the parameter's full name. ``whole`` is kept until the edits are committed, so that an undo before that
-    needs no communication; afterwards ``restore`` brings the gathered tensor.
+    needs no communication; afterwards ``restore`` brings the gathered tensor. ``cuts`` are made one after another, each
+    along a dim of its own: one for most parameters, two for experts (experts over ep, their matrices over etp).
     """
 
     module: nn.Module
     name: str
     path: str
-    cut: Cut
+    cuts: tuple[Placed, ...]
     whole: nn.Parameter | None = None
     local: nn.Parameter | None = None
     shape: tuple[int, ...] = ()
+
+    @property
+    def cut(self) -> Cut:
+        """The first cut."""
+        return self.cuts[0].cut
+
+    def placed(self, copy: Holders) -> list[tuple[Cut, Holders]]:
+        """Every cut and its holders; ``copy`` are the ranks of the model copy."""
+        return [(p.cut, copy if p.holders is None else p.holders) for p in self.cuts]
+
+    def local_shape(self, copy: Holders, rank: int | None = None) -> tuple[int, ...]:
+        """Shape of the part on this rank, or on any rank of the world."""
+        shape = self.shape
+        for cut, holders in self.placed(copy):
+            shape = cut.local_shape(
+                shape, holders.index if rank is None else holders.index_of(rank)
+            )
+        return shape
+
+    def take(self, whole: Tensor, copy: Holders) -> Tensor:
+        """Copy this rank's part out of the whole tensor. The inverse of `join`."""
+        for cut, holders in self.placed(copy):
+            whole = cut.take(whole, holders.index)
+        return whole
+
+    def read(self, slice_of: Callable[[int, int, int], Tensor], copy: Holders) -> Tensor:
+        """Build this rank's part from ``slice_of(dim, start, stop)``, for example read from a file.
+
+        With several cuts the first dim is read index by index, so that no more than the part is ever held.
+        """
+        (cut, holders), *inner = self.placed(copy)
+        if not inner:
+            return cut.read(lambda a, b: slice_of(cut.dim, a, b), holders.index)
+
+        def some(start: int, stop: int) -> Tensor:
+            part = slice_of(cut.dim, start, stop)
+            for within, among in inner:
+                part = within.take(part, among.index)
+            return part
+
+        own = cut.runs[holders.index]
+        ones = ((i, i + 1) for start, stop in own for i in range(start, stop))
+        return torch.cat([some(*run) for run in ones] or [some(0, 0)], cut.dim)
+
+    def join(self, local: Tensor, copy: Holders) -> Tensor:
+        """Put the parameter, or something cut like it, together on every rank.
+
+        Collective: the holders of each cut, innermost first; an all-gather padded to the largest part each.
+        """
+        for cut, holders in reversed(self.placed(copy)):
+            local = holders.gather(local, cut)
+        return local
 
     def apply(self) -> None:
         self.module._parameters[self.name] = self.local

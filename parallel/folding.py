@@ -58,7 +58,7 @@ class Folding:
             PlanError: when the experts do not fold onto the ranks.
         """
         edp = expert_replicas(plan)
-        experts = {"etp": plan.etp, "ep": plan.ep, "edp": edp, "pp": plan.pp.size}
+        experts = {"etp": plan.etp, "ep": plan.ep.size, "edp": edp, "pp": plan.pp.size}
         return cls(
             plan=plan,
             attention=Mesh(tuple((axis, plan.size(axis)) for axis in ATTENTION)),
@@ -138,7 +138,7 @@ class Folding:
         """Draw both meshes."""
         renamed = tuple((self._name((axis,)), size) for axis, size in self.attention.axes)
         sides = [("attention", Mesh(renamed))]
-        if self.plan.ep > 1 or self.plan.etp > 1:
+        if self.plan.ep.size > 1 or self.plan.etp > 1:
             sides.append(("experts", self.experts))
         lines = []
         for side, mesh in sides:

@@ -74,15 +74,15 @@ def remedy(choice: Choice, plan: Plan, shape: ModelShape) -> str:
 
 def check_experts(plan: Plan, shape: ModelShape) -> None:
     """Refuse expert axes without experts, and an ep that does not divide them."""
-    if shape.experts is None or (plan.ep == 1 and plan.etp == 1):
+    if shape.experts is None or (plan.ep.size == 1 and plan.etp == 1):
         return
     if shape.experts == 0:
-        asked = " ".join(f"{n}={s}" for n, s in (("ep", plan.ep), ("etp", plan.etp)) if s > 1)
+        asked = " ".join(f"{n}={s}" for n, s in (("ep", plan.ep.size), ("etp", plan.etp)) if s > 1)
         raise PlanError(asked, "cuts experts, and this model has none", "use ep=1 and etp=1")
-    if shape.experts % plan.ep:
+    if shape.experts % plan.ep.size:
         legal = [n for n in divisors(shape.experts) if _folds(plan, n, plan.etp)]
         because = f"does not divide experts={shape.experts}"
-        raise PlanError(f"ep={plan.ep}", because, f"use ep in {listed(legal or [1])}")
+        raise PlanError(f"ep={plan.ep.size}", because, f"use ep in {listed(legal or [1])}")
 
 
 def divisors(number: int, most: int = 4096) -> list[int]:
@@ -108,21 +108,21 @@ def expert_replicas(plan: Plan) -> int:
         PlanError: when etp * ep does not divide the ranks of a stage.
     """
     stage = plan.world_size // plan.pp.size
-    cut = plan.etp * plan.ep
+    cut = plan.etp * plan.ep.size
     if stage % cut == 0:
         return stage // cut
-    experts = f"etp{plan.etp} * ep{plan.ep} * edp({stage}/{cut}) * pp{plan.pp.size}"
+    experts = f"etp{plan.etp} * ep{plan.ep.size} * edp({stage}/{cut}) * pp{plan.pp.size}"
     because = (
         f"does not fold onto the ranks: attention {attention_text(plan)}, "
         f"experts {plan.world_size} = {experts}, and edp must be whole"
     )
     ep_sizes = [n for n in divisors(stage) if _folds(plan, n, plan.etp)]
-    etp_sizes = [n for n in divisors(stage) if _folds(plan, plan.ep, n)]
+    etp_sizes = [n for n in divisors(stage) if _folds(plan, plan.ep.size, n)]
     ways = [f"ep in {listed(ep_sizes)}"] if ep_sizes else []
     ways += [f"etp in {listed(etp_sizes)}"] if etp_sizes else []
     per_dp = stage // plan.dp.size
     ways.append(f"a dp that is a multiple of {cut // gcd(cut, per_dp)}")
-    raise PlanError(f"ep={plan.ep} etp={plan.etp}", because, "use " + " or ".join(ways))
+    raise PlanError(f"ep={plan.ep.size} etp={plan.etp}", because, "use " + " or ".join(ways))
 
 
 def check_world(plan: Plan, world_size: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import legality
 from . import text as plan_text
-from .axes import AXES, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses, normal
+from .axes import AXES, Experts, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses, normal
 from .errors import PlanError, unknown
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Plan:
     cp: Ring | Ulysses = 1  # type: ignore[assignment]
     kvp: Helix = 1  # type: ignore[assignment]
     pp: Pipeline = 1  # type: ignore[assignment]
-    ep: int = 1
+    ep: Experts = 1  # type: ignore[assignment]
     etp: int = 1
 
     if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Plan:
             cp: int | Ring | Ulysses = 1,
             kvp: int | Helix = 1,
             pp: int | Pipeline = 1,
-            ep: int = 1,
+            ep: int | Experts = 1,
             etp: int = 1,
         ) -> None: ...
 
@@ -102,6 +102,11 @@ class Plan:
         """Whether norms and residuals are cut along the sequence over tp (``tp2:sp``)."""
         return self.tp.sp and self.tp.size > 1
 
+    @property
+    def cuts_experts(self) -> bool:
+        """Whether experts are shared out over ranks (ep), or each one's matrices (etp)."""
+        return self.ep.size * self.etp > 1
+
     def size(self, axis: str) -> int:
         """Return the number of ranks along an axis.
 
@@ -112,10 +117,10 @@ class Plan:
         match axis:
             case "cp":
                 return max(self.cp.size, self.kvp.size)
-            case "dp" | "tp" | "kvp" | "pp":
+            case "dp" | "tp" | "kvp" | "pp" | "ep":
                 return getattr(self, axis).size
-            case "ep" | "etp":
-                return getattr(self, axis)
+            case "etp":
+                return self.etp
             case "ffn_tp":
                 return self.kvp.size * self.tp.size
             case "edp":

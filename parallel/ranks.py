@@ -1,4 +1,4 @@
-"""The ranks that hold one copy of the model, as one of them sees it."""
+"""Ranks among which parameters are shared out, as one of them sees it: those of one model copy, or of its experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,59 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelRanks:
+class Holders:
+    """The ranks along ``axes``, which share a dim of a parameter out; this rank is number ``index`` of ``members``.
+
+    ``run_order[j]`` is the number of the equal chunk that rank j takes.
+    """
+
+    groups: Groups
+    axes: tuple[str, ...]
+    members: tuple[int, ...]
+    index: int
+    run_order: tuple[int, ...]
+
+    @classmethod
+    def along(cls, groups: Groups, *axes: str) -> Holders:
+        """The ranks along some axes, whose chunks are in the order of the ranks."""
+        members = groups.ranks(*axes)
+        order = tuple(range(len(members)))
+        return cls(groups, axes, members, members.index(groups.rank), order)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.members)
+
+    @cached_property
+    def all(self) -> Group:
+        """Their group, in order of index."""
+        return self.groups.of_ranks(self.members)
+
+    def index_of(self, rank: int) -> int:
+        """The index that any rank of the world has among those along the same axes."""
+        return sorted(self.groups.folding.group(rank, *self.axes)).index(rank)
+
+    def gather(self, local: Tensor, cut: Cut) -> Tensor:
+        """Put a cut tensor together on every rank.
+
+        Collective: these ranks; an all-gather padded to the largest part.
+        """
+        sizes = [cut.extent(j) for j in range(self.size)]
+        whole = primitive.all_gather(local, self.all, sizes, cut.dim)
+        return cut.join(torch.split(whole, sizes, cut.dim))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A cut, and the ranks that hold its parts; None: the ranks of the model copy."""
+
+    cut: Cut
+    holders: Holders | None = None
+
+
+@dataclass(frozen=True)
+class ModelRanks(Holders):
     """The tp * kvp ranks of one model copy; rank ``index`` is ``t + tp * k``.
 
     ``tp_order[j]`` is the tp coordinate of rank j, ``run_order[j]`` the number ``t * kvp + k`` of the run of query
@@ -31,11 +83,7 @@ class ModelRanks:
     """
 
     plan: Plan
-    index: int
-    groups: Groups
-    members: tuple[int, ...]
     tp_order: tuple[int, ...]
-    run_order: tuple[int, ...]
     span: SequenceSpan | None = None
     attention: HelixState | None = None
 
@@ -46,6 +94,7 @@ class ModelRanks:
         members = folding.group(groups.rank, "tp", "kvp")
         return cls(
             plan=plan,
+            axes=("tp", "kvp"),
             index=members.index(groups.rank),
             groups=groups,
             members=members,
@@ -75,11 +124,6 @@ class ModelRanks:
         return self.plan.cp.ulysses
 
     @property
-    def size(self) -> int:
-        """Number of ranks of one model copy."""
-        return self.tp * self.kvp
-
-    @property
     def sharded(self) -> bool:
         """Whether parameters are cut over dp between their uses (FSDP2)."""
         return self.plan.dp.size > 1 and self.plan.dp.kind == "shard"
@@ -105,11 +149,6 @@ class ModelRanks:
         return self.run_order[self.index]
 
     @cached_property
-    def all(self) -> Group:
-        """The group of all ranks of the model copy (``ffn_tp``), in order of index."""
-        return self.groups.group("tp", "kvp")
-
-    @cached_property
     def holders(self) -> Group:
         """The ranks that hold one whole model between them: the copy's, and with shards those along dp too."""
         return self.groups.group("tp", "cp", "dp") if self.sharded else self.all
@@ -127,12 +166,3 @@ class ModelRanks:
     def subset(self, indices: Sequence[int]) -> Group:
         """The group of some ranks of the model copy, named by index."""
         return self.groups.of_ranks(tuple(self.members[j] for j in indices))
-
-    def gather(self, local: Tensor, cut: Cut) -> Tensor:
-        """Put a cut tensor together on every rank.
-
-        Collective: all ranks of the model copy; an all-gather padded to the largest part.
-        """
-        sizes = [cut.extent(j) for j in range(self.size)]
-        whole = primitive.all_gather(local, self.all, sizes, cut.dim)
-        return cut.join(torch.split(whole, sizes, cut.dim))

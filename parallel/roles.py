@@ -11,7 +11,7 @@ from ..collectives.primitive import chunk_sizes
 from .edits import AddHook, CutParameter, Edit, SetAttribute, SumGradient, SwapClass
 from .errors import PlanError
 from .layout import Cut
-from .ranks import ModelRanks
+from .ranks import ModelRanks, Placed
 from .tensor import (
     ColumnLinear,
     GatheredLinear,
@@ -31,19 +31,21 @@ class Role(Protocol):
         ...
 
 
-def cut_parameter(module: nn.Module, name: str, path: str, cut: Cut) -> CutParameter:
-    """Name the cut of one parameter; its local part is filled in when weights are read."""
+def cut_parameter(module: nn.Module, name: str, path: str, *cuts: Cut | Placed) -> CutParameter:
+    """Name the cuts of one parameter; its local part is filled in when weights are read."""
     parameter = module._parameters[name]
     assert parameter is not None
     shape = tuple(parameter.shape)
-    if shape[cut.dim] != cut.length:
-        raise PlanError(
-            f"{path}.{name} has shape {list(shape)}",
-            f"its role cuts dim {cut.dim} as if it were {cut.length} long",
-            "check heads, head_dim and parts in the rules or the model's config",
-        )
+    placed = tuple(c if isinstance(c, Placed) else Placed(c) for c in cuts)
+    for cut in (p.cut for p in placed):
+        if shape[cut.dim] != cut.length:
+            raise PlanError(
+                f"{path}.{name} has shape {list(shape)}",
+                f"its role cuts dim {cut.dim} as if it were {cut.length} long",
+                "check heads, head_dim and parts in the rules or the model's config",
+            )
     return CutParameter(
-        module, name, f"{path}.{name}" if path else name, cut, whole=parameter, shape=shape
+        module, name, f"{path}.{name}" if path else name, placed, whole=parameter, shape=shape
     )
 
 

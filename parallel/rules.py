@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from .errors import PlanError, suggestion
+from .experts import RoutedExperts
 from .roles import STYLES, Role
 
 Rules = Mapping[str, "str | Role"]
+NAMED: dict[str, Role] = {**STYLES, "experts": RoutedExperts()}
+"""What a rule may say in a word: transformers' style names, and experts."""
 
 
 def match(model: nn.Module, rules: Rules) -> dict[str, Role]:
@@ -46,9 +49,9 @@ def named(role: str | Role, where: str) -> Role:
     """Look up a style by name."""
     if not isinstance(role, str):
         return role
-    if role not in STYLES:
-        raise PlanError(f"rule {where!r}: style {role!r}", "is not known", suggestion(role, STYLES))
-    return STYLES[role]
+    if role not in NAMED:
+        raise PlanError(f"rule {where!r}: style {role!r}", "is not known", suggestion(role, NAMED))
+    return NAMED[role]
 
 
 def _shapes_of(paths: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from .collectives import World, init
 from .parallel import (
     Attention,
+    Experts,
     Helix,
     Mla,
     Pipeline,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
+    "Experts",
     "Helix",
     "Mla",
     "Pipeline",

@@ -74,6 +74,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         {"num_local_experts": 4, "intermediate_size": 36},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 18},
+    ),
     "gpt_oss": (
         "GptOssConfig",
         "GptOssForCausalLM",
@@ -113,6 +128,12 @@ def fill(model: nn.Module, seed: int) -> None:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
             drawn = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p.copy_(drawn * 0.2 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # zero by default, which hides it
+                drawn = torch.rand(
+                    buffer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+                )
+                buffer.copy_(drawn * 0.3)
 
 
 class StayFloat64(TorchFunctionMode):

@@ -46,14 +46,14 @@ def backward(pair: Pair, step: int = 0, loss: Loss = loss, batch: int = 2) -> No
 def parts(pair: Pair, of: Callable[[Any], Tensor | None]) -> dict[str, tuple[Any, Any]]:
     """What the parallel and the untouched model hold, by parameter: each rank's own part, whole along dp."""
     done = pair.model._plait
-    cuts = {e.path: e.cut for e in done.parameters()}
+    cuts = {e.path: e for e in done.parameters()}
     right = dict(pair.reference.named_parameters(remove_duplicate=False))
     found = {}
     for name, p in pair.model.named_parameters():
         mine, whole = of(p), of(right[name])
         mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
         if name in cuts and whole is not None:
-            whole = cuts[name].take(whole, done.ranks.index)
+            whole = cuts[name].take(whole, done.ranks)
         found[name] = mine, whole
     return found
 

@@ -210,7 +210,9 @@ class PlaitTier(SecondaryTierManager):
         self._moves.close()
         self._tier.close()
         self._jobs.clear()
-        self._chunks = self._chunks[:0].copy()  # vLLM cannot unmap the region while views of it live
+        self._chunks = self._chunks[
+            :0
+        ].copy()  # vLLM cannot unmap the region while views of it live
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:

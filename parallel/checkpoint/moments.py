@@ -26,15 +26,13 @@ def track_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch
 
     def save(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         def shown(value: Tensor, edit: CutParameter) -> Tensor:
-            return as_dtensor(value, edit.cut, edit.shape, done.ranks)
+            return as_dtensor(value, edit, done.ranks)
 
-        return _with_state(
-            optimizer, state, cuts, lambda e: e.cut.local_shape(e.shape, done.ranks.index), shown
-        )
+        return _with_state(optimizer, state, cuts, lambda e: e.local_shape(done.ranks), shown)
 
     def load(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         def taken(value: Tensor, edit: CutParameter) -> Tensor:
-            return local_value(value, edit.module._parameters[edit.name], edit.cut, done.ranks)
+            return local_value(value, edit.module._parameters[edit.name], edit, done.ranks)
 
         return _with_state(optimizer, state, cuts, lambda e: e.shape, taken)
 

@@ -21,7 +21,7 @@ from ..agreement import agree
 from ..edits import AddHook, CutParameter, Edit
 from ..errors import PlanError
 from ..layout import Cut, Run
-from ..ranks import ModelRanks
+from ..ranks import Holders, ModelRanks
 from .sharded import as_shard, cut_twice, dp_chunk, from_chunk, taken_back
 
 MESH_NAME = "ffn_tp"
@@ -78,7 +78,7 @@ class ModuleHooks:
         """Put DTensors in place of the local parts."""
         for edit in self.edits:
             if (local := state.get(prefix + edit.name)) is not None:
-                state[prefix + edit.name] = as_dtensor(local, edit.cut, edit.shape, self.ranks)
+                state[prefix + edit.name] = as_dtensor(local, edit, self.ranks)
 
     def load(
         self, module: nn.Module, state: dict[str, Any], prefix: str, meta: dict[str, Any], *_: Any
@@ -96,7 +96,7 @@ class ModuleHooks:
                 )
             check_shape(edit.path, value, edit.shape)
             held = module._parameters[edit.name]
-            state[prefix + edit.name] = local_value(value, held, edit.cut, self.ranks)
+            state[prefix + edit.name] = local_value(value, held, edit, self.ranks)
 
 
 class ModelCheck:
@@ -143,89 +143,111 @@ class ModelCheck:
         yield from self.model.named_buffers(remove_duplicate=False)
 
 
-def as_dtensor(local: Tensor, cut: Cut, shape: tuple[int, ...], ranks: ModelRanks) -> DTensor:
+def as_dtensor(local: Tensor, edit: CutParameter, ranks: ModelRanks) -> DTensor:
     """Show this rank's chunk of a cut tensor as a DTensor; a view of ``local`` where that holds the chunk.
 
-    Shape: local as ``cut`` says -> DTensor of ``shape``, ``Shard(cut.dim)`` over the ranks in run order
-    Collective: all ranks of the model copy if `in_place` is false (one all-gather of the tensor), else none; at the
+    Shape: local as the cuts say -> DTensor of the whole shape, each cut a ``Shard`` over its holders in run order
+    Collective: the holders of every cut for which `in_place` is false (one all-gather of the tensor), else none; at the
         first call of a plan with tp > 1 and kvp > 1 the communicator in run order is made.
     """
     if isinstance(local, DTensor):
-        return _of_shard(local, cut, shape, ranks)
-    start, stop = chunk_run(cut, ranks, ranks.index)
-    if in_place(cut, ranks):
-        offset = (cut.offset_of(ranks.index, start, stop) or 0) if start < stop else 0
-        chunk = local.narrow(cut.dim, offset, stop - start)
-    else:
-        chunk = ranks.gather(local.detach(), cut).narrow(cut.dim, start, stop - start).clone()
-    whole = torch.empty(shape, device="meta")
+        return _of_shard(local, edit, ranks)
+    chunk = local
+    for cut, holders in reversed(edit.placed(ranks)):
+        chunk = own_chunk(chunk, cut, holders)
+    whole = torch.empty(edit.shape, device="meta")
     return DTensor.from_local(
         chunk,
-        run_mesh(ranks, local.device),
-        [Shard(cut.dim)],
+        mesh_of(edit, ranks, local.device),
+        [Shard(cut.dim) for cut, _ in edit.placed(ranks)],
         run_check=False,
         shape=whole.shape,
         stride=whole.stride(),
     )
 
 
-def _of_shard(shard: DTensor, cut: Cut, shape: tuple[int, ...], ranks: ModelRanks) -> DTensor:
+def own_chunk(local: Tensor, cut: Cut, holders: Holders) -> Tensor:
+    """Turn the runs of a dim that this rank holds into the chunk its DTensor holds."""
+    start, stop = chunk_run(cut, holders, holders.index)
+    if in_place(cut, holders):
+        offset = (cut.offset_of(holders.index, start, stop) or 0) if start < stop else 0
+        return local.narrow(cut.dim, offset, stop - start)
+    return holders.gather(local.detach(), cut).narrow(cut.dim, start, stop - start).clone()
+
+
+def _of_shard(shard: DTensor, edit: CutParameter, ranks: ModelRanks) -> DTensor:
     """Show dp's shard of this rank's part as a DTensor of the whole.
 
     Collective: none where the parts are chunks; else all ranks that hold the parameter, an all-gather of it.
     """
-    shown = cut_twice(shard, cut, shape, ranks)
+    shown = cut_twice(shard, edit.cut, edit.shape, ranks)
     if shown is None:
-        chunk = as_dtensor(shard.detach().full_tensor(), cut, shape, ranks).to_local()
-        shown = from_chunk(dp_chunk(chunk, shard).clone(), cut, shape, ranks)
+        chunk = as_dtensor(shard.detach().full_tensor(), edit, ranks).to_local()
+        shown = from_chunk(dp_chunk(chunk, shard).clone(), edit.cut, edit.shape, ranks)
     return shown
 
 
-def local_value(value: Tensor, held: Tensor | None, cut: Cut, ranks: ModelRanks) -> Tensor:
+def local_value(
+    value: Tensor, held: Tensor | None, edit: CutParameter, ranks: ModelRanks
+) -> Tensor:
     """Take what this rank's parameter ``held`` should hold out of a DTensor or a whole tensor.
 
     Collective: as `local_part`, unless the value has the form that this plan's state dict gives.
     """
-    back = taken_back(value, held, cut, ranks)
-    return as_shard(local_part(value, cut, ranks), held) if back is None else back
+    back = taken_back(value, held, edit.cut, ranks)
+    return as_shard(local_part(value, edit, ranks), held) if back is None else back
 
 
-def local_part(value: Tensor, cut: Cut, ranks: ModelRanks) -> Tensor:
+def local_part(value: Tensor, edit: CutParameter, ranks: ModelRanks) -> Tensor:
     """Take this rank's part of a DTensor or of a whole tensor.
 
     Collective: for a DTensor, its ranks; one all-gather of the tensor, unless it is cut exactly as this plan cuts it.
     """
     if not isinstance(value, DTensor):
-        return cut.take(value.detach(), ranks.index)
-    if _is_ours(value, cut, ranks):
+        return edit.take(value.detach(), ranks)
+    if _is_ours(value, edit, ranks):
         return value.to_local().detach()
-    return cut.take(value.detach().full_tensor(), ranks.index)
+    return edit.take(value.detach().full_tensor(), ranks)
 
 
-def chunk_run(cut: Cut, ranks: ModelRanks, index: int) -> Run:
+def chunk_run(cut: Cut, holders: Holders, index: int) -> Run:
     """The run of ``cut.dim`` that a rank's DTensor holds: chunk ``run_order[index]`` by torch.chunk's rule."""
-    sizes = chunk_sizes(cut.length, ranks.size)
-    number = ranks.run_order[index]
+    sizes = chunk_sizes(cut.length, holders.size)
+    number = holders.run_order[index]
     return sum(sizes[:number]), sum(sizes[: number + 1])
 
 
-def in_place(cut: Cut, ranks: ModelRanks) -> bool:
+def in_place(cut: Cut, holders: Holders) -> bool:
     """Say whether every rank holds its DTensor chunk in one piece; the same on all ranks."""
-    runs = [chunk_run(cut, ranks, j) for j in range(ranks.size)]
+    runs = [chunk_run(cut, holders, j) for j in range(holders.size)]
     return all(
         start == stop or cut.offset_of(j, start, stop) is not None
         for j, (start, stop) in enumerate(runs)
     )
 
 
-def run_mesh(ranks: ModelRanks, device: torch.device) -> DeviceMesh:
-    """The 1-D mesh of all ranks of the model copy, in run order.
+def mesh_of(edit: CutParameter, ranks: ModelRanks, device: torch.device) -> DeviceMesh:
+    """The mesh of the ranks that hold a parameter: one dim for each cut.
 
-    Collective: all of them, at the first call of a plan with tp > 1 and kvp > 1; otherwise the existing group serves.
+    Collective: all of them, at the first call of a plan with tp > 1 and kvp > 1; otherwise existing groups serve.
     """
-    order = sorted(range(ranks.size), key=lambda j: ranks.run_order[j])
-    device_type = "cpu" if device.type == "meta" else device.type
-    return ranks.groups.mesh_of(tuple(ranks.members[j] for j in order), MESH_NAME, device_type)
+    among = [holders for _, holders in edit.placed(ranks)]
+    if len(among) == 1:
+        return run_mesh(among[0], device)
+    axes = [axis for holders in among for axis in holders.axes]
+    return ranks.groups.device_mesh(*axes, device_type=_mesh_device(device))
+
+
+def run_mesh(holders: Holders, device: torch.device) -> DeviceMesh:
+    """The 1-D mesh of the ranks that share a dim out, in run order."""
+    order = sorted(range(holders.size), key=lambda j: holders.run_order[j])
+    name = MESH_NAME if isinstance(holders, ModelRanks) else "_".join(holders.axes)
+    members = tuple(holders.members[j] for j in order)
+    return holders.groups.mesh_of(members, name, _mesh_device(device))
+
+
+def _mesh_device(device: torch.device) -> str:
+    return "cpu" if device.type == "meta" else device.type
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -242,13 +264,18 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _is_ours(value: DTensor, cut: Cut, ranks: ModelRanks) -> bool:
+def _is_ours(value: DTensor, edit: CutParameter, ranks: ModelRanks) -> bool:
     """Say whether the DTensor's chunks are the parts themselves, on every rank."""
-    same = all(cut.runs[j] == (chunk_run(cut, ranks, j),) for j in range(ranks.size))
+    placed = edit.placed(ranks)
+    same = all(
+        cut.runs[j] == (chunk_run(cut, holders, j),)
+        for cut, holders in placed
+        for j in range(holders.size)
+    )
     return (
         same
-        and value.placements == (Shard(cut.dim),)
-        and value.device_mesh == run_mesh(ranks, value.device)
+        and value.placements == tuple(Shard(cut.dim) for cut, _ in placed)
+        and value.device_mesh == mesh_of(edit, ranks, value.device)
     )
 
 

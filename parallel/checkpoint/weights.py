@@ -57,7 +57,7 @@ def _cut_in_memory(cuts: list[CutParameter], ranks: ModelRanks) -> list[Edit]:
     for edit in cuts:
         assert edit.whole is not None
         if id(edit.whole) not in made:
-            local = edit.cut.take(edit.whole.detach(), ranks.index)
+            local = edit.take(edit.whole.detach(), ranks)
             check_numbers(local, edit.path)
             made[id(edit.whole)] = nn.Parameter(local, requires_grad=edit.whole.requires_grad)
         edit.local = made[id(edit.whole)]
@@ -88,9 +88,7 @@ class Loading:
             assert whole is not None
             if id(whole) not in self.made:
                 stored = self._stored(self.names[id(whole)])
-                local = edit.cut.read(
-                    lambda a, b, s=stored, d=edit.cut.dim: s.slice(d, a, b), self.ranks.index
-                )
+                local = edit.read(stored.slice, self.ranks)
                 self._make(whole, local, edit.path)
             edit.local = self.made[id(whole)]
         return []

@@ -122,12 +122,15 @@ class ContextBinding:
             edits.append(SetAttribute(model, "generate", refuse_generation(self.state.ranks.plan)))
         return edits
 
-    def gradient_edits(self) -> list[Edit]:
-        """Sum every parameter's gradient over cp: each rank has that of its own tokens."""
+    def gradient_edits(self, roles: list[Edit]) -> list[Edit]:
+        """Sum every parameter's gradient over cp: each rank has that of its own tokens. Experts have seen them all."""
+        summed = {(id(e.module), e.name) for e in roles if isinstance(e, SumGradient) and e.over_dp}
         seen: set[int] = set()
         edits: list[Edit] = []
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
+                if (id(module), name) in summed:
+                    continue
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
                     edits.append(SumGradient(module, name, self.state.group))

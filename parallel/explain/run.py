@@ -134,7 +134,7 @@ def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
     for name, (part, means) in parts.items():
         if all(getattr(plan, axis) == getattr(plain, axis) for axis in part):
             continue
-        if name == "etp" and (plan.ep > 1 or "ep" in values):
+        if name == "etp" and (plan.size("ep") > 1 or "ep" in values):
             continue
         if name == "cp" and plan.kvp.size > 1:
             values |= part
@@ -171,8 +171,8 @@ def _weights(twin: nn.Module, done: Any, whole: int) -> Weights:
     common = sum(p.numel() * p.element_size() for key, p in here.items() if key not in cuts)
     every = [common] * done.ranks.size
     for cut in cuts.values():
-        for j in range(done.ranks.size):
-            every[j] += math.prod(cut.cut.local_shape(cut.shape, j)) * cut.local.element_size()
+        for j, rank in enumerate(done.ranks.members):
+            every[j] += math.prod(cut.local_shape(done.ranks, rank)) * cut.local.element_size()
     own = sum(p.numel() * p.element_size() for p in here.values())
     return Weights(own, min(every), max(every), sum(every), whole)
 

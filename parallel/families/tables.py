@@ -9,6 +9,7 @@ from torch import nn
 from ..attention.mla import Mla
 from ..attention.role import Attention
 from ..errors import PlanError
+from ..experts import RoutedExperts
 from ..plan import Plan
 from ..roles import STYLES, Column, Embedding, Head, Region, Role, Row, ungrouped
 from ..rules import matches, snippet
@@ -60,11 +61,11 @@ def roles_of(model: Any, shape: ModelShape, plan: Plan) -> dict[str, Role]:
             "has attention we do not recognise (no table entry and no known projection names)",
             "give rules, for example:\n" + snippet(model),
         )
-    if plan.etp > 1 and not any(isinstance(role, experts.PackedExperts) for role in roles.values()):
+    if plan.cuts_experts and not any(isinstance(role, RoutedExperts) for role in roles.values()):
         raise PlanError(
-            f"etp={plan.etp}",
+            f"ep={plan.size('ep')} etp={plan.etp}",
             f"finds no experts it knows how to cut in {type(model).__name__}",
-            "use etp=1",
+            "use ep=1 and etp=1, or give rules",
         )
     return roles | _ends(model)
 
@@ -99,7 +100,7 @@ def _feed_forward(
     path: str, block: nn.Module, table: dict[str, str], plan: Plan
 ) -> dict[str, Role]:
     """Roles inside a feed-forward block; the block is one region if every weight in it is cut."""
-    routed = {f"{path}.{n}": role for n, role in experts.roles_in(block, plan).items()}
+    routed = {f"{path}.{n}": role for n, role in experts.roles_in(block).items()}
     roles: dict[str, Role] = {}
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear) or any(

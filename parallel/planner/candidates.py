@@ -117,7 +117,7 @@ class Candidates:
 def one(plan: Plan, batch: int = 1, draft: int = 0) -> Candidates:
     """Return a plan that is given as a table of one row."""
     sizes = [
-        plan.tp.size, plan.kvp.size, plan.size("cp") // plan.kvp.size, plan.dp.size, plan.pp.size, plan.ep,
+        plan.tp.size, plan.kvp.size, plan.size("cp") // plan.kvp.size, plan.dp.size, plan.pp.size, plan.ep.size,
         plan.etp, batch, 1 if plan.kvp.chunks == "auto" else plan.kvp.chunks, draft, 0, 1,
     ]  # fmt: skip
     return Candidates(*(np.array([float(size)]) for size in sizes))

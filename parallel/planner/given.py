@@ -60,7 +60,7 @@ def _distance(plan: Plan, rows: Any) -> Any:
         plan.size("cp") // plan.kvp.size,
         plan.dp.size,
         plan.pp.size,
-        plan.ep,
+        plan.ep.size,
         plan.etp,
     ]
     return np.abs(np.log2(rows) - np.log2(np.array(sizes, float))).sum(axis=1)

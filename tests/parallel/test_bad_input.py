@@ -218,16 +218,22 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
         ("cp=2", "not executed yet"),
     ),
     "ulysses heads": (
-        lambda: tiny("llama", heads=9, kv_heads=3),
+        lambda: tiny("llama", heads=9, kv_heads=3, hidden=72),
         lambda m: parallelize(m, "cp2:ulysses"),
         "PlanError",
         ("cp=2 (ulysses) * tp=1", "heads=9", "use cp in {1, 3, 9}"),
     ),
-    "ep": (
+    "ep of three": (
         lambda: tiny("mixtral"),
-        lambda m: parallelize(m, "tp2 ep2"),
+        lambda m: parallelize(m, "dp3 ep3"),
         "PlanError",
-        ("ep=2", "not executed yet"),
+        ("ep=3", "does not divide experts=4", "use ep in {1}"),
+    ),
+    "sums over dp": (
+        lambda: tiny("mixtral"),
+        lambda m: parallelize(m, "dp2 ep2,exchange=sums"),
+        "PlanError",
+        ("ep=2", "exchange=sums", "use exchange=tokens"),
     ),
     "ep without experts": (
         llama,
@@ -240,12 +246,6 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
         lambda m: parallelize(m, "kvp2,chunks=some"),
         "PlanError",
         ("chunks='some'", "not a whole number"),
-    ),
-    "etp of biased experts": (
-        lambda: tiny("gpt_oss"),
-        lambda m: parallelize(m, "tp2 etp2"),
-        "PlanError",
-        ("etp=2",),
     ),
     "unknown model": (
         Plain,

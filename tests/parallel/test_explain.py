@@ -78,6 +78,7 @@ def real_lists(plan: str, family: str, extra: bool = False) -> dict[str, Any]:
 
 REAL = [
     ("tp2", "llama"), ("tp2:sp", "qwen3"), ("tp2", "deepseek"), ("tp2 etp2", "deepseek"), ("tp2", "gpt_oss"),
+    ("tp2 ep2", "mixtral"), ("tp2 etp2", "gpt_oss"),
     ("kvp2", "llama"), ("kvp2", "deepseek"), ("kvp2 tp2", "gemma3"), ("kvp2 tp2", "llama"), ("tp4", "phi3"),
 ]  # fmt: skip
 
@@ -262,7 +263,6 @@ def test_the_model_is_left_alone() -> None:
     [
         ("dp2:shard tp2", "dp"),
         ("pp2 tp2", "pp"),
-        ("tp2 ep2", "ep"),
     ],
 )
 def test_axes_without_execution_are_named(plan: str, word: str) -> None:

@@ -88,7 +88,7 @@ def foldings(draw: st.DrawFn) -> Folding:
     axes = {axis: draw(size) for axis in ("tp", "dp", "pp", "ep", "etp")}
     axes[draw(st.sampled_from(("cp", "kvp")))] = draw(size)
     plan = Plan(**axes)
-    assume(plan.world_size // plan.pp.size % (plan.ep * plan.etp) == 0)
+    assume(plan.world_size // plan.pp.size % (plan.ep.size * plan.etp) == 0)
     return Folding.of(plan)
 
 

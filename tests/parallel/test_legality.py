@@ -87,8 +87,8 @@ def allowed(plan: Plan, shape: ModelShape) -> bool:
         copied = plan.tp.replicate_kv and tp % kv == 0
         attention = heads % tp == 0 and (kv % tp == 0 or copied)
     ulysses = not isinstance(plan.cp, Ulysses) or heads % (plan.cp.size * tp) == 0
-    cut = plan.ep * plan.etp
-    experts = cut == 1 or ((shape.experts or 0) > 0 and (shape.experts or 0) % plan.ep == 0)
+    cut = plan.ep.size * plan.etp
+    experts = cut == 1 or ((shape.experts or 0) > 0 and (shape.experts or 0) % plan.ep.size == 0)
     folds = tp * cp * plan.dp.size % cut == 0
     return attention and ulysses and experts and folds and pp <= (shape.layers or pp)
 

@@ -23,7 +23,6 @@ from plait.collectives import autograd
 from plait.cuda_kernels.scores import Interleave
 from plait.parallel import layout, tensor
 from plait.parallel.attention import exchange, gradients, heads, helix, mla, role, step
-from plait.parallel.families import experts
 from world import run_calls
 
 Mutation = Callable[[], Any]
@@ -200,7 +199,7 @@ def halves_cut_as_one() -> Iterator[None]:
     def chunks(dim: int, length: int, order: Any, parts: int = 1) -> Any:
         return original(dim, length, order)
 
-    with patch.object(experts.Cut, "chunks", chunks):
+    with patch.object(layout.Cut, "chunks", chunks):
         yield
 
 

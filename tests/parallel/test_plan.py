@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from plait.parallel.axes import (
     SCHEDULES,
+    Experts,
     Helix,
     Pipeline,
     Replicate,
@@ -132,6 +133,7 @@ def test_integers_are_the_default_choice() -> None:
         ("kvp4,interleave=16,chunks=auto", Plan(kvp=4), "kvp4"),
         ("kvp4,chunks=1", Plan(kvp=Helix(4, chunks=1)), "kvp4,chunks=1"),
         ("ep8", Plan(ep=8), "ep8 etp1"),
+        ("ep8:exchange=tokens", Plan(ep=Experts(8, exchange="tokens")), "ep8,exchange=tokens etp1"),
         ("tp1", Plan(), "tp1"),
         ("  tp2\n\tdp3 ", Plan(tp=2, dp=3), "dp3 tp2"),
     ],
@@ -206,8 +208,8 @@ BAD = [
     ("kvp2,exchange=latent", "not known", "partials"),
     ("kvp2,interleave=0", "not positive", ">= 1"),
     ("kvp2,mla=values", "not known", "did you mean 'value'"),
-    ("ep2:x", "has none", "ep2"),
-    ("dp2:shard,foo=1", "has none", "drop it"),
+    ("ep2:x", "not known", "exchange"),
+    ("dp2:shard,foo=1", "not known", "param_dtype"),
     ("kvp2 cp4", "same axis", "kvp alone"),
     ("kvp٢", "not kvp with a size", "kvp2"),
 ]
@@ -231,7 +233,7 @@ def test_bad_texts(text: str, because: str, instead: str) -> None:
     "text",
     [
         "", "[]", "{}", "{", "3", '{"tp": 2, "tp": 2}', '{"xp": 2}', '{"tp": "2"}', '{"tp": true}',
-        '{"tp": {"sp": true}}', '{"tp": {"size": 2, "choice": "ring"}}', '{"ep": {"size": 2}}',
+        '{"tp": {"sp": true}}', '{"tp": {"size": 2, "choice": "ring"}}', '{"etp": {"size": 2}}',
         '{"tp": {"size": 2, "sq": true}}', '{"tp": {"size": 2, "sp": 1}}', '{"tp": 2.0}',
         '{"kvp": {"size": 2, "interleave": "16"}}', '{"tp": null}', '{"cp": {"size": 0}}',
         '{"cp": {"size": 2, "choice": ["ring"]}}', '{"pp": {"size": 2, "schedule": []}}',

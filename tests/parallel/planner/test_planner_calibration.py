@@ -84,6 +84,6 @@ def test_here_is_one_legal_plan_of_axes_that_run(name: str, ranks: int) -> None:
         return
     found = here(shape, ranks, device_name="NVIDIA H100 80GB HBM3")
     found.validate(shape, world_size=ranks)
-    assert (found.pp.size, found.dp.size, found.ep, found.kvp.chunks) == (1, 1, 1, "auto")
+    assert (found.pp.size, found.dp.size, found.ep.size, found.kvp.chunks) == (1, 1, 1, "auto")
     assert here(shape, ranks, device_name="NVIDIA H100 80GB HBM3") == found
     assert isinstance(here(shape, ranks), Plan)

@@ -1,0 +1,5 @@
+"""Experts over ranks: MoE Parallel Folding. Tokens find their experts wherever they are, and come back."""
+
+from .role import RoutedExperts
+
+__all__ = ["RoutedExperts"]

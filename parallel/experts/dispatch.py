@@ -1,0 +1,102 @@
+"""The two ways to bring tokens and experts together: rows travel, or only results do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...collectives import autograd
+from ...collectives.primitive import chunk_sizes
+from ...collectives.token_exchange import TokenExchange, counted, tell_counts
+from .place import Place
+from .route import Assignment, by_expert, inverse
+
+Experts = Callable[[Tensor, list[int]], Tensor]
+
+
+def by_sums(
+    place: Place, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Let every rank send the tokens it shares with the others through its experts, and sum the results.
+
+    Ranks that hold the same experts take different tokens.
+
+    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden]
+    Collective: the ranks that bring the same tokens; one all-reduce of the output forward, one of the gradients of
+        ``hidden`` and ``weights`` backward. Shapes do not depend on the routing, the host reads this rank's counts.
+    Source: Helix Parallelism section 2.2 (no dispatch where all ranks have all tokens).
+    """
+    assert place.alike is not None
+    tokens, top_k = index.shape
+    hidden, weights = autograd.enter_rows(place.alike.all, hidden, weights)
+    share, shares = place.shares
+    sizes = chunk_sizes(tokens, shares)
+    start = sum(sizes[:share])
+    mine = Assignment.of(index[start : start + sizes[share]], place.experts)
+    counts = mine.counts.tolist()
+    last = place.first + place.held
+    pairs = mine.kept(place.first, last, counts) + start * top_k
+    rows = hidden.index_select(0, pairs // top_k)
+    out = experts(rows, counts[place.first : last])
+    out = out * weights.reshape(-1).index_select(0, pairs).unsqueeze(-1)
+    total = out.new_zeros(hidden.shape).index_add(0, pairs // top_k, out)
+    return autograd.leave(total.to(hidden.dtype), place.alike.all)
+
+
+def by_tokens(
+    place: Place, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Send every token to the ranks of its experts and bring the results back; weights are applied where it came from.
+
+    permute -> exchange -> (source, expert) to (expert, source) -> experts, and each step's inverse on the way back.
+    Under etp a row is sent to each rank that holds a slice of its expert, and their partial results are summed when
+    they are back: the bytes of an exchange over ep and a gather over etp, in one round.
+
+    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden]
+    Collective: the ranks that bring the same tokens first share them out (backward: one all-gather) and gather the
+        output; among owners an all-gather of counts, and an all-to-all of rows there and back, each way also backward.
+        Sent by each rank, in rows: 2 * tokens * top_k * (etp - 1/ep).
+    Source: MoE Parallel Folding (arXiv 2504.14960) section 3.3.
+    """
+    everyone = hidden.shape[0]
+    if place.alike is not None:
+        sizes = chunk_sizes(everyone, place.alike.size)
+        index = autograd.own_part(index, place.alike.all, 0, sizes)
+        hidden, weights = autograd.split_rows(place.alike.all, hidden, weights)
+    exchange, received, sent = meet(place, index)
+    top_k = index.shape[1]
+    rows = exchange.there(hidden.index_select(0, sent // top_k))
+    order = by_expert(received).to(rows.device)
+    out = experts(rows.index_select(0, order), received.sum(0).tolist())
+    returned = exchange.back(out.index_select(0, inverse(order)))
+    if place.etp == 1:
+        pairs = returned.index_select(0, inverse(sent))
+    else:
+        pairs = returned.new_zeros((index.numel(), hidden.shape[1])).index_add(0, sent, returned)
+    out = (
+        (pairs.view(*index.shape, hidden.shape[1]) * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+    )
+    if place.alike is not None:
+        out = autograd.gather(out, place.alike.all, 0, chunk_sizes(everyone, place.alike.size))
+    return out
+
+
+def meet(place: Place, index: Tensor) -> tuple[TokenExchange, Tensor, Tensor]:
+    """Agree on who sends what.
+
+    Returns:
+        The exchange; the rows this rank receives, [owners, held experts]; and the pair of every row it sends, in order.
+    """
+    mine = Assignment.of(index, place.experts)
+    every = tell_counts(mine.counts, place.owners.all)
+    if index.device.type == "meta":  # a run for its collectives: all ranks are taken to be alike
+        every = mine.counts.expand(place.owners.size, -1)
+    by_owner = every.view(place.owners.size, -1, place.held).sum(2).repeat_interleave(place.etp, 1)
+    exchange = counted(place.owners.all, by_owner.tolist())
+    received = every[:, place.first : place.first + place.held]
+    if place.etp == 1:
+        return exchange, received, mine.order
+    blocks = mine.order.split(list(exchange.send[:: place.etp]))
+    return exchange, received, torch.cat([block for b in blocks for block in (b,) * place.etp])

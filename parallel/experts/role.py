@@ -1,0 +1,191 @@
+"""The role of routed experts: which parameters are cut over ep and which over etp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..edits import Edit, SetAttribute, SumGradient, SwapClass
+from ..errors import PlanError
+from ..layout import Cut
+from ..ranks import ModelRanks, Placed
+from ..roles import cut_parameter
+from .compute import Packed
+from .layer import Compute, ExpertLayer, Listed, OwnCode, Route, Routed
+from .place import Place
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """Share routed experts out over ep, and each one's matrices over etp.
+
+    The module is called as ``module(hidden, index, weights)``: [tokens, hidden], [tokens, top_k], [tokens, top_k]. It
+    holds transformers' packed matrices, or stacks of one expert a row that its own code indexes, or a list of modules.
+    A module that routes by itself needs ``route``.
+
+    Args:
+        route: ``route(module, hidden) -> (index, weights)``, for a whole block that is called as ``module(hidden)``.
+        experts: where the list of modules is inside; found if there is one.
+        count: the attribute in which the module's own code finds the number of stacked experts.
+    """
+
+    route: Route | None = None
+    experts: str | None = None
+    count: str = "num_experts"
+
+    def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
+        if not ranks.plan.cuts_experts:
+            return []  # every rank holds and computes every expert
+        listed = self._listed(module)
+        if listed is not None:
+            return self._listed_edits(module, path, ranks, listed)
+        if is_packed(module):
+            return self._packed_edits(module, path, ranks)
+        return self._own_edits(module, path, ranks)
+
+    def _listed(self, module: nn.Module) -> str | None:
+        """Path of the list of experts inside the module; "" if the module is the list."""
+        if self.experts is not None:
+            return self.experts
+        lists = (nn.ModuleList, nn.ModuleDict)
+        if isinstance(module, lists):
+            return ""
+        found = [n for n, m in module.named_children() if isinstance(m, lists) and len(m) > 1]
+        return found[0] if len(found) == 1 else None
+
+    def _packed_edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
+        packed = Packed.of(module)
+        up, down = module.get_parameter(packed.up), module.get_parameter("down_proj")
+        place = self._place(up.shape[0], path, ranks)
+        if place.etp > 1 and getattr(module, "has_post_expert_norm", False):
+            raise PlanError(
+                f"etp={place.etp} on {path}", "would cut experts that end in a norm", "use etp=1"
+            )
+        among = place.along_etp
+        wide = 3 - packed.inner  # the dim of a matrix that leads out
+        gated = packed.up == "gate_up_proj"
+        up_cut = ffn_cut(
+            wide, up.shape[wide], among.size, gated, getattr(module, "is_concatenated", True)
+        )
+        cuts = {
+            packed.up: up_cut,
+            "down_proj": ffn_cut(packed.inner, down.shape[packed.inner], among.size),
+        }
+        if packed.biased:
+            cuts[f"{packed.up}_bias"] = replace(up_cut, dim=1)
+        edits: list[Edit] = []
+        for name in per_expert(module, place):
+            edits += self._cut(module, name, path, place, cuts.get(name))
+            edits.append(self._gradient(module, name, place))
+        if packed.biased and place.etp > 1:
+            edits.append(SumGradient(module, "down_proj_bias", among.all))
+        packed = replace(packed, adds_bias=among.index == 0)
+        return [*edits, *self._swap(module, place, packed, ranks)]
+
+    def _own_edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
+        lengths = {p.shape[0] for p in module._parameters.values() if p is not None and p.dim() > 1}
+        experts = getattr(module, self.count, lengths.pop() if len(lengths) == 1 else None)
+        if not isinstance(experts, int):
+            raise PlanError(
+                f"{path} ({type(module).__name__}) is to be cut as experts",
+                f"does not say how many: it has no {self.count!r}, and its parameters begin with different lengths",
+                "give RoutedExperts(count=...), the attribute with the number of experts",
+            )
+        place = self._whole_matrices(self._place(experts, path, ranks), path)
+        edits: list[Edit] = []
+        for name in per_expert(module, place):
+            edits += self._cut(module, name, path, place)
+            edits.append(self._gradient(module, name, place))
+        if hasattr(module, self.count):
+            edits.append(SetAttribute(module, self.count, place.held))
+        return [*edits, *self._swap(module, place, OwnCode(), ranks)]
+
+    def _listed_edits(
+        self, module: nn.Module, path: str, ranks: ModelRanks, inner: str
+    ) -> list[Edit]:
+        container = module.get_submodule(inner)
+        children = list(container.named_children())
+        place = self._whole_matrices(self._place(len(children), path, ranks), path)
+        edits: list[Edit] = []
+        for number, (name, child) in enumerate(children):
+            where = ".".join(part for part in (path, inner, name) if part)
+            owner = number // place.held
+            for under, sub in child.named_modules(prefix=where):
+                for own, p in sub._parameters.items():
+                    if p is not None:
+                        cut = owned_by(owner, p.shape[0], place.along_ep.size)
+                        edits.append(cut_parameter(sub, own, under, Placed(cut, place.along_ep)))
+                        if owner == place.along_ep.index:
+                            edits.append(self._gradient(sub, own, place))
+        return [*edits, *self._swap(module, place, Listed(inner, place.first), ranks)]
+
+    def _place(self, experts: int, path: str, ranks: ModelRanks) -> Place:
+        ep = ranks.plan.size("ep")
+        if experts % ep:
+            raise PlanError(
+                f"ep={ep} on {path}",
+                f"does not divide its {experts} experts",
+                f"use a divisor of {experts}",
+            )
+        return Place.of(ranks, experts)
+
+    def _whole_matrices(self, place: Place, path: str) -> Place:
+        if place.etp > 1:
+            raise PlanError(
+                f"etp={place.etp} on {path}",
+                "cuts matrices of experts, and these are not packed as transformers packs them",
+                "use etp=1",
+            )
+        return place
+
+    def _cut(
+        self, module: nn.Module, name: str, path: str, place: Place, matrix: Cut | None = None
+    ) -> list[Edit]:
+        cuts: list[Placed] = []
+        if place.along_ep.size > 1:
+            order = range(place.along_ep.size)
+            cuts.append(Placed(Cut.chunks(0, place.experts, order), place.along_ep))
+        if place.etp > 1 and matrix is not None:
+            cuts.append(Placed(matrix, place.along_etp))
+        return [cut_parameter(module, name, path, *cuts)] if cuts else []
+
+    def _gradient(self, module: nn.Module, name: str, place: Place) -> Edit:
+        """Ranks with the same experts saw other tokens: their gradients add up, and are never averaged by edp.
+
+        With that they hold the tokens of all dp ranks: the mean over dp is a division.
+        """
+        return SumGradient(module, name, place.replicas, over_dp=True)
+
+    def _swap(
+        self, module: nn.Module, place: Place, compute: Compute, ranks: ModelRanks
+    ) -> list[Edit]:
+        sums = place.sums and ranks.plan.ep.exchange != "tokens"
+        routed = Routed(place, compute, sums, self.route)
+        return [SetAttribute(module, "_plait_experts", routed), SwapClass(module, ExpertLayer)]
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Say whether a module is laid out, and computes, as transformers' packed experts do."""
+    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    return {up, "down_proj"} <= module._parameters.keys() and hasattr(module, "_apply_gate")
+
+
+def per_expert(module: nn.Module, place: Place) -> list[str]:
+    """Names of the parameters that hold one row, or matrix, for each expert."""
+    held = module._parameters.items()
+    return [n for n, p in held if p is not None and p.dim() > 1 and p.shape[0] == place.experts]
+
+
+def ffn_cut(dim: int, length: int, ranks: int, gated: bool = False, halves: bool = True) -> Cut:
+    """Cut the FFN width over etp; a gate and its up projection stay together, whether stored in halves or in turns."""
+    order = range(ranks)
+    if not gated or halves:
+        return Cut.chunks(dim, length, order, parts=2 if gated else 1)
+    single = Cut.chunks(dim, length // 2, order)
+    return Cut(dim, length, tuple(tuple((2 * a, 2 * b) for a, b in own) for own in single.runs))
+
+
+def owned_by(owner: int, length: int, ranks: int) -> Cut:
+    """A parameter that one rank holds whole, and the others not at all."""
+    return Cut(0, length, tuple(((0, length if r == owner else 0),) for r in range(ranks)))
