@@ -62,3 +62,15 @@ def test_a_second_process_skips_the_prefill_of_the_first(tmp_path: Path) -> None
     assert first is not None
     assert second is not None
     assert first[0] == second[0]
+
+
+@pytest.mark.parametrize(("size", "plan"), [(2, "cp2"), (4, "cp2:ulysses tp2")])
+def test_long_training(tmp_path: Path, size: int, plan: str) -> None:
+    script = [str(EXAMPLES / "long_training.py"), plan, "--tokens", "300", "--steps", "3"]
+    job = run_job([*torchrun(size), *script], tmp_path)
+    assert job.code == 0, job.output
+    found = re.search(r"of any weight from one process: (\S+)", job.output)
+    assert found is not None, job.output
+    assert float(found[1]) < 1e-5
+    losses = [float(x) for x in re.findall(r"loss (\d\.\d+)", job.output)]
+    assert losses[-1] < losses[0]
