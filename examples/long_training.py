@@ -60,7 +60,7 @@ def main() -> None:
         world.print(f"step {number}  loss {ours:.6f}   in one process {one:.6f}")
     plait.unparallelize(model)
     far = max(
-        float((p - q).abs().max())
+        (p - q).abs().max().item()
         for p, q in zip(model.parameters(), alone.parameters(), strict=True)
     )
     world.print(f"largest difference of any weight from one process: {far:.1e}")
