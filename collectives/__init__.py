@@ -2,7 +2,8 @@
 
 from .errors import BackendUnavailable, LaunchError, PeerLost
 from .launch import Launch
-from .trace import Event, Trace
+from .timeline import Timeline
+from .trace import Event, Trace, span
 from .world import World, init
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "Launch",
     "LaunchError",
     "PeerLost",
+    "Timeline",
     "Trace",
     "World",
     "init",
+    "span",
 ]
