@@ -38,8 +38,8 @@ $(VLLM_READY): tools/install_vllm.py pyproject.toml
 	$(PYTHON) tools/install_vllm.py
 	@touch $@
 
-test-vllm: $(VLLM_READY)  ## the plug-ins for vLLM in a real engine on this CPU (an environment of its own)
-	.venv-vllm/bin/python -m pytest -o faulthandler_timeout=3600 tests/vllm
+test-vllm: $(VLLM_READY)  ## the plug-ins for vLLM, in a real engine on this CPU, and SGLang (an environment of its own)
+	.venv-vllm/bin/python -m pytest -o faulthandler_timeout=3600 tests/vllm tests/sglang
 
 lint: $(READY)  ## format, lint, layers, spelling, types
 	$(BIN)/ruff format --check

@@ -31,20 +31,24 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["tokens"] == b["tokens"] and a["logprobs"] == pytest.approx(b["logprobs"], abs=2e-3)
 
 
-def flip_a_bit(directory: Path, slot: int) -> None:
-    """Spoil one page as a failing disk would."""
-    from plait.kvstore.tiers.form import BLOCK, SLAB, Geometry, read_geometry
+def flip_bits(directory: Path) -> int:
+    """Spoil every fifth page as a failing disk would; say how many."""
+    from plait.kvstore.tiers.form import BLOCK, SLAB, read_geometry
 
-    (slab,) = sorted(directory.rglob("slab-00000"))
+    (slab,) = directory.rglob("slab-00000")
+    spoiled = 0
     with slab.open("r+b") as file:
-        geometry: Geometry = read_geometry(file.read(BLOCK), SLAB)[0]
-        at = BLOCK + slot * geometry.slot_bytes
-        file.seek(at)
-        assert file.read(8) == b"plaitKV\x01", "no page in this slot"
-        file.seek(at + BLOCK + 1000)
-        byte = file.read(1)[0]
-        file.seek(at + BLOCK + 1000)
-        file.write(bytes([byte ^ 4]))
+        geometry, _ = read_geometry(file.read(BLOCK), SLAB)
+        for slot in range(0, geometry.slots_per_slab, 5):
+            at = BLOCK + slot * geometry.slot_bytes
+            file.seek(at)
+            if file.read(8) == b"plaitKV\x01":
+                file.seek(at + BLOCK + 1000)
+                byte = file.read(1)[0]
+                file.seek(at + BLOCK + 1000)
+                file.write(bytes([byte ^ 4]))
+                spoiled += 1
+    return spoiled
 
 
 @pytest.mark.parametrize(
@@ -71,11 +75,9 @@ def test_pages_outlive_the_engine(way: str, kind: str, tmp_path: Path) -> None:
     assert restarted["disk"]["cached"] == [PROMPT]
     assert same(cold, restarted["disk"])
 
-    # gemma's 36 pages of this prompt, in two groups, begin at slot 38; of one of these two only the window is read
-    for slot in (24,) if kind == "llama" else (44, 64):
-        flip_a_bit(tmp_path, slot)
+    assert flip_bits(tmp_path) > 10
     damaged = run("again")
-    assert damaged["counters"]["damaged"] == 1
+    assert damaged["counters"]["damaged"] >= 3
     assert same(cold, damaged["disk"]), "it was computed again"
     assert damaged["disk again"]["cached"] == [PROMPT], "and kept again"
     assert same(cold, damaged["disk again"])
