@@ -61,8 +61,10 @@ wheel: $(READY)  ## build the wheel into dist/
 wheel-smoke: wheel  ## install the wheel elsewhere and use it from another directory
 	$(BIN)/python tools/wheel_smoke.py dist/*.whl
 
-faults: $(READY)  ## kill a process that writes the disk tier, 500 times, and look for wrong bytes
+faults: $(READY)  ## kill the disk tier and a store on it, 500 times each; a thousand histories of failing tiers
 	$(BIN)/python tests/kvstore/faults.py --kills 500
+	$(BIN)/python tests/kvstore/store_faults.py --kills 500
+	$(BIN)/python tests/kvstore/test_tiered_machine.py
 
 bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench

@@ -7,7 +7,9 @@
     # the next PlaitCache(store, ids that begin alike) starts from what is cached
 
 Attention is the model's own (eager, sdpa, ...): it is given each layer's keys and values in order, a
-view of the pages where they follow each other, else a copy.
+view of the pages where they follow each other, else a copy. `pages` has one that reads pages in place.
+
+`generate_batch` (continuous batching) makes a cache of its own and takes no other: it cannot use a store.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ..identity import Identity
 from ..spec import KVSpec
 from ..step import Step
 from ..store import KVStore
+from .pages import InPages
 
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -120,6 +123,7 @@ class PlaitCache(Cache):
         attention_mask: as given to `generate`, if rows are padded.
         tenant: whose prompts these are.
         repeats: rows that `generate` makes of each prompt: its `num_beams` or `num_return_sequences`.
+        in_place: decode from the pages where they lie, by a model prepared with `pages.read_pages_in_place`.
 
     State: a forward is a step of the store, committed when the next begins or the cache is closed.
     """
@@ -131,6 +135,7 @@ class PlaitCache(Cache):
         attention_mask: Tensor | None = None,
         tenant: str | None = None,
         repeats: int = 1,
+        in_place: bool = False,
     ) -> None:
         super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
         self.store = store
@@ -139,7 +144,7 @@ class PlaitCache(Cache):
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.seqs = store.open_batch(len(rows) if padded else list(rows), tenant)
         self.step: Step | None = None
-        self._told = not padded
+        self._told, self.padded, self.in_place = not padded, padded, in_place
         start = min((seq.length for seq in self.seqs), default=0)
         for seq, row in zip(self.seqs, rows, strict=True):
             if seq.length > start:
@@ -172,6 +177,12 @@ class PlaitCache(Cache):
         assert self.step is not None
         rows = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
         self.store.append(self.step, layer, *rows)
+        if self.in_place:
+            return InPages.of(self, layer), InPages.of(self, layer)
+        return self.gathered(layer)
+
+    def gathered(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Give all tokens' keys and values of one layer. Shape: `[batch, kv_heads, all, d]`"""
         held = [self.store.keys_values(seq, layer, self.step) for seq in self.seqs]
         if len(held) == 1:
             return held[0][0].transpose(0, 1)[None], held[0][1].transpose(0, 1)[None]

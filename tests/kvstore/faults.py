@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,9 @@ def child(folder: Path, number: int, pipe: int) -> None:
     work(1)
 
 
-def killed_child(folder: Path, number: int, seconds: float) -> list[tuple[str, list[bytes]]]:
+def killed_child(
+    folder: Path, number: int, seconds: float, child: Callable[[Path, int, int], None] = child
+) -> list[tuple[str, list[bytes]]]:
     """Run a child that long after it opened, or if negative that long at all; give what it said."""
     reader, writer = os.pipe()
     pid = os.fork()

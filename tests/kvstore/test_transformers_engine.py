@@ -21,6 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from plait.kvstore import KVStore
+from plait.kvstore.engines.pages import read_pages_in_place
 from plait.kvstore.engines.transformers import PlaitCache, make_store, weights_digest
 
 SIZES = {
@@ -137,6 +139,67 @@ def test_beams_and_sampled_answers_share_the_prompt() -> None:
     assert store.match(list(torch.cat([got, got[:, :1]], 1))) == [29, 29, 29]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_decode_from_pages_in_place_gives_the_same_tokens(name, batch, monkeypatch) -> None:
+    model = make(name)
+    ids = torch.randint(1, 64, (batch, 30))
+    want, _ = generate(model, ids, None, max_new_tokens=12)
+    read_pages_in_place(model)
+    reads: list[int] = []
+    attend = KVStore.attend
+    monkeypatch.setattr(
+        KVStore,
+        "attend",
+        lambda self, *args, **more: reads.append(1) or attend(self, *args, **more),
+    )
+    store = make_store(model, page_tokens=4)
+    for _ in range(2):
+        with PlaitCache(store, ids, in_place=True) as cache:
+            got, _ = generate(model, ids, cache, max_new_tokens=12)
+            assert torch.equal(got, want)
+    assert len(reads) >= 2 * 11 * 3 - 3, "each layer of each step of one token"
+    with PlaitCache(store, ids) as cache:
+        assert torch.equal(generate(model, ids, cache, max_new_tokens=12)[0], want)
+    assert torch.equal(generate(model, ids, None, max_new_tokens=12)[0], want)
+
+
+def test_padded_rows_are_gathered_and_other_attention_is_refused() -> None:
+    model = make()
+    store = make_store(model, page_tokens=4)
+    ids, mask = torch.randint(1, 64, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    ids[1, :5], mask[1, :5] = 0, 0
+    want, _ = generate(model, ids, None, attention_mask=mask)
+    with (
+        PlaitCache(store, ids, attention_mask=mask, in_place=True) as cache,
+        pytest.raises(TypeError, match="read_pages_in_place"),
+    ):
+        generate(model, ids, cache, attention_mask=mask)
+    read_pages_in_place(model)
+    with PlaitCache(store, ids, attention_mask=mask, in_place=True) as cache:
+        assert torch.equal(generate(model, ids, cache, attention_mask=mask)[0], want)
+    eager = make()
+    eager.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attends by 'eager'"):
+        read_pages_in_place(eager)
+
+
+def test_the_prefix_of_another_process_is_found_on_disk(tmp_path) -> None:
+    model = make()
+    ids = torch.randint(1, 64, (1, 30))
+    want, _ = generate(model, ids, None)
+    options = {"page_tokens": 4, "disk": tmp_path / "c", "disk_bytes": "4MiB", "fetch": "always"}
+    for cached in (0, 28):
+        with make_store(model, **options) as store, PlaitCache(store, ids) as cache:
+            got, counts = generate(model, ids, cache)
+            assert torch.equal(got, want)
+            assert (cache.cached_tokens, counts[0]) == (cached, 30 - cached)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1e-3
+    with make_store(model, **options) as store, PlaitCache(store, ids) as cache:
+        assert cache.cached_tokens == 0, "other weights"
+
+
 def test_tenants_and_other_models_find_nothing() -> None:
     model = make()
     store = make_store(model, page_tokens=4)
@@ -198,3 +261,11 @@ def test_a_dropped_cache_keeps_no_pages() -> None:
     del cache
     gc.collect()
     assert store.counters()["sequences"] == 0
+
+
+def test_continuous_batching_refuses_a_model_that_reads_our_pages() -> None:
+    """It makes its own cache and takes no other; with pages in place its attention says so, too."""
+    model = make()
+    read_pages_in_place(model)
+    with pytest.raises(ValueError, match="not supported for continuous batching"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
