@@ -13,3 +13,7 @@ class BackendUnavailable(ImportError):
 
 class PeerLost(RuntimeError):
     """Another rank went away while this one waited for it."""
+
+
+class CallMismatch(RuntimeError):
+    """Ranks of a group are in different calls; the message shows both sides."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,14 +15,21 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from . import exchange, failure
+from ..trace import listening, tell_traces
+from ..work import Finished, Several
+from . import check, exchange, failure
 from .exchange import Peers, Steps, complete
-from .operation import About, FinishedWork, ManyWork, Operation, OperationWork
+from .operation import About, Operation, OperationWork
 from .progress import Engine
 from .reduction import reduction
 from .rollcall import Answer
 
 SPINS = 200  # tests of a request before a blocking call lets other threads and ranks go first
+_TRACED = {  # how a trace calls them
+    "all_gather_into_tensor": "all_gather",
+    "all_reduce_coalesced": "all_reduce",
+    "all_to_all_single": "all_to_all",
+}
 
 
 @cache
@@ -55,7 +63,7 @@ class MPIGroup(dist.ProcessGroup):
         self._name, self._backend = name, backend
         self._last: About = ("", None, None)
         self._open: bool | weakref.ref[Operation] = False  # is the last call still under way?
-        self._finished = FinishedWork()
+        self._finished = Finished()
         self._coalescing: list[dist.Work] | None = None
         self.engine.groups[name] = self
         self.peers = self._connect()
@@ -126,9 +134,26 @@ class MPIGroup(dist.ProcessGroup):
         steps: Steps,
         opts: Any = None,
         peer: int | None = None,
+        brought: Sequence[Tensor] | None = None,
+        moved: check.Moved = ([], []),
     ) -> dist.Work:
+        """Start or do a call that fills `tensors`; `brought` is what this rank gives, where that is not the same."""
         if self.lost is not None:
             raise self.lost
+        brought = tensors if brought is None else brought
+        begin = time.perf_counter() if listening() else None
+        if peer is None and check.is_on():
+            call = check.Call.of(name, tensors, opts, *moved)
+            compare = check.compare(self.peers, self.ranks, call, str(self))
+            self._run_here((f"{call}, before it,", None, None), [], compare)
+        work = self._run_call(name, tensors, steps, opts, peer)
+        if begin is not None:
+            tell_traces(self, _TRACED.get(name, name), brought, time.perf_counter() - begin)
+        return work
+
+    def _run_call(
+        self, name: str, tensors: list[Tensor], steps: Steps, opts: Any, peer: int | None
+    ) -> dist.Work:
         about: About = (name, tensors[0].shape, tensors[0].dtype) if tensors else (name, None, None)
         if peer is None:
             self.calls += 1
@@ -212,7 +237,8 @@ class MPIGroup(dist.ProcessGroup):
             exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
         ]
-        return self._run("reduce_scatter", outputs, _together(steps), opts)
+        brought = [t for parts in lists for t in parts]
+        return self._run("reduce_scatter", outputs, _together(steps), opts, brought=brought)
 
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
         return self.reduce_scatter_single_coalesced([out], [t], opts)
@@ -246,7 +272,11 @@ class MPIGroup(dist.ProcessGroup):
             exchange.all_gather(self.peers, o, t) for o, t in zip(outputs, inputs, strict=True)
         ]
         flat = [out for outs in outputs for out in outs]
-        return self._run("all_gather", flat, _together(steps), opts)
+        moved = (
+            [_elements(inputs)] * self.size(),
+            [_elements(o) for o in zip(*outputs, strict=True)],
+        )
+        return self._run("all_gather", flat, _together(steps), opts, None, inputs, moved)
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         # c10d lists these by rank, then by tensor
@@ -265,7 +295,7 @@ class MPIGroup(dist.ProcessGroup):
             self._check(good, f"all_gather_into_tensor of {list(t.shape)} into {list(out.shape)}")
         pairs = zip(outputs, inputs, strict=True)
         steps = _together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
-        return self._run("all_gather_into_tensor", list(outputs), steps, opts)
+        return self._run("all_gather_into_tensor", list(outputs), steps, opts, None, inputs)
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore[reportAssignmentType]
 
@@ -281,7 +311,8 @@ class MPIGroup(dist.ProcessGroup):
                 good, f"all_to_all of {rows} {what} rows in runs {list(runs) or 'of equal size'}"
             )
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
-        return self._run("all_to_all_single", [out], steps, opts)
+        moved = _by_rank(t, send, self.size()), _by_rank(out, receive, self.size())
+        return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
 
     alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]
 
@@ -290,24 +321,27 @@ class MPIGroup(dist.ProcessGroup):
     ) -> dist.Work:
         good = len(outputs) == len(inputs) == self.size()
         self._check(good, f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
-        return self._run(
-            "all_to_all", list(outputs), exchange.all_to_all(self.peers, outputs, inputs), opts
-        )
+        steps = exchange.all_to_all(self.peers, outputs, inputs)
+        moved = [t.numel() for t in inputs], [t.numel() for t in outputs]
+        return self._run("all_to_all", list(outputs), steps, opts, None, inputs, moved)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         (t,), outs = _listed(inputs), outputs[0] if outputs else []
         good = self._rank != opts.rootRank or len(outs) == self.size()
         self._check(good, f"gather into {len(outs)} tensors")
         steps = exchange.gather(self.peers, outs, t, opts.rootRank)
-        return self._run("gather", list(outs) or [t], steps, opts)
+        sent = [t.numel() * (r == opts.rootRank) for r in range(self.size())]
+        moved = sent, [out.numel() for out in outs] or [0] * self.size()
+        return self._run("gather", list(outs) or [t], steps, opts, None, [t], moved)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         (out,), parts = _listed(outputs), inputs[0] if inputs else []
         good = self._rank != opts.rootRank or len(parts) == self.size()
         self._check(good, f"scatter of {len(parts)} tensors")
-        return self._run(
-            "scatter", [out], exchange.scatter(self.peers, out, parts, opts.rootRank), opts
-        )
+        steps = exchange.scatter(self.peers, out, parts, opts.rootRank)
+        received = [out.numel() * (r == opts.rootRank) for r in range(self.size())]
+        moved = [t.numel() for t in parts] or [0] * self.size(), received
+        return self._run("scatter", [out], steps, opts, None, parts, moved)
 
     def barrier(self, opts: Any = None) -> dist.Work:
         return self._run("barrier", [], exchange.barrier(self.peers), opts)
@@ -330,7 +364,7 @@ class MPIGroup(dist.ProcessGroup):
 
     def _end_coalescing(self, device: torch.device) -> dist.Work:
         works, self._coalescing = self._coalescing or [], None
-        return ManyWork(works)
+        return Several(works)
 
     def _check(self, good: bool, asked: str) -> None:
         if not good:
@@ -339,6 +373,16 @@ class MPIGroup(dist.ProcessGroup):
 
 def _listed(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _elements(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+def _by_rank(t: Tensor, rows: Sequence[int], size: int) -> list[int]:
+    """Count the elements of each rank's rows of dim 0."""
+    row = t.numel() // max(1, t.shape[0])
+    return [n * row for n in rows] or [t.numel() // size] * size
 
 
 def _parts(t: Tensor, size: int) -> list[Tensor]:

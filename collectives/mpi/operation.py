@@ -199,35 +199,3 @@ class OperationWork(dist.Work):
         return self.operation.source
 
     _source_rank = source_rank
-
-
-class FinishedWork(dist.Work):
-    """What a call that has already waited returns."""
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def is_success(self) -> bool:
-        return True
-
-
-class ManyWork(dist.Work):
-    """Several operations that are waited for together."""
-
-    def __init__(self, works: list[dist.Work]) -> None:
-        super().__init__()
-        self._works = works
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self._works:
-            work.wait() if timeout is None else work.wait(timeout)
-        return True
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
-
-    def is_success(self) -> bool:
-        return all(work.is_success() for work in self._works)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import time
 import weakref
@@ -59,6 +60,7 @@ class Engine:
         self.meeting = MPI.COMM_WORLD.Dup()
         self.groups: weakref.WeakValueDictionary[str, MPIGroup] = weakref.WeakValueDictionary()
         self.abandoned: list[Any] = []
+        self.bereaved = False  # a fault-tolerant MPI has told of a death
         own = self.turn if self.serial else RLock()
         self.rollcall = RollCall(MPI.COMM_WORLD.Dup(), own, self._state_of)
         self._under_way: deque[Operation] = deque()
@@ -137,6 +139,7 @@ class Engine:
                 f"{operation} on {group} failed in MPI: {error.Get_error_string()}; {hint}"
             )
         self.abandoned.append(operation)
+        self.bereaved = True
         failed = self.world.Get_failed()
         dead = MPI.Group.Translate_ranks(failed, range(failed.size), self.world.Get_group())
         group.lost = PeerLost(
@@ -149,7 +152,11 @@ class Engine:
         return {"calls": 0, "doing": "", "done": True} if group is None else group.state()
 
     def _end(self) -> None:
-        """Leave in order: MPI cannot be finalised while a peer is lost, only aborted."""
+        """Leave in order: MPI cannot be finalised while a peer is lost, only aborted.
+
+        A fault-tolerant mpirun cannot be told to abort either: two ranks that ask for it at once leave Open MPI's
+        hanging. It ends by itself when all ranks are gone.
+        """
         lost = (group.lost for group in self.groups.values() if group.lost is not None)
         failed = getattr(sys, "last_value", None) or next(lost, None)
         if failed is not None:  # who still waits for this rank gives up now, and says why
@@ -164,6 +171,8 @@ class Engine:
                 flush=True,
             )
             sys.stdout.flush()
+            if self.bereaved:
+                os._exit(1)
             MPI.COMM_WORLD.Abort(1)
 
     def _farewell(self) -> bool:

@@ -1,6 +1,6 @@
 """A c10d backend for ranks on one host: POSIX shared memory and Numba."""
 
-from .engine import CallMismatch
+from ..errors import CallMismatch
 from .group import ShmGroup
 from .register import register
 from .symmetric import symmetric_empty

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import CallMismatch
 from ..trace import listening, tell_traces
+from ..work import Finished
 from .calls import KINDS, code_of, describe, operator, real_of, view_of, views_of
 from .exchange import exchange
 from .fold import SCRATCH_BYTES, fold_address
@@ -41,14 +43,10 @@ from .steps import (
     WAITING,
     WORLD,
 )  # fmt: skip
-from .work import PATIENCE, Finished, Pending
+from .work import PATIENCE, Pending
 
-_KIND = {name: number for number, name in enumerate(KINDS)}
+KIND = {name: number for number, name in enumerate(KINDS)}
 Kernel = Callable[..., int]
-
-
-class CallMismatch(RuntimeError):
-    """Ranks of a group are in different calls; the message shows both sides."""
 
 
 class Engine:
@@ -162,7 +160,7 @@ class Engine:
         found = self._reductions.get(key)
         if found is None:
             number = operator(dtype, op)
-            code = code_of(_KIND[kind], dtype, number, root)
+            code = code_of(KIND[kind], dtype, number, root)
             found = self._reductions[key] = fold_address(dtype, number), number, code
         return found
 
@@ -176,7 +174,7 @@ class Engine:
         if self._symmetric and root < 0 and x.is_contiguous():
             place = self._place_of(x)
             if place is not None:
-                code = code_of(_KIND["all_reduce of symmetric tensors"], x.dtype, number)
+                code = code_of(KIND["all_reduce of symmetric tensors"], x.dtype, number)
                 arguments = (*place, x.element_size(), function, count, number)
                 return self.run(all_reduce_symmetric, arguments, code, count, [x], wait)
         arguments = (view_of(x), function, count, number, root)
@@ -209,7 +207,7 @@ class Engine:
         """Move elements between ranks; see `exchange` for the tables."""
         some = sends or receives
         dtype = some[0].dtype if some else torch.uint8
-        code = code_of(_KIND[kind], dtype, root=root)
+        code = code_of(KIND[kind], dtype, root=root)
         meet = root < 0  # with a root, only those wait who receive
         views = views_of(sends) if sends else self._nothing
         places = views_of(receives) if receives else self._nothing

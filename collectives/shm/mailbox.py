@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..work import Finished
 from .calls import KINDS, code_of, describe, dtype_of, view_of
 from .channel import BYTES, CODE, TAG, look, pull, push
 from .members import Members
 from .progress import Progress
 from .steps import DONE
-from .work import Finished, Pending
+from .work import Pending
 
 SEND = KINDS.index("send")
 

@@ -1,4 +1,4 @@
-"""What a call gives back: work that is done, or that its group still has to do."""
+"""What a call gives back when it must wait: work that its group still has to do."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.futures import Future, collect_all
+from torch.futures import Future
 
 PATIENCE = 100  # turns of yielding the processor before a waiting kernel returns to Python
 
@@ -21,37 +21,6 @@ class Driver(Protocol):
     def drive(self, patience: int) -> bool:
         """Move everything that can move; say whether something did. Fails work whose peers are lost."""
         ...
-
-
-class Finished(dist.Work):
-    """Work that was done before the call returned."""
-
-    def __init__(self, outputs: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self._outputs = list(outputs)
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def is_success(self) -> bool:
-        return True
-
-    def exception(self) -> None:
-        return None
-
-    def result(self) -> list[Tensor]:
-        return self._outputs
-
-    def synchronize(self) -> None:
-        return None
-
-    def get_future(self) -> Future:
-        future: Future = Future()
-        future.set_result(self._outputs)
-        return future
 
 
 class Pending(dist.Work):
@@ -151,29 +120,3 @@ class Pending(dist.Work):
             future.set_result(self._outputs)
         else:
             future.set_exception(self._error)
-
-
-class Several(dist.Work):
-    """Several works as one."""
-
-    def __init__(self, works: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._works, self._outputs = list(works), list(outputs)
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        for work in self._works:
-            work.wait()
-        return True
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
-
-    def is_success(self) -> bool:
-        return all(work.is_success() for work in self._works)
-
-    def result(self) -> list[Tensor]:
-        return self._outputs
-
-    def get_future(self) -> Future:
-        whole = collect_all([work.get_future() for work in self._works])
-        return whole.then(lambda done: [f.value() for f in done.value()] and self._outputs)

@@ -85,9 +85,6 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert "signal 9" in ended.output or "Killed" in ended.output
 
 
-@pytest.mark.skip(
-    reason="known fault: about one ULFM job in five does not end after the loss; decision 011"
-)
 @pytest.mark.slow
 def test_a_killed_rank_is_named_by_a_fault_tolerant_mpi(tmp_path: Path) -> None:
     if "Open MPI" not in run_job([find_mpirun(), "--version"], tmp_path).output:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from conformance import CHECKS, Abilities, Check
+from plait.collectives import CallMismatch, Trace
 from plait.collectives.mpi import register
 from plait.collectives.world import World, init
 
@@ -165,6 +166,81 @@ def test_what_cannot_be_is_refused_at_once(world: World) -> None:
 
 def test_it_says_how_cuda_tensors_travel(world: World) -> None:
     assert dist.group.WORLD.cuda in ("direct", "staged")
+
+
+# ---- traces, and the debug mode
+
+
+def test_a_trace_sees_the_calls(world: World) -> None:
+    with Trace() as trace:
+        dist.all_reduce(torch.ones(6))
+        dist.all_gather_into_tensor(torch.empty(16), torch.ones(4), async_op=True).wait()
+        dist.reduce_scatter_tensor(torch.empty(3), torch.ones(12))
+        dist.all_to_all_single(torch.empty(4), torch.ones(4))
+        dist.broadcast(torch.ones(5), 1)
+    dist.all_reduce(torch.ones(6))
+    assert [(e.op, e.axis, e.payload_bytes, e.sent_bytes) for e in trace.events] == [
+        ("all_reduce", "group of 4", 24, 36),
+        ("all_gather", "group of 4", 16, 48),
+        ("reduce_scatter", "group of 4", 48, 36),
+        ("all_to_all", "group of 4", 16, 12),
+        ("broadcast", "group of 4", 20, 20),
+    ]
+
+
+@pytest.fixture
+def debug() -> Iterator[None]:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    yield
+    dist.set_debug_level(dist.DebugLevel.OFF)
+
+
+def mistaken(first: bool) -> dict[str, tuple[Callable[[], Any], str]]:
+    """Calls in which rank 0 does one thing and the others another, and what is to be said of them."""
+    ones = torch.ones(8)
+    uneven = [1, 1, 1, 5] if first else [2, 2, 2, 2]
+    return {
+        "length": (
+            lambda: dist.all_reduce(torch.ones(4 if first else 5)),
+            "rank 0 is in all_reduce of 4 float32 by sum, rank 1 in all_reduce of 5 float32 by sum",
+        ),
+        "dtype": (
+            lambda: dist.broadcast(ones.double() if first else ones, 2),
+            "rank 0 is in broadcast of 8 float64, root 2, rank 1 in broadcast of 8 float32, root 2",
+        ),
+        "op": (
+            lambda: dist.all_reduce(ones, dist.ReduceOp.MAX if first else dist.ReduceOp.SUM),
+            "rank 0 is in all_reduce of 8 float32 by max, rank 1 in all_reduce of 8 float32 by sum",
+        ),
+        "order": (
+            lambda: dist.barrier() if first else dist.all_reduce(ones, async_op=True).wait(),
+            "rank 0 is in barrier, rank 1 in all_reduce of 8 float32 by sum",
+        ),
+        "counts": (
+            lambda: dist.all_to_all_single(ones.clone(), ones, [2] * 4, uneven),
+            "sent [1, 1, 1, 5], received [2, 2, 2, 2]), rank 1 in all_to_all_single of float32",
+        ),
+    }
+
+
+@pytest.mark.parametrize("mistake", ["length", "dtype", "op", "order", "counts"])
+def test_the_debug_mode_shows_both_sides(world: World, debug: None, mistake: str) -> None:
+    call, told = mistaken(world.rank == 0)[mistake]
+    with pytest.raises(CallMismatch) as refusal:
+        call()
+    assert told in str(refusal.value)
+    x = torch.ones(3)
+    dist.all_reduce(x)  # nothing was begun: the group still works
+    assert bool((x == RANKS).all())
+
+
+def test_the_debug_mode_lets_right_calls_pass(world: World, debug: None) -> None:
+    """Those whose sizes differ between ranks; checks that start calls out of step would wait here for ever."""
+    uneven = ("gather_and", "all_gather_of", "reduce_scatter", "all_to_all", "coalesced", "objects")
+    chosen = [check for check in CHECKS if check.__name__.startswith(uneven)]
+    assert len(chosen) == 7
+    for check in chosen:
+        check(Abilities())
 
 
 # ---- many calls of all kinds at once

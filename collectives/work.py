@@ -1,0 +1,68 @@
+"""Work handles that every backend written in Python gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future, collect_all
+
+
+class Finished(dist.Work):
+    """Work that was done before the call returned."""
+
+    def __init__(self, outputs: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._outputs = list(outputs)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Tensor]:
+        return self._outputs
+
+    def synchronize(self) -> None:
+        return None
+
+    def get_future(self) -> Future:
+        future: Future = Future()
+        future.set_result(self._outputs)
+        return future
+
+
+class Several(dist.Work):
+    """Several works as one."""
+
+    def __init__(self, works: Sequence[Any], outputs: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self._works, self._outputs = list(works), list(outputs)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self._works:
+            work.wait() if timeout is None else work.wait(timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        return all(work.is_success() for work in self._works)
+
+    def result(self) -> list[Tensor]:
+        return self._outputs
+
+    def get_future(self) -> Future:
+        whole = collect_all([work.get_future() for work in self._works])
+        return whole.then(lambda done: [f.value() for f in done.value()] and self._outputs)
