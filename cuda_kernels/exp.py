@@ -1,14 +1,13 @@
-"""Vectorisable pieces of CPU kernels whose form depends on the element type.
+"""Exponentials in CPU kernels.
 
-`exp_rows`: the C library's exp is one scalar call per score and costs more than the dot product,
+The C library's exp is one scalar call per score and costs more than the dot product,
 so float32 uses a polynomial that LLVM turns into vector code; float64 keeps the exact call.
-`widen`: float pages are read as they are; 16-bit patterns become float32 in registers.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 LOG2E = np.float32(1.4426950408889634)
@@ -59,37 +58,3 @@ def _exp_float32(s, n, top):
     for j in range(n):
         total += s[j]
     return total
-
-
-def widen(x):
-    """Give one stored element as a compute float: 16-bit patterns become float32."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(widen)
-def _widen(x):
-    if isinstance(x, types.Float):
-        return lambda x: x
-    if x == types.uint16:  # bfloat16: the upper half of a float32
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    if x == types.int16:  # float16
-
-        def half(x):  # numba widens integer arithmetic to 64 bits: each step is cut back
-            bits = np.uint32(np.uint16(x))
-            body = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))  # exponent and mantissa
-            special = np.uint32(body >= np.uint32(0x0F800000))  # inf, nan: all exponent bits
-            top = np.uint32(special * np.uint32(0x7F800000))
-            number = body.view(np.float32) * np.float32(5.192296858534828e33)  # rebias: 2**112
-            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
-            return np.uint32(np.float32(number).view(np.uint32) | top | sign).view(np.float32)
-
-        return half
-    return None
-
-
-@njit(nogil=True, cache=True)
-def widen_row(row, out):
-    """Widen a whole row; for tests."""
-    for i in range(row.shape[0]):
-        out[i] = widen(row[i])
-    return out

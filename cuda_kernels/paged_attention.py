@@ -11,7 +11,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .exp import exp_rows, widen
+from .exp import exp_rows
+from .halves import widen
 from .merge import direct, merge_plain
 from .scores import Interleave, attention_reference, check_attention
 from .workers import run_shares
@@ -384,3 +385,6 @@ def paged_attention(
         q, k_pages, v_pages, q_indptr, kv_indptr, kv_indices, lo, hi, scale, cap,
         alibi_slopes, q_pos, rule.run, rule.shards, rule.shard, value_dim,
     )  # fmt: skip
+
+
+# inlines exp.py and halves.py e2cf7a15

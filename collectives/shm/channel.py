@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from numba import carray, njit
 
-from .memory import at, load, pause, put, sched_yield, store, take
+from .memory import at, idle, load, put, store, take
 from .steps import DONE, LINE, WAITING
 
 DEPTH = 8  # cells of a ring
 CELL = 32 << 10  # bytes of a cell
 RING = (2 + DEPTH) * LINE + DEPTH * CELL  # counter of the sender, of the receiver, headers, cells
+SPINS = 50  # turns of waiting before others may run
 BYTES, TAG, CODE = range(3)  # words of a header
 
 
@@ -20,10 +21,7 @@ def _differs(ring, room, patience):
     while load(ring) - load(ring + LINE) == room * DEPTH:
         if turns >= patience:
             return False
-        if turns < 50:
-            pause()
-        else:
-            sched_yield()
+        idle(turns, SPINS)
         turns += 1
     return True
 
@@ -74,4 +72,4 @@ def pull(ring, view, cursor, count, patience):
     return WAITING
 
 
-# inlines memory.py c9e36c94
+# inlines memory.py af2c8699

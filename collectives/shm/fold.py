@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from numba import carray, cfunc, types
 
-from .memory import at, narrow, widen
+from ...cuda_kernels.halves import narrow, widen
+from .memory import at
 
 BLOCK = 2048  # elements reduced at a time, so that the sums stay in the first cache
 SCRATCH_BYTES = BLOCK * 8
 
 SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR = range(8)
 
-# How a dtype looks to a kernel, and in what it is summed. Kernels read uint16 as bfloat16, int16 as float16.
+# How a dtype looks to a kernel, and in what it is summed. See cuda_kernels/halves.py for the 16-bit floats.
 LOOKS: dict[torch.dtype, tuple[str, str]] = {
     torch.float32: ("f4", "f4"),
     torch.float64: ("f8", "f8"),
@@ -141,4 +142,4 @@ def _bits(like: Any, wide: Any) -> Any:
 _ADDRESS = np.empty(0, np.int64)
 
 
-# inlines memory.py c9e36c94
+# inlines memory.py and halves.py 957493b9

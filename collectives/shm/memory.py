@@ -1,4 +1,4 @@
-"""Raw memory for kernels: addresses as integers, acquire and release, 16-bit floats, strided copies.
+"""Raw memory for kernels: addresses as integers, acquire and release, waiting, strided copies.
 
 A tensor reaches a kernel as a *view*, a row of int64: address, number of dims (0: dense), bytes of an
 element, then `MAX_DIMS` sizes and as many strides in bytes. Elements count in logical order, whatever
@@ -16,12 +16,12 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic as numba_intrinsic
+
+from ...cuda_kernels.halves import intrinsic
 
 MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
 
-intrinsic: Any = numba_intrinsic  # its signature in Python is not the one it compiles
 _PAUSE = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
@@ -70,6 +70,15 @@ def pause(typingctx):
     return types.void(), build
 
 
+@njit(nogil=True, cache=True)
+def idle(turns, spins):
+    """Pass one turn of waiting: spin at first, then let other processes run."""
+    if turns < spins:
+        pause()
+    else:
+        sched_yield()
+
+
 @intrinsic
 def at(typingctx, address, like):
     """Make a pointer to elements like those of an array."""
@@ -78,53 +87,6 @@ def at(typingctx, address, like):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like.dtype)(types.int64, like), build
-
-
-# In kernels uint16 always is a bfloat16 and int16 a float16, which Numba has no CPU types for.
-
-
-@intrinsic
-def widen(typingctx, x):
-    """Turn a 16-bit float into float32; leave any other number."""
-    x = types.unliteral(x)
-
-    def build(context, builder, signature, args):
-        if x == types.uint16:
-            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(wide, ir.FloatType())
-        if x == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-        return args[0]
-
-    return (types.float32 if x in (types.uint16, types.int16) else x)(x), build
-
-
-@intrinsic
-def narrow(typingctx, x, like):
-    """Turn what `widen` and arithmetic made into an element of `like`; 16-bit floats round to even."""
-    x = types.unliteral(x)
-    to = like.dtype
-    wide = types.float32 if to in (types.uint16, types.int16) else to
-
-    def build(context, builder, signature, args):
-        value = context.cast(builder, args[0], x, wide)
-        if to == types.int16:
-            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        if to == types.uint16:
-            return _round_to_bfloat16(builder, value)
-        return value
-
-    return to(x, like), build
-
-
-def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    word = ir.IntType(32)
-    bits = builder.bitcast(value, word)
-    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-    rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
-    quiet = builder.or_(builder.lshr(bits, word(16)), word(0x40))
-    kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
-    return builder.trunc(kept, ir.IntType(16))
 
 
 _U8, _U16, _U32, _U64 = (np.empty(0, f"u{n}") for n in (1, 2, 4, 8))

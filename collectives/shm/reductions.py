@@ -190,4 +190,4 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return DONE
 
 
-# inlines memory.py and steps.py fc89ffe5
+# inlines memory.py and steps.py 0198fa31

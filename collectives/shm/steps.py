@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from numba import carray, njit
 
-from .memory import at, load, pause, sched_yield, store
+from .memory import at, idle, load, store
 
 DONE, WAITING, MISMATCH = 0, 1, 2
 
@@ -58,10 +58,7 @@ def has_come(state, rank, step, level, patience):
         if patience == 0 or turns >= state[SPINS] + patience:
             state[STUCK] = rank
             return False
-        if turns < state[SPINS]:
-            pause()
-        else:
-            sched_yield()
+        idle(turns, state[SPINS])
         turns += 1
     return True
 
@@ -120,4 +117,4 @@ def begin(state):
     state[PHASE] = state[PLACE] = state[PEER] = 0
 
 
-# inlines memory.py c9e36c94
+# inlines memory.py af2c8699

@@ -1,8 +1,7 @@
-"""What is special to shm: symmetric tensors, mismatched calls, refusals, NaN and rounding, the kernels' files."""
+"""What is special to shm: symmetric tensors, mismatched calls, refusals, NaN and rounding."""
 
 from __future__ import annotations
 
-import hashlib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from plait.collectives import Trace, shm
 from world import current_rank, run_calls, run_world
 
-KERNELS = Path(shm.__file__).parent
 RANKS = 4
 
 
@@ -161,33 +159,6 @@ def numerics(folder: str) -> None:
 
 def test_sums_round_once_and_keep_nan(tmp_path: Path) -> None:
     run_world(numerics, RANKS, str(tmp_path), backend=None)
-
-
-# ---- Numba caches a kernel by the text of its own file, but compiles into it what it calls
-
-
-def inlined(*names: str) -> str:
-    text = b"".join(
-        (KERNELS / name).read_bytes().partition(b"# inlines ")[0].rstrip() for name in names
-    )
-    return hashlib.sha256(text).hexdigest()[:8]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "names"),
-    [
-        ("fold.py", ("memory.py",)),
-        ("steps.py", ("memory.py",)),
-        ("channel.py", ("memory.py",)),
-        ("reductions.py", ("memory.py", "steps.py")),
-        ("exchange.py", ("memory.py", "steps.py")),
-    ],
-)
-def test_a_changed_file_renews_the_kernels_that_inline_it(
-    kernel: str, names: tuple[str, ...]
-) -> None:
-    line = f"# inlines {' and '.join(names)} {inlined(*names)}"
-    assert (KERNELS / kernel).read_text().rstrip().endswith(line), f"end {kernel} with: {line}"
 
 
 # ---- traces

@@ -130,20 +130,6 @@ def test_scores_of_any_size_are_exact_in_float32(brute, assert_close) -> None:
     assert o.isfinite().all()
 
 
-def test_half_values_widen_exactly() -> None:
-    import numpy as np
-
-    from plait.cuda_kernels.exp import widen_row
-
-    bits = np.arange(1 << 16, dtype=np.uint16)
-    scratch = np.empty(1 << 16, np.float32)
-    np.testing.assert_array_equal(
-        widen_row(bits.view(np.int16), scratch), bits.view(np.float16).astype(np.float32)
-    )
-    brain = torch.from_numpy(bits.copy()).view(torch.bfloat16).float().numpy()
-    np.testing.assert_array_equal(widen_row(bits, np.empty(1 << 16, np.float32)), brain)
-
-
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_split_over_threads_changes_nothing(threads, monkeypatch, brute, assert_close) -> None:
     import sys

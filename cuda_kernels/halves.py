@@ -1,0 +1,59 @@
+"""16-bit floats in CPU kernels: Numba has no type for them, so kernels read bfloat16 as uint16 and float16 as int16.
+
+Numba caches a kernel by the text of its own file: one that calls these ends with the hash of this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic as numba_intrinsic
+
+intrinsic: Any = numba_intrinsic  # its signature in Python is not the one it compiles
+HALVES = (types.uint16, types.int16)
+
+
+@intrinsic
+def widen(typingctx, x):
+    """Turn a 16-bit float into float32; leave any other number."""
+    x = types.unliteral(x)
+
+    def build(context, builder, signature, args):
+        if x == types.uint16:
+            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+            return builder.bitcast(wide, ir.FloatType())
+        if x == types.int16:
+            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+        return args[0]
+
+    return (types.float32 if x in HALVES else x)(x), build
+
+
+@intrinsic
+def narrow(typingctx, x, like):
+    """Turn what `widen` and arithmetic made into an element of the array `like`; 16-bit floats round to even."""
+    x = types.unliteral(x)
+    to = like.dtype
+    wide = types.float32 if to in HALVES else to
+
+    def build(context, builder, signature, args):
+        value = context.cast(builder, args[0], x, wide)
+        if to == types.int16:
+            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        if to == types.uint16:
+            return _round_to_bfloat16(builder, value)
+        return value
+
+    return to(x, like), build
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    word = ir.IntType(32)
+    bits = builder.bitcast(value, word)
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
+    quiet = builder.or_(builder.lshr(bits, word(16)), word(0x40))
+    kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(kept, ir.IntType(16))
