@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 from torch import Tensor
 
-from .exp import widen
+from .halves import narrow, widen
 from .merge import direct
 from .workers import run_shares
 
@@ -28,29 +27,17 @@ def add_rms_norm_reference(
     Shape: x, residual `[..., width]`, weight `[width]` -> normed, sum `[..., width]`
     """
     total = residual + x
-    wide = total.float()
+    return rms_norm_reference(total, weight, eps), total
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise in float32 (float64 stays), rounded to the dtype before the weight.
+
+    Shape: x `[..., width]`, weight `[width]` -> `[..., width]`
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(total.dtype), total
-
-
-def narrow(x, like):
-    """Round a float32 to the element type of `like`."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(narrow)
-def _narrow(x, like):
-    if isinstance(like, types.Float):
-        return lambda x, like: x
-
-    def bfloat16(x, like):  # to nearest, ties to even; a NaN keeps its top bits and stays a NaN
-        bits = np.float32(x).view(np.uint32)
-        if x != x:
-            return np.uint16(np.uint32(bits >> np.uint32(16)) | np.uint32(0x40))
-        odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-
-    return bfloat16
+    return weight * wide.to(x.dtype)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -60,13 +47,13 @@ def _add_rms_norm(x, residual, weight, eps, normed, total, start, stop):
     for r in range(start, stop):
         squares = np.float32(0)
         for i in range(width):
-            stored = narrow(widen(x[r, i]) + widen(residual[r, i]), x[r, i])
+            stored = narrow(widen(x[r, i]) + widen(residual[r, i]), x)
             total[r, i] = stored
             squares += widen(stored) * widen(stored)
         scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
         for i in range(width):
-            rounded = narrow(widen(total[r, i]) * scale, x[r, i])
-            normed[r, i] = narrow(widen(rounded) * widen(weight[i]), x[r, i])
+            rounded = narrow(widen(total[r, i]) * scale, x)
+            normed[r, i] = narrow(widen(rounded) * widen(weight[i]), x)
 
 
 def add_rms_norm_plain(
@@ -125,3 +112,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 __all__ = ["add_rms_norm", "add_rms_norm_plain", "add_rms_norm_reference"]
+
+
+# inlines halves.py 5f21b6c6

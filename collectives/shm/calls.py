@@ -15,7 +15,7 @@ from .memory import MAX_DIMS, VIEW_WORDS
 
 KINDS = (
     "all_reduce", "reduce", "broadcast", "all_gather", "gather", "scatter", "reduce_scatter",
-    "all_to_all", "barrier", "all_reduce of symmetric tensors", "send",
+    "all_to_all", "barrier", "all_reduce of symmetric tensors", "send", "all_reduce with norm",
 )  # fmt: skip
 OPS = {
     dist.ReduceOp.SUM: SUM,

@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from ...cuda_kernels.quantised import Quantised
 from ..trace import listening, tell_traces
+from ..work import Several
+from . import fused
 from .calls import real_of, view_of, views_of
 from .engine import Engine
 from .mailbox import Mailbox
 from .members import Members
 from .reductions import reduce_scatter
 from .steps import STEP
-from .work import Several
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
     dist.AllreduceOptions(), AllgatherOptions(), dist.ReduceScatterOptions(), dist.AllToAllOptions()
@@ -92,6 +94,15 @@ class ShmGroup(dist.ProcessGroup):
         return Several(
             [self.engine.reduce(x, op, -1, "all_reduce", wait) for x in tensors], tensors
         )
+
+    def all_reduce_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+        stored: torch.dtype | None,
+    ) -> tuple[Tensor | Quantised, Tensor] | None:  # fmt: skip
+        """Do in one kernel what `collectives.fused` asks for; None where these tensors do not suit it."""
+        if not fused.serves(self.engine, x, residual, weight, bias):
+            return None
+        return fused.run(self.engine, x, residual, weight, bias, eps, stored)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors

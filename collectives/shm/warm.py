@@ -8,16 +8,19 @@ from numba import types
 from .channel import look, pull, push
 from .exchange import exchange
 from .fold import SUM, fold_address
+from .fused import all_reduce_norm
 from .reductions import all_reduce, all_reduce_symmetric, reduce_scatter
 
-_WORD, _ROW, _TABLE = (
+_WORD, _ROW, _TABLE, _REALS = (
     types.int64,
     types.Array(types.int64, 1, "C"),
     types.Array(types.int64, 2, "C"),
+    types.Array(types.float64, 1, "C"),
 )
 _SIGNATURES = (
     (all_reduce, (_ROW, _ROW, *[_WORD] * 6)),
     (all_reduce_symmetric, (_ROW, _ROW, *[_WORD] * 7)),
+    (all_reduce_norm, (_ROW, _ROW, _WORD, _WORD, _REALS, _WORD, _WORD)),
     (reduce_scatter, (_ROW, _TABLE, _ROW, _ROW, *[_WORD] * 5)),
     (exchange, (_ROW, *[_TABLE] * 4, *[_WORD] * 5)),
     (push, (_WORD, _ROW, _ROW, *[_WORD] * 4)),

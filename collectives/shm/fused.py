@@ -1,0 +1,209 @@
+"""All-reduce, residual add and norm in one kernel over the shared slots.
+
+One-shot: each rank reads all ranks' rows, adds and normalises them all: one crossing. Two-shot: each rank adds its own
+rows up and finds their statistics, then takes the others' sums out of their slots and normalises on the way: two
+crossings, a part of the adding. Which is faster where was measured (docs/decisions/018-fused-segment.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ...cuda_kernels.quantised import Quantised
+from .calls import code_of
+from .engine import KIND, Engine
+from .fold import SUM
+from .memory import call_fold, memmove, store
+from .norms import BIAS, CENTRED, EPS, ITEM, NORM_WORDS, STATS, WEIGHT, WHOLE, WIDTH, row_functions
+from .segment import RESULT, SLOT
+from .steps import (
+    DONE,
+    FIRST_INPUT,
+    INPUTS,
+    LARGEST,
+    MISMATCH,
+    PEER,
+    PHASE,
+    PLACE,
+    RANK,
+    SLOT_BYTES,
+    STEP,
+    STUCK,
+    WAITING,
+    WORLD,
+    agree,
+    all_came,
+    begin,
+    has_come,
+    header_word,
+    line_of,
+    may_fill,
+    publish,
+    slot_of,
+)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ONE_SHOT_BYTES = {2: 64 << 10, 3: 32 << 10}  # by the least number of ranks: up to these bytes of x
+CHUNK_BYTES = 512 << 10  # of x in a step, so that slots stay in the cache
+STAT_BYTES = 16  # two float64 for each row
+# words of a call, behind those of the norm
+X, RESIDUAL, NORMED, TOTAL, SCALES, ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT = range(
+    NORM_WORDS, NORM_WORDS + 11
+)
+CALL_WORDS = NORM_WORDS + 11
+
+
+@njit(nogil=True, cache=True)
+def rows_of(rows, ranks, rank):
+    """Split rows over ranks: the first and their number."""
+    run = -(-rows // ranks)
+    first = min(rank * run, rows)
+    return first, min(run, rows - first)
+
+
+@njit(nogil=True, cache=True)
+def _normalise(words, scale, done, first, rows, source):
+    """Normalise rows whose sums lie at `source` into the outputs of this rank."""
+    row = done + first
+    call_fold(
+        scale, words.ctypes.data, rows, source, words[TOTAL] + row * words[ROW],
+        words[NORMED] + row * words[OUT_ROW], words[SCALES] + row * 4, 0,
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def all_reduce_norm(state, words, add, scale, stats, code, patience):
+    """Add the ranks' rows to the residual and normalise the sums, a chunk of rows a step."""
+    rank, world = state[RANK], state[WORLD]
+    row_bytes = words[ROW]
+    while True:
+        step, done = state[STEP], state[PLACE]
+        rows = min(words[CHUNK], words[ROWS] - done)
+        first, run = rows_of(rows, world, rank)
+        slot = slot_of(state, rank, step)
+        own = slot + state[SLOT_BYTES]
+        place = done * row_bytes
+        if state[PHASE] == 0:
+            if not may_fill(state, patience):
+                return WAITING
+            x = words[X] + place
+            if words[ONE_SHOT]:
+                memmove(slot, x, rows * row_bytes)
+            else:  # nobody else reads the own rows
+                memmove(slot, x, first * row_bytes)
+                after = (first + run) * row_bytes
+                memmove(slot + after, x + after, rows * row_bytes - after)
+            publish(state, code, words[COUNTED], row_bytes)
+            state[PHASE] = 1
+        if state[PHASE] == 1:
+            if not all_came(state, step, 2 * step, patience):
+                return WAITING
+            if not agree(state, code, words[COUNTED]):
+                return MISMATCH
+            for r in range(world):
+                state[FIRST_INPUT + r] = slot_of(state, r, step)
+                if header_word(state, r, LARGEST) != row_bytes:
+                    state[STUCK] = r
+                    return MISMATCH
+            state[FIRST_INPUT + rank] = words[X] + place
+            if words[ONE_SHOT]:
+                words[STATS] = stats.ctypes.data
+                for r in range(rows):  # row by row, so that it is normalised while in the cache
+                    total = words[TOTAL] + place + r * row_bytes
+                    call_fold(
+                        add, words.ctypes.data, state[INPUTS], world, r * row_bytes, 1,
+                        words[RESIDUAL] + place + r * row_bytes, total,
+                    )  # fmt: skip
+                    _normalise(words, scale, done, r, 1, total)
+            else:
+                words[STATS] = own + run * row_bytes
+                call_fold(
+                    add, words.ctypes.data, state[INPUTS], world, first * row_bytes, run,
+                    words[RESIDUAL] + place + first * row_bytes, own,
+                )  # fmt: skip
+                store(line_of(state, rank, step), 2 * step + 1)
+                _normalise(words, scale, done, first, run, own)
+                state[PHASE] = 2
+        if state[PHASE] == 2:
+            while state[PEER] < world:
+                peer = state[PEER]
+                if peer != rank:
+                    if not has_come(state, peer, step, 2 * step + 1, patience):
+                        return WAITING
+                    first, run = rows_of(rows, world, peer)
+                    theirs = slot_of(state, peer, step) + state[SLOT_BYTES]
+                    words[STATS] = theirs + run * row_bytes
+                    _normalise(words, scale, done, first, run, theirs)
+                state[PEER] += 1
+        state[STEP] += 1
+        state[PHASE] = state[PEER] = 0
+        state[PLACE] += rows
+        if state[PLACE] >= words[ROWS]:
+            begin(state)
+            return DONE
+
+
+def rows_of_a_step(rows: int, row_bytes: int, ranks: int) -> int:
+    """Cut rows into equal steps that fit slots and the places of results; 0 where not one row does."""
+    room = min(SLOT // row_bytes, ranks * (RESULT // (row_bytes + STAT_BYTES)))
+    if room == 0:
+        return 0
+    room = min(room, max(1, CHUNK_BYTES // row_bytes))
+    return -(-rows // -(-rows // room))
+
+
+def is_one_shot(x_bytes: int, ranks: int) -> bool:
+    """Choose the schedule by what was measured."""
+    return x_bytes <= next(b for n, b in reversed(ONE_SHOT_BYTES.items()) if n <= ranks)
+
+
+def serves(
+    engine: Engine, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None
+) -> bool:
+    """Say whether the kernel can do it: plain dense tensors of one dtype, and rows that fit."""
+    tensors = [t for t in (x, residual, weight, bias) if t is not None]
+    alike = all(t.dtype == x.dtype and t.is_cpu and t.is_contiguous() for t in tensors)
+    if not alike or x.dtype not in DTYPES or x.numel() == 0 or engine.members.ranks == 1:
+        return False
+    row_bytes = x.shape[-1] * x.element_size()
+    return rows_of_a_step(x.numel() // x.shape[-1], row_bytes, engine.members.ranks) > 0
+
+
+def run(
+    engine: Engine,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    stored: torch.dtype | None,
+) -> tuple[Tensor | Quantised, Tensor]:
+    """Sum `x` over the ranks, add the residual, normalise; the sum and the normed rows are new tensors."""
+    ranks, width, item = engine.members.ranks, x.shape[-1], x.element_size()
+    rows, row_bytes = x.numel() // width, width * item
+    total, normed = torch.empty_like(x), torch.empty(x.shape, dtype=stored or x.dtype)
+    scales = torch.empty((*x.shape[:-1], 1) if stored else 0, dtype=torch.float32)
+    words, stats = np.empty(CALL_WORDS, np.int64), np.empty(2)
+    words[[WEIGHT, BIAS, WIDTH, ITEM, CENTRED, WHOLE]] = (
+        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), width, item,
+        bias is not None, stored == torch.int8,
+    )  # fmt: skip
+    words.view(np.float64)[EPS] = eps
+    words[[X, RESIDUAL, NORMED, TOTAL, SCALES]] = [
+        t.data_ptr() for t in (x, residual, normed, total, scales)
+    ]
+    words[[ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT]] = (
+        rows, x.numel(), rows_of_a_step(rows, row_bytes, ranks), width * normed.element_size(),
+        row_bytes, is_one_shot(x.nbytes, ranks),
+    )  # fmt: skip
+    code = code_of(KIND["all_reduce with norm"], x.dtype, SUM)
+    arguments = (words, *row_functions(x.dtype, stored is not None), stats)
+    inputs = [x, residual, weight] + ([] if bias is None else [bias])
+    engine.run(all_reduce_norm, arguments, code, x.numel(), [normed, total], True, inputs)
+    return normed if stored is None else Quantised(normed, scales), total
+
+
+# inlines memory.py and steps.py and norms.py 66691068

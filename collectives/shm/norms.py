@@ -1,0 +1,161 @@
+"""Rows of the residual stream, reduced and normalised: C functions, compiled when a dtype is first used.
+
+The driver in fused.py calls them by address, as reductions.py calls those of fold.py. Element by element they
+are free of fast math, so that a rank that reduces a row holds the bits of any other that does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+
+from ...cuda_kernels.halves import narrow, widen
+from ...cuda_kernels.quantised import E4M3_MAX, INT8_MAX, to_e4m3
+from .fold import LOOKS
+from .memory import at
+
+# Words that a call hands to these functions: addresses, sizes, eps as the bits of a float64, and two choices.
+WEIGHT, BIAS, EPS, WIDTH, ITEM, STATS, CENTRED, WHOLE = range(8)
+NORM_WORDS = 8
+PIECE = 1024  # elements of a row handled at a time
+_SIGNATURE = types.void(*[types.int64] * 7)  # the words, then what each function says
+
+_WORDS, _REALS, _F4, _U1 = (np.empty(0, look) for look in ("i8", "f8", "f4", "u1"))
+
+
+def row_functions(dtype: torch.dtype, quantised: bool) -> tuple[int, int]:
+    """Find the function that adds rows of a dtype up, and the one that normalises (and quantises) them."""
+    finish = _compiled("quantises" if quantised else "scales", dtype)
+    return _compiled("adds", dtype).address, finish.address
+
+
+@cache
+def _compiled(kind: str, dtype: torch.dtype) -> Any:
+    like, wide = (np.empty(0, look) for look in LOOKS[dtype])
+    return {"adds": _adds, "scales": _scales, "quantises": _quantises}[kind](like, wide)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _moments(o, wide, centred):
+    """Mean (0 unless centred) and mean square about it; of one array, so that every rank sums in one order."""
+    n = o.shape[0]
+    mean = wide.dtype.type(0)
+    if centred:
+        for i in range(n):
+            mean += widen(o[i])
+        mean /= wide.dtype.type(n)
+    squares = wide.dtype.type(0)
+    for i in range(n):
+        x = widen(o[i]) - mean
+        squares += x * x
+    return mean, squares / wide.dtype.type(n)
+
+
+def _adds(like: Any, wide: Any) -> Any:
+    @cfunc(_SIGNATURE, cache=True)
+    def adds(words, inputs, ranks, offset, rows, residual, total):
+        """Add the inputs in rank order and the residual, rounded once; then mean and 1 / deviation of each row."""
+        word = carray(at(words, _WORDS), NORM_WORDS)
+        width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
+        eps = carray(at(words + 8 * EPS, _REALS), 1)[0]
+        stats = carray(at(word[STATS], _REALS), 2 * rows)
+        of = carray(at(inputs, _WORDS), ranks)
+        w = np.empty(PIECE, wide.dtype)
+        for r in range(rows):
+            for start in range(0, width, PIECE):
+                n = min(PIECE, width - start)
+                place = r * row_bytes + start * like.itemsize
+                o = carray(at(total + place, like), n)
+                x = carray(at(residual + place, like), n)
+                a = carray(at(of[0] + offset + place, like), n)
+                b = carray(at(of[1] + offset + place, like), n)
+                if ranks == 2:
+                    for i in range(n):
+                        o[i] = narrow(widen(a[i]) + widen(b[i]) + widen(x[i]), like)
+                    continue
+                for i in range(n):
+                    w[i] = widen(a[i]) + widen(b[i])
+                for p in range(2, ranks):
+                    b = carray(at(of[p] + offset + place, like), n)
+                    for i in range(n):
+                        w[i] += widen(b[i])
+                for i in range(n):
+                    o[i] = narrow(w[i] + widen(x[i]), like)
+            mean, square = _moments(
+                carray(at(total + r * row_bytes, like), width), wide, word[CENTRED]
+            )
+            stats[2 * r] = mean
+            stats[2 * r + 1] = wide.dtype.type(1) / np.sqrt(square + wide.dtype.type(eps))
+
+    return adds
+
+
+@njit(nogil=True, cache=True)
+def _normalise(t, w, b, mean, scale, centred, out):
+    """One row: `(t - mean) * scale * w + b`, or as RMSNorm rounds it."""
+    if centred:
+        for i in range(t.shape[0]):
+            out[i] = narrow((widen(t[i]) - mean) * scale * widen(w[i]) + widen(b[i]), out)
+    else:
+        for i in range(t.shape[0]):
+            out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
+
+
+def _scales(like: Any, wide: Any) -> Any:
+    @cfunc(_SIGNATURE, cache=True)
+    def scales(words, rows, source, total, normed, unused, unused_too):
+        """Normalise rows by their statistics, and copy them where `total` is elsewhere."""
+        word = carray(at(words, _WORDS), NORM_WORDS)
+        width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
+        stats = carray(at(word[STATS], _REALS), 2 * rows)
+        w = carray(at(word[WEIGHT], like), width)
+        b = carray(at(word[BIAS], like), width)
+        for r in range(rows):
+            t = carray(at(source + r * row_bytes, like), width)
+            if total != source:
+                carray(at(total + r * row_bytes, like), width)[:] = t
+            mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
+            out = carray(at(normed + r * row_bytes, like), width)
+            _normalise(t, w, b, mean, scale, word[CENTRED], out)
+
+    return scales
+
+
+def _quantises(like: Any, wide: Any) -> Any:
+    @cfunc(_SIGNATURE, cache=True)
+    def quantises(words, rows, source, total, values, row_scales, unused):
+        """As `scales`, and store each row divided by its largest magnitude over the format's."""
+        word = carray(at(words, _WORDS), NORM_WORDS)
+        width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
+        stats = carray(at(word[STATS], _REALS), 2 * rows)
+        w = carray(at(word[WEIGHT], like), width)
+        b = carray(at(word[BIAS], like), width)
+        normed = np.empty(width, like.dtype)
+        top = np.float32(INT8_MAX if word[WHOLE] else E4M3_MAX)
+        for r in range(rows):
+            t = carray(at(source + r * row_bytes, like), width)
+            if total != source:
+                carray(at(total + r * row_bytes, like), width)[:] = t
+            mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
+            _normalise(t, w, b, mean, scale, word[CENTRED], normed)
+            largest = np.float32(0)
+            for i in range(width):
+                largest = max(largest, np.float32(abs(widen(normed[i]))))
+            step = largest / top if largest > 0 else np.float32(1)
+            carray(at(row_scales + 4 * r, _F4), 1)[0] = step
+            out = carray(at(values + r * width, _U1), width)
+            if word[WHOLE]:
+                for i in range(width):
+                    out[i] = np.uint8(np.int8(np.rint(np.float32(widen(normed[i])) / step)))
+            else:
+                for i in range(width):
+                    out[i] = to_e4m3(np.float32(widen(normed[i])) / step)
+
+    return quantises
+
+
+# inlines memory.py and halves.py and quantised.py 3b04a00d
