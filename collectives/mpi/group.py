@@ -148,7 +148,9 @@ class MPIGroup(dist.ProcessGroup):
             self._run_here((f"{call}, before it,", None, None), [], compare)
         work = self._run_call(name, tensors, steps, opts, peer)
         if begin is not None:
-            tell_traces(self, _TRACED.get(name, name), brought, time.perf_counter() - begin)
+            under_way = None if work is self._finished else work
+            kind, seconds = _TRACED.get(name, name), time.perf_counter() - begin
+            tell_traces(self, kind, brought, seconds, under_way)
         return work
 
     def _run_call(

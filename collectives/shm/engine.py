@@ -21,8 +21,9 @@ from .fold import SCRATCH_BYTES, fold_address
 from .members import Members
 from .progress import Progress
 from .reductions import all_reduce, all_reduce_symmetric
-from .segment import SLOT, STRIDE, Segment
+from .segment import CHUNK, SLOT, STRIDE, Segment
 from .steps import (
+    CHUNK_BYTES,
     CODE,
     CONTROL,
     COUNT,
@@ -66,7 +67,7 @@ class Engine:
         base = members.segment.address
         state[[CONTROL, DATA]] = base, base + members.layout.data
         state[[RANK, WORLD, SLOT_BYTES, STRIDE_BYTES]] = members.rank, members.ranks, SLOT, STRIDE
-        state[[SPINS, STEP, SETS]] = spins, 1, 1
+        state[[SPINS, STEP, SETS, CHUNK_BYTES]] = spins, 1, 1, CHUNK
         state[[SCRATCH, INPUTS]] = self._scratch.ctypes.data, state[FIRST_INPUT:].ctypes.data
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self._finished = Finished()

@@ -140,4 +140,4 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-# inlines memory.py and steps.py 0198fa31
+# inlines memory.py and steps.py 46e20c47

@@ -206,4 +206,4 @@ def run(
     return normed if stored is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and norms.py 66691068
+# inlines memory.py and steps.py and norms.py 6c474be7

@@ -7,6 +7,7 @@ from numba import njit
 from .fold import BLOCK
 from .memory import call_fold, memmove, put, store, take
 from .steps import (
+    CHUNK_BYTES,
     DONE,
     FIRST_INPUT,
     INPUTS,
@@ -62,7 +63,7 @@ def all_reduce(state, view, function, count, op, root, code, patience):
     keep = root < 0 or root == rank
     while True:
         step, done = state[STEP], state[PLACE]
-        n = min(state[SLOT_BYTES] // item, count - done)
+        n = min(state[CHUNK_BYTES] // item, count - done)
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
@@ -87,7 +88,11 @@ def all_reduce(state, view, function, count, op, root, code, patience):
             result = slot_of(state, rank, step) + state[SLOT_BYTES]
             if n * item > ONE_SHOT:
                 first, run = part_of(n, world, rank, item)
-                fold(state, result, first, run, function, op)
+                for start in range(0, run, BLOCK):  # brought home while in the first cache
+                    m = min(BLOCK, run - start)
+                    fold(state, result + start * item, first + start, m, function, op)
+                    if keep:
+                        put(view, done + first + start, m, result + start * item)
                 store(line_of(state, rank, step), 2 * step + 1)
                 state[PHASE] = 2
             elif keep and view[1] == 0:
@@ -98,10 +103,11 @@ def all_reduce(state, view, function, count, op, root, code, patience):
         if state[PHASE] == 2:
             while keep and state[PEER] < world:
                 peer = state[PEER]
-                if peer != rank and not has_come(state, peer, step, 2 * step + 1, patience):
-                    return WAITING
-                first, run = part_of(n, world, peer, item)
-                put(view, done + first, run, slot_of(state, peer, step) + state[SLOT_BYTES])
+                if peer != rank:
+                    if not has_come(state, peer, step, 2 * step + 1, patience):
+                        return WAITING
+                    first, run = part_of(n, world, peer, item)
+                    put(view, done + first, run, slot_of(state, peer, step) + state[SLOT_BYTES])
                 state[PEER] += 1
         state[STEP] += 1
         state[PHASE] = state[PEER] = 0
@@ -154,10 +160,15 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
 def reduce_scatter(state, views, starts, out, function, count, op, code, patience):
     """Reduce `count` elements for each rank: those that `starts` shows in a view, or in one for each rank.
 
-    A slot is cut into a piece for each rank; one step moves as many elements as a piece holds.
+    A slot is cut into a piece for each rank; one step moves as many elements as a piece holds. The own part is read
+    where it lies, if it is dense and `out` is not a part of it.
     """
     rank, world, item = state[RANK], state[WORLD], out[2]
     piece = (state[SLOT_BYTES] // world) // 64 * 64
+    own = views[rank if views.shape[0] > 1 else 0]
+    home = own[0] + starts[rank] * item
+    apart = out[0] + count * item <= home or home + count * item <= out[0]
+    stays = own[1] == 0 and out[1] == 0 and apart
     while True:
         step, done = state[STEP], state[PLACE]
         n = min(piece // item, count - done)
@@ -166,8 +177,9 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
                 return WAITING
             slot = slot_of(state, rank, step)
             for r in range(world):
-                view = views[r if views.shape[0] > 1 else 0]
-                take(view, starts[r] + done, n, slot + r * piece)
+                if r != rank or not stays:
+                    view = views[r if views.shape[0] > 1 else 0]
+                    take(view, starts[r] + done, n, slot + r * piece)
             publish(state, code, count, 0)
             state[PHASE] = 1
         if not all_came(state, step, 2 * step, patience):
@@ -176,6 +188,8 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return MISMATCH
         for r in range(world):
             state[FIRST_INPUT + r] = slot_of(state, r, step) + rank * piece
+        if stays:
+            state[FIRST_INPUT + rank] = home + done * item
         if out[1] == 0:
             fold(state, out[0] + done * item, 0, n, function, op)
         else:
@@ -190,4 +204,4 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return DONE
 
 
-# inlines memory.py and steps.py 0198fa31
+# inlines memory.py and steps.py 46e20c47

@@ -13,6 +13,7 @@ from .channel import RING
 from .steps import LINE
 
 SLOT = 1 << 20  # bytes of a rank's slot in a set, the largest chunk of a step
+CHUNK = SLOT  # of an all-reduce in a step
 RESULT = SLOT // 2  # place for a rank's part of a chunk, behind the slot
 STRIDE = SLOT + RESULT
 PAGE = 4096

@@ -23,7 +23,8 @@ DONE, WAITING, MISMATCH = 0, 1, 2
 CONTROL, DATA, RANK, WORLD, SLOT_BYTES, STRIDE_BYTES, SPINS, SCRATCH, INPUTS = range(9)
 STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
 SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
-FIRST_INPUT = 15  # from here an address for each rank; INPUTS is where these words lie
+CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
+FIRST_INPUT = 16  # from here an address for each rank; INPUTS is where these words lie
 # words of a line, written by one rank, read by all
 FLAG, CODE, COUNT, LARGEST = range(4)
 

@@ -20,6 +20,7 @@ from ..groups import Groups
 from ..plan import Plan
 from ..planner.catalogue import hardware as named
 from ..planner.hardware import Hardware
+from ..residual import StreamLayer
 from ..rules import Rules
 from .by_shape import ByShape
 from .filling import empty_cache, fill, kv_bytes, shapes_of_one_token
@@ -246,11 +247,18 @@ class _Runs:
             )
         if not self.decoder:
             return ("a plain module has no cache: no decode step",)
+        notes: list[str] = []
         config = self.twin.config.get_text_config(decoder=True)
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and self.context > most:
-            return (f"context {self.context:,} is beyond the {most:,} positions of the config",)
-        return ()
+            notes.append(f"context {self.context:,} is beyond the {most:,} positions of the config")
+        fused = sum(isinstance(module, StreamLayer) for module in self.twin.modules())
+        if fused:
+            notes.append(
+                f"in inference {fused} layers do all-reduce, residual add and norm as one step, on one host in one "
+                "kernel; tp's fuse=false takes them apart"
+            )
+        return tuple(notes)
 
     def _traced(
         self,

@@ -307,6 +307,13 @@ def test_text_and_json_say_the_same() -> None:
         assert size(step["sent_bytes"]) in text
 
 
+def test_the_fused_step_is_said() -> None:
+    told = "2 layers do all-reduce, residual add and norm as one step"
+    model = tiny("llama")
+    assert told in str(explain("tp2", model, context=20))
+    assert "as one step" not in str(explain("tp2,fuse=false", model, context=20))
+
+
 def test_units_and_ranges() -> None:
     assert ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
     assert [size(n) for n in (0, 999, 1000, 131072, 8_064_000_000)] == [
