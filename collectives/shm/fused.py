@@ -75,6 +75,30 @@ def _normalise(words, scale, done, first, rows, source):
 
 
 @njit(nogil=True, cache=True)
+def _fill(words, slot, x, first, run, rows):
+    """Copy what others read of this step's rows into the slot: in the two-shot all but the own rows."""
+    if words[ONE_SHOT]:
+        memmove(slot, x, rows * words[ROW])
+    else:
+        after = (first + run) * words[ROW]
+        memmove(slot, x, first * words[ROW])
+        memmove(slot + after, x + after, rows * words[ROW] - after)
+
+
+@njit(nogil=True, cache=True)
+def _do_all(state, words, add, scale, stats, done, rows):
+    """Add and normalise all rows of a step, row by row, so that each is normalised while in the first cache."""
+    words[STATS] = stats.ctypes.data
+    for r in range(rows):
+        row = (done + r) * words[ROW]
+        call_fold(
+            add, words.ctypes.data, state[INPUTS], state[WORLD], r * words[ROW], 1,
+            words[RESIDUAL] + row, words[TOTAL] + row,
+        )  # fmt: skip
+        _normalise(words, scale, done, r, 1, words[TOTAL] + row)
+
+
+@njit(nogil=True, cache=True)
 def all_reduce_norm(state, words, add, scale, stats, code, patience):
     """Add the ranks' rows to the residual and normalise the sums, a chunk of rows a step."""
     rank, world = state[RANK], state[WORLD]
@@ -89,13 +113,7 @@ def all_reduce_norm(state, words, add, scale, stats, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            x = words[X] + place
-            if words[ONE_SHOT]:
-                memmove(slot, x, rows * row_bytes)
-            else:  # nobody else reads the own rows
-                memmove(slot, x, first * row_bytes)
-                after = (first + run) * row_bytes
-                memmove(slot + after, x + after, rows * row_bytes - after)
+            _fill(words, slot, words[X] + place, first, run, rows)
             publish(state, code, words[COUNTED], row_bytes)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -110,14 +128,7 @@ def all_reduce_norm(state, words, add, scale, stats, code, patience):
                     return MISMATCH
             state[FIRST_INPUT + rank] = words[X] + place
             if words[ONE_SHOT]:
-                words[STATS] = stats.ctypes.data
-                for r in range(rows):  # row by row, so that it is normalised while in the cache
-                    total = words[TOTAL] + place + r * row_bytes
-                    call_fold(
-                        add, words.ctypes.data, state[INPUTS], world, r * row_bytes, 1,
-                        words[RESIDUAL] + place + r * row_bytes, total,
-                    )  # fmt: skip
-                    _normalise(words, scale, done, r, 1, total)
+                _do_all(state, words, add, scale, stats, done, rows)
             else:
                 words[STATS] = own + run * row_bytes
                 call_fold(
@@ -206,4 +217,4 @@ def run(
     return normed if stored is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and norms.py 6c474be7
+# inlines memory.py and steps.py and norms.py 07f5950b

@@ -16,7 +16,7 @@ from numba import carray, cfunc, njit, types
 from ...cuda_kernels.halves import narrow, widen
 from ...cuda_kernels.quantised import E4M3_MAX, INT8_MAX, to_e4m3
 from .fold import LOOKS
-from .memory import at
+from .memory import at, memmove
 
 # Words that a call hands to these functions: addresses, sizes, eps as the bits of a float64, and two choices.
 WEIGHT, BIAS, EPS, WIDTH, ITEM, STATS, CENTRED, WHOLE = range(8)
@@ -117,7 +117,7 @@ def _scales(like: Any, wide: Any) -> Any:
         for r in range(rows):
             t = carray(at(source + r * row_bytes, like), width)
             if total != source:
-                carray(at(total + r * row_bytes, like), width)[:] = t
+                memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
             mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
             out = carray(at(normed + r * row_bytes, like), width)
             _normalise(t, w, b, mean, scale, word[CENTRED], out)
@@ -139,7 +139,7 @@ def _quantises(like: Any, wide: Any) -> Any:
         for r in range(rows):
             t = carray(at(source + r * row_bytes, like), width)
             if total != source:
-                carray(at(total + r * row_bytes, like), width)[:] = t
+                memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
             mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
             _normalise(t, w, b, mean, scale, word[CENTRED], normed)
             largest = np.float32(0)

@@ -44,6 +44,17 @@ def fold(state, out, first, count, function, op):
 
 
 @njit(nogil=True, cache=True)
+def fold_own(state, result, first, run, function, op, view, done, keep):
+    """Reduce the own part into `result` and bring it home, each block while it is in the first cache."""
+    item = view[2]
+    for start in range(0, run, BLOCK):
+        n = min(BLOCK, run - start)
+        fold(state, result + start * item, first + start, n, function, op)
+        if keep:
+            put(view, done + first + start, n, result + start * item)
+
+
+@njit(nogil=True, cache=True)
 def part_of(count, ranks, rank, item):
     """Split elements over ranks in runs of whole cache lines: first element and number."""
     grain = max(1, 64 // item)
@@ -88,11 +99,7 @@ def all_reduce(state, view, function, count, op, root, code, patience):
             result = slot_of(state, rank, step) + state[SLOT_BYTES]
             if n * item > ONE_SHOT:
                 first, run = part_of(n, world, rank, item)
-                for start in range(0, run, BLOCK):  # brought home while in the first cache
-                    m = min(BLOCK, run - start)
-                    fold(state, result + start * item, first + start, m, function, op)
-                    if keep:
-                        put(view, done + first + start, m, result + start * item)
+                fold_own(state, result, first, run, function, op, view, done, keep)
                 store(line_of(state, rank, step), 2 * step + 1)
                 state[PHASE] = 2
             elif keep and view[1] == 0:

@@ -309,7 +309,7 @@ def test_text_and_json_say_the_same() -> None:
 
 def test_the_fused_step_is_said() -> None:
     told = "2 layers do all-reduce, residual add and norm as one step"
-    model = tiny("llama")
+    model = tiny("qwen3")
     assert told in str(explain("tp2", model, context=20))
     assert "as one step" not in str(explain("tp2,fuse=false", model, context=20))
 
