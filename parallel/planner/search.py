@@ -25,7 +25,10 @@ from .shapes import Decoder
 from .step_time import CAUSES, Machine, Split, decode_step, prefill
 from .tiers import RECOMPUTE, placed, recomputed, tiers_of
 
-BATCHES = tuple(sorted({b for n in range(13) for b in (2**n, 3 * 2 ** max(0, n - 1)) if b <= 4096}))
+QUARTERS = (4, 5, 6, 7)  # of each power of two: no two neighbours are more than a quarter apart
+BATCHES = tuple(
+    sorted({2**n * q // 4 for n in range(12) for q in QUARTERS if 2**n * q % 4 == 0} | {4096})
+)
 CHUNKS = (1, 2, 4, 8)
 DRAFT_HEAD = 1.0  # a drafted token costs about one layer of the model (a multi-token head)
 

@@ -154,13 +154,13 @@ def test_helix_headlines_of_llama_lie_in_the_band() -> None:
 
 
 def test_helix_headlines_of_r1_lie_in_the_band() -> None:
-    """1.5x interactivity at 12 us and 32x throughput at 2 to 3 us: each at some latency, not both at one."""
-    table = {latency: _headline("deepseek-r1", latency) for latency in (0, 2, 5, 12)}
+    """1.5x interactivity at 12 us and 32x throughput at 4 us: each at some latency, not both at one."""
+    table = {latency: _headline("deepseek-r1", latency) for latency in (0, 4, 8, 12)}
     gains = [row[1] for row in table.values()]
     assert gains == sorted(gains, reverse=True)
     assert table[12][0] == pytest.approx(1.5, rel=0.05)
     assert gains[0] > 36
-    assert table[2][1] > 32 > table[5][1] > 25
+    assert table[4][1] == pytest.approx(32, rel=0.05)
     assert gains[-1] > 15
     _, _, ours, best = table[12]
     assert ours.candidates.kvp[int(ours.per_user.argmax())] == 64
@@ -283,7 +283,7 @@ def test_disaggregation_pays_for_long_prompts(name: str) -> None:
 
 def test_small_models_gain_least_from_disaggregation() -> None:
     """The same paper: it pays above 10B parameters. Over the latencies both can reach, in equal steps of their
-    logarithm, 8B loses by it (1.2x at most, at more than 150 tokens/s/user) and 70B gains.
+    logarithm, 8B loses by it (but for 1.2x where a token takes less than 6 ms) and 70B gains.
     """
     eight, seventy = (_gains(name) for name in ("llama-8b", "llama-70b"))
     assert np.median(eight) < 1.0 < np.median(seventy)
@@ -292,7 +292,7 @@ def test_small_models_gain_least_from_disaggregation() -> None:
 
 
 def _gains(name: str) -> Any:
-    """Disaggregation's share of the aggregated throughput at 16k/2k, at 10 to 60 ms a token and below, where both are."""
+    """Disaggregation's share of the aggregated throughput at 16k/2k, at sixteen latencies that both reach."""
     goal = Goal(
         ranks=64,
         context=17408,
