@@ -148,6 +148,12 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
                 "is planned and checked but not executed yet",
                 "apply plans of dp, cp, tp, kvp, ep and etp",
             )
+    if plan.kvp.size > 1 and plan.cp.ulysses > 1:
+        raise PlanError(
+            f"{plan.cp.text()} with kvp={plan.kvp.size}",
+            "is not executed: a prefill that leaves keys where Helix wants them passes them around a ring",
+            f"use cp{plan.kvp.size}:ring, or kvp alone",
+        )
     if plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None:
         raise PlanError(
             f"cp={plan.cp.size} with rules",

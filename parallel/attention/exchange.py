@@ -11,6 +11,7 @@ from torch import Tensor
 from ...collectives import autograd, primitive
 from ...collectives.primitive import Group
 from ...cuda_kernels.merge import merge_states
+from ..context.ring import RingCall, ring_attention
 from .step import Step
 
 
@@ -96,6 +97,22 @@ def gather_keys(
         0, step.key_order
     )
     return (every, None) if v is None else (every[..., :width], every[..., width:])
+
+
+def pass_keys(
+    q: Tensor, k: Tensor, v: Tensor, group: Group, step: Step, scale: float, softcap: float | None,
+    sink: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attend with own rows to every shard's keys and values, which travel around the ring of kvp.
+
+    No rank holds more than three shards at a time. Every rank's own keys are those it must keep for decoding.
+
+    Shape: q [own rows, heads, d], k, v [local keys, kv_heads, d] -> [own rows, heads, d]
+    Collective: all ranks of kvp; see ``ring_attention``.
+    """
+    call = RingCall(step.visible, group, scale, softcap or 0.0)
+    o = ring_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), call, sink)
+    return o[0].transpose(0, 1)
 
 
 def rows_to_heads(x: Tensor, group: Group, step: Step) -> Tensor:

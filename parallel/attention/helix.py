@@ -29,6 +29,7 @@ from .exchange import (
     connected,
     exchange_partials,
     gather_keys,
+    pass_keys,
     rows_to_heads,
     send_partials,
 )
@@ -234,9 +235,13 @@ class HelixLayer:
         softcap: float | None,
         sink: Tensor | None,
     ) -> Tensor:
-        """Attend with own rows to all tokens, gathered from all shards."""
+        """Attend with own rows to all tokens: gathered from all shards, or as they pass by (``cp`` beside ``kvp``)."""
         step = self.state.running()
         keys, values = self._held(k, v)
+        if self.state.ranks.plan.cp.size > 1:
+            values = keys[..., : self.value_dim] if values is None else values
+            group = self.state.ranks.kvp_group
+            return pass_keys(q, keys, values, group, step, scale, softcap, sink)
         keys, values = gather_keys(keys, values, self.state.ranks.kvp_group, step)
         o, _ = self._per_sequence(q, keys, values, list(step.lengths), scale, softcap, sink)
         return o

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...cuda_kernels.scores import Interleave
+from ..context.visible import Visible
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,22 @@ class Step:
     restore: Tensor
     keys_of_rank: tuple[int, ...]
     key_order: Tensor
+
+    @cached_property
+    def visible(self) -> Visible:
+        """What own rows see of the keys of every rank, where keys travel (mode "kv")."""
+        lengths, device = np.asarray(self.lengths), self.hi.device
+        longest = int(lengths.max(initial=1))
+        shards = [Interleave(self.rule.run, self.rule.shards, s) for s in range(self.rule.shards)]
+        keys = [torch.from_numpy(_key_places(lengths, shard)).to(device) for shard in shards]
+        number = torch.arange(self.batch).repeat_interleave(torch.tensor(self.own_counts))
+        rows = number.to(device) * longest + self.hi - 1
+
+        def sees(row: Tensor, key: Tensor) -> Tensor:
+            same = row[:, None] // longest == key[None, :] // longest
+            return (same & (row[:, None] >= key[None, :]))[None, None]
+
+        return Visible(rows, keys, sees)
 
     @property
     def num_rows(self) -> int:
@@ -165,10 +183,11 @@ def make_step(
 
 def _key_order(lengths: np.ndarray, shards: Sequence[Interleave]) -> np.ndarray:
     """Order that sorts gathered keys (shard, sequence, local index) by (sequence, position)."""
-    sequences, positions = [], []
-    for shard in shards:
-        for number, count in enumerate(local_lengths(lengths, shard)):
-            index = torch.arange(int(count))
-            sequences.append(np.full(int(count), number))
-            positions.append(shard.positions(index).numpy())
-    return np.lexsort((np.concatenate(positions), np.concatenate(sequences)))
+    return np.argsort(np.concatenate([_key_places(lengths, shard) for shard in shards]))
+
+
+def _key_places(lengths: np.ndarray, shard: Interleave) -> np.ndarray:
+    """Place of each key of a shard, ``sequence * longest + position``, in the order in which it holds them."""
+    longest = int(lengths.max(initial=1))
+    held = [shard.positions(torch.arange(int(n))).numpy() for n in local_lengths(lengths, shard)]
+    return np.concatenate([number * longest + each for number, each in enumerate(held)])
