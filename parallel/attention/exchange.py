@@ -111,7 +111,8 @@ def pass_keys(
     Collective: all ranks of kvp; see ``ring_attention``.
     """
     call = RingCall(step.visible, group, scale, softcap or 0.0)
-    o = ring_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), call, sink)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    o = ring_attention(q, k, v, call, sink)
     return o[0].transpose(0, 1)
 
 

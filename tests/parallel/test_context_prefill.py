@@ -63,7 +63,7 @@ def test_prefill_by_ring_and_decode_are_exact(size: int) -> None:
 
 
 def test_what_is_sent() -> None:
-    plans = ("tp1 kvp2,interleave=2 cp2", "kvp2,interleave=2")
+    plans = (f"cp2 kvp2,{KV}", f"kvp2,{KV}")
     calls = [*((sent, p) for p in plans), (refused, "cp2:ulysses kvp2")]
     for ring, gathered, said in run_calls(calls, 2, timeout=100):
         layers = 2
