@@ -154,3 +154,15 @@ def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Started:
     out = torch.empty_like(x)
     work = group.alltoall_base(out, x, [], [], _options(dist.AllToAllOptions, waits=False))
     return Started(work, x, out)
+
+
+def start_all_reduce(x: Tensor, group: Group) -> Started:
+    """Begin to sum a contiguous tensor over the group, in place, and return while it is under way.
+
+    Collective: as ``all_reduce``; all ranks start, in one order, what they start.
+    """
+    work = None
+    if group is not None:
+        options = _options(dist.AllreduceOptions, dist.ReduceOp.SUM, waits=False)
+        work = group.allreduce([x], options)
+    return Started(work, x, x)

@@ -226,6 +226,7 @@ class Tensor(Choice):
         sp: cut norms and residuals along the sequence over tp (Megatron's sequence parallelism).
         replicate_kv: allow tp beyond kv_heads by copying each KV head to tp / kv_heads ranks.
         fuse: do all-reduce, residual add and norm as one step where nothing is recorded for a backward.
+        weave: cut the tokens of a prefill into so many pieces whose sums travel behind each other's MLP (TokenWeave).
     """
 
     size: int
@@ -233,6 +234,7 @@ class Tensor(Choice):
     sp: bool = False
     replicate_kv: bool = False
     fuse: bool = True
+    weave: int = 1
     axis: ClassVar[str] = "tp"
     kind: ClassVar[str] = "tensor"
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {"sp": {"sp": True}}
@@ -243,6 +245,13 @@ class Tensor(Choice):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise PlanError(f"{name}={value!r}", "is not true or false", f"use {name}=True")
+        whole("weave", self.weave)
+        if self.weave > 1 and (self.sp or not self.fuse):
+            raise PlanError(
+                f"weave={self.weave}",
+                "is done where sums wait for the residual stream, which needs fuse=true and no sp",
+                f"write tp{self.size},weave={self.weave}",
+            )
 
     @property
     def word(self) -> str:

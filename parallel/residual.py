@@ -3,6 +3,9 @@
 Sixty-odd families of transformers share one decoder layer word for word: norm, attention, add, norm, MLP, add. Between
 two matrix products a cut layer then does: all-reduce, add, norm. `StreamLayer` does the three at once where nothing is
 recorded for a backward, and carries the norm over to the next layer. A layer whose code is not that text keeps it.
+
+With ``weave`` the tokens of a prefill are cut into pieces after attention: one's sum travels behind another's MLP.
+Source: TokenWeave, arXiv 2505.11329, whose halves also pass through attention; here attention stays whole.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch import Tensor, nn
 
 from ..collectives import autograd
 from ..collectives.fused import all_reduce_rms_norm
-from ..collectives.primitive import Group
+from ..collectives.primitive import Group, start_all_reduce
+from ..collectives.trace import span
+from ..cuda_kernels.add_rms_norm import add_rms_norm
 from .edits import Edit, SetAttribute, SwapClass
 from .families import decoder_layers, is_transformers
 from .ranks import ModelRanks
@@ -38,6 +43,9 @@ hidden_states = self.mlp(hidden_states)
 hidden_states = residual + hidden_states
 return hidden_states
 """
+
+
+WOVEN_ROWS = 32  # a piece of fewer tokens is not worth its messages
 
 
 class Outlet:
@@ -91,12 +99,22 @@ class Norm:
         watched = self.module._forward_hooks or self.module._forward_pre_hooks
         return self.eps is not None and x.dtype in (torch.float32, torch.bfloat16) and not watched
 
+    def with_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add what was summed to the stream, and normalise: the normalised stream, and the stream."""
+        if self.fuses(x):
+            assert self.eps is not None
+            weight: Any = self.module.weight
+            return add_rms_norm(x, residual, weight, self.eps)
+        total = residual + x
+        return self.module(total), total
+
 
 @dataclass
 class Stream:
     """What the layers of one model share: one layer's output, and what the next one's norm makes of it."""
 
     group: Group
+    pieces: int = 1
     ready: tuple[Tensor, Norm | None, Tensor] | None = None
 
     def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
@@ -146,12 +164,52 @@ class StreamLayer(nn.Module):
         here = self._plait_stream
         normed = here.stream.norm(hidden_states, here.first)
         out, waiting = run(here.attention, self.self_attn, hidden_states=normed, **kwargs)
+        if waiting and self._weaves(out):
+            return self._woven(out, hidden_states)
         total, normed = here.stream.add(out, waiting, hidden_states, here.second)
         assert normed is not None
         out, waiting = run(here.mlp, self.mlp, normed)
         total, normed = here.stream.add(out, waiting, total, here.following)
         here.stream.ready = None if normed is None else (total, here.following, normed)
         return total
+
+    def _weaves(self, out: Tensor) -> bool:
+        """Say whether there are tokens enough, and an MLP of which it is known that its sum can wait."""
+        here = self._plait_stream
+        mlp: Any = self.mlp
+        proved = here.mlp is not None and here.mlp.proved and not mlp._forward_hooks
+        rows, pieces = out.shape[:-1].numel(), here.stream.pieces
+        return pieces > 1 and proved and rows >= pieces * WOVEN_ROWS
+
+    def _woven(self, partial: Tensor, residual: Tensor) -> Tensor:
+        """Go on after attention in pieces of the tokens: one's sum is under way while another's MLP computes.
+
+        Shape: partial, residual [batch, seq, hidden] -> [batch, seq, hidden]
+        Collective: two all-reduces over the model's ranks for each piece; together the bytes of the whole.
+        """
+        here, group = self._plait_stream, self._plait_stream.stream.group
+        attended, old = (_pieces(x, here.stream.pieces) for x in (partial, residual))
+        sums, last = [start_all_reduce(piece, group) for piece in attended], []
+        for number, (started, stream) in enumerate(zip(sums, old, strict=True)):
+            normed, total = here.second.with_sum(started.wait(), stream)
+            with span(f"MLP, piece {number}"):
+                out, waiting = run(here.mlp, self.mlp, normed)
+            assert waiting
+            last.append((start_all_reduce(out.contiguous(), group), total))
+        if here.following is None:
+            ended = [(None, total + started.wait()) for started, total in last]
+        else:
+            ended = [here.following.with_sum(started.wait(), total) for started, total in last]
+        whole = torch.cat([total for _, total in ended], 1).view_as(residual)
+        normed = [normed for normed, _ in ended if normed is not None]
+        if normed:
+            here.stream.ready = whole, here.following, torch.cat(normed, 1).view_as(residual)
+        return whole
+
+
+def _pieces(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Cut the tokens of all sequences, end to end, into pieces: [batch, seq, hidden] -> [1, rows, hidden] each."""
+    return x.reshape(1, -1, x.shape[-1]).chunk(count, 1)
 
 
 def run(outlet: Outlet | None, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, bool]:
@@ -178,7 +236,7 @@ def stream_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]
         id(e.module) for e in roles if isinstance(e, SwapClass) and issubclass(e.mixin, RowLinear)
     }
     layers: list[Any] = [m for m in decoder_layers(model)[1] if is_pre_norm(type(m))]
-    stream, edits = Stream(ranks.all), list[Edit]()
+    stream, edits = Stream(ranks.all, ranks.plan.tp.weave), list[Edit]()
     seen: dict[tuple[type, float], bool] = {}
     norms = [
         (as_norm(m.input_layernorm, seen), as_norm(m.post_attention_layernorm, seen))

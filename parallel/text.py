@@ -22,7 +22,7 @@ def parse(text: str) -> dict[str, Any]:
     """Read the text form into fields of a Plan.
 
     >>> parse("tp2:sp ep4")
-    {'tp': Tensor(size=2, sp=True, replicate_kv=False, fuse=True), 'ep': Experts(size=4, exchange='auto')}
+    {'tp': Tensor(size=2, sp=True, replicate_kv=False, fuse=True, weave=1), 'ep': Experts(size=4, exchange='auto')}
     """
     if not isinstance(text, str):
         raise PlanError(f"plan {text!r}", "is not text", f"write a plan such as {EXAMPLE!r}")
