@@ -5,6 +5,7 @@ from .attention.mla import Mla
 from .attention.role import Attention
 from .axes import Experts, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
 from .checkpoint import track_optimizer
+from .clipping import clip_grad_norm_
 from .errors import PlanError
 from .plan import Plan
 
@@ -21,6 +22,7 @@ __all__ = [
     "Shard",
     "Tensor",
     "Ulysses",
+    "clip_grad_norm_",
     "parallelize",
     "track_optimizer",
     "unparallelize",

@@ -20,6 +20,7 @@ from .experts import RoutedExperts
 from .families import is_transformers, roles_of
 from .folding import Folding
 from .groups import Groups
+from .pipeline import Depart, Split, fetch, pipeline_edits, split_of
 from .plan import Plan
 from .ranks import ModelRanks
 from .residual import stream_edits
@@ -36,6 +37,7 @@ class Parallelized:
     ranks: ModelRanks
     shape: ModelShape
     edits: Edits
+    split: Split | None = None
 
     def parameters(self) -> list[CutParameter]:
         """The parameters that were cut, with their layouts."""
@@ -141,13 +143,8 @@ def refuse_empty(model: nn.Module, weights: Any) -> None:
 
 def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
     """Refuse axes whose execution does not exist yet, rather than ignoring them."""
-    for axis in ("pp",):
-        if plan.size(axis) > 1:
-            raise PlanError(
-                f"{axis}={plan.size(axis)}",
-                "is planned and checked but not executed yet",
-                "apply plans of dp, cp, tp, kvp, ep and etp",
-            )
+    if plan.pp.size > 1:
+        refuse_beside_stages(plan, rules)
     if plan.kvp.size > 1 and plan.cp.ulysses > 1:
         raise PlanError(
             f"{plan.cp.text()} with kvp={plan.kvp.size}",
@@ -168,6 +165,25 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
         )
 
 
+def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
+    """Refuse what is not proved together with pipeline stages."""
+    beside = {
+        "kvp": plan.kvp.size > 1,
+        "cp": plan.cp.size > 1,
+        "ep or etp": plan.ep > 1 or plan.etp > 1,
+        "tp:sp": plan.tp.sp and plan.tp.size > 1,
+        "dp:shard": plan.dp.size > 1 and plan.dp.kind == "shard",
+        "rules": rules is not None,
+    }
+    for name, asked in beside.items():
+        if asked:
+            raise PlanError(
+                f"pp={plan.pp.size} with {name}",
+                "is planned but not executed yet",
+                'use pp with tp and dp, e.g. "pp2 dp2 tp2", or pp1',
+            )
+
+
 def prepare(
     model: nn.Module,
     plan: Plan,
@@ -184,18 +200,25 @@ def prepare(
     roles = find_roles(model, shape, plan, rules) if ranks.size > 1 or plan.cuts_experts else {}
     if ranks.size == 1:  # a copy of one rank has nothing to cut but experts, over other copies
         roles = {path: role for path, role in roles.items() if isinstance(role, RoutedExperts)}
+    split = split_of(model, plan.pp) if plan.pp.size > 1 else None
+    stage, absent = groups.folding.coords(groups.rank)["pp"], set[int]()
+    if split is not None:
+        roles = {path: role for path, role in roles.items() if split.holds(path, stage)}
+        absent = split.absent(model, stage)
     edits: list[Edit] = []
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
-    edits += load(model, edits, ranks, weights)
-    if ranks.size * ranks.cp > 1:
+    edits += load(model, edits, ranks, weights, absent)
+    if ranks.size * ranks.cp > 1 and split is None:
         edits = binding(model, shape, ranks, store, edits)
     elif is_transformers(model) and plan.world_size > 1:
         from .binding import agreement_edits
 
         edits += agreement_edits(model, ranks)
     edits += data_edits(model, ranks, edits)
-    return edits, Parallelized(plan, ranks, shape, Edits())
+    if split is not None:
+        edits = [*pipeline_edits(model, split, ranks), *edits]
+    return edits, Parallelized(plan, ranks, shape, Edits(), split)
 
 
 def binding(
@@ -252,10 +275,12 @@ def commit(model: nn.Module, edits: list[Edit], done: Parallelized) -> nn.Module
             *state_dict_edits(model, [e for e in edits if isinstance(e, CutParameter)], done.ranks),
         ]
     )
-    for parameter in done.parameters():
-        parameter.whole = (
-            None  # from here on the whole weights are gone; unparallelize gathers them
-        )
+    # From here on the whole weights are gone; unparallelize gathers them.
+    for edit in done.edits.done:
+        if isinstance(edit, CutParameter):
+            edit.whole = None
+        elif isinstance(edit, Depart):
+            edit.commit()
     model._plait = done  # type: ignore[assignment]
     return model
 
@@ -280,6 +305,8 @@ def unparallelize(model: nn.Module) -> nn.Module:
             gathered[key] = gather_whole(parameter, done.ranks)
         parameter.restore(gathered[key], made)
     done.edits.undo()
+    if done.split is not None:
+        fetch(model, done.split, done.ranks)
     del model._plait
     done.ranks.groups.close()
     return model

@@ -338,6 +338,11 @@ class Pipeline(Choice):
     def word(self) -> str:
         return self.schedule
 
+    @property
+    def chunks_per_stage(self) -> int:
+        """Runs of layers on each stage: two where the schedule interleaves."""
+        return 2 if self.schedule == "interleaved" else 1
+
     def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
         if shape.layers is not None and self.size > shape.layers:
             return f"is more stages than layers={shape.layers}", f"use pp <= {shape.layers}"

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..collectives.primitive import message_device
 from .agreement import agree, announce, tensor_digest
 from .edits import AddHook, Edit, SetAttribute
+from .errors import PlanError
 from .ranks import ModelRanks
 
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
@@ -63,6 +64,12 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
         Collective: all ranks of the first model copy; an all-gather per cut parameter. The first rank writes. Replicas
         further along dp and cp hold the same and do nothing; shards take part.
         """
+        if ranks.plan.pp.size > 1:
+            raise PlanError(
+                "save_pretrained under pp",
+                "would write this stage's layers only",
+                "call unparallelize(model) first, or save with torch.distributed.checkpoint",
+            )
         at = ranks.groups.folding.coords(ranks.groups.rank)
         replica = at["dp"] or (ranks.cp > 1 and at["cp"])
         if replica and not ranks.sharded:
@@ -92,14 +99,15 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
 def share_random_state(ranks: ModelRanks) -> None:
     """Give every rank the random state of the first, so that sampling draws the same tokens.
 
-    Collective: all ranks of the model copy; one broadcast of the generator's state (5 KB).
+    Collective: all ranks of the model copy, on all stages; one broadcast of the generator's state (5 KB).
     """
-    if ranks.all is None:
+    if ranks.inputs is None:
         return
+    first = min(torch.distributed.get_process_group_ranks(ranks.inputs))
     generators = [(torch.get_rng_state, torch.set_rng_state)]
     if torch.cuda.is_available():
         generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
     for read, write in generators:
-        state = read().to(message_device(ranks.all))
-        torch.distributed.broadcast(state, src=ranks.members[0], group=ranks.all)
+        state = read().to(message_device(ranks.inputs))
+        torch.distributed.broadcast(state, src=first, group=ranks.inputs)
         write(state.cpu())

@@ -155,8 +155,8 @@ class ModelRanks(Holders):
 
     @cached_property
     def inputs(self) -> Group:
-        """The group of the ranks that are given the same input: those of the model copy, and of cp."""
-        return self.groups.group("tp", "cp")
+        """The ranks that are given the same input: those of the model copy, of cp, and of all stages."""
+        return self.groups.group("tp", "cp", "pp")
 
     @cached_property
     def kvp_group(self) -> Group:

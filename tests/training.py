@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from exactness import Case, Pair, far, loss_of
 from models import tokens
+from plait.parallel import clip_grad_norm_
 
 Loss = Callable[[Any, tuple[Tensor, Tensor]], Tensor]
 
@@ -27,6 +29,21 @@ def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     """A loss of the logits."""
     ids, mask = batch
     return loss_of(model(ids, attention_mask=mask, use_cache=False).logits, mask) / 300
+
+
+def token_loss(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) -> Tensor:
+    """transformers' loss of a causal model, which it computes in float32 whatever it is given."""
+    shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    total = F.cross_entropy(logits.reshape(-1, vocab_size), shifted, reduction="sum")
+    count = given.get("num_items_in_batch")
+    return total / ((shifted != -100).sum() if count is None else count)
+
+
+def labelled(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The model's own loss, of the tokens that are not padding."""
+    ids, mask = batch
+    model.loss_function = token_loss
+    return model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
 
 
 def coordinate(model: Any, axis: str = "dp") -> int:
@@ -86,8 +103,9 @@ def trained(
     *,
     loss: Loss = loss,
     batch: int = 2,
+    max_norm: float | None = None,
 ) -> dict[str, float]:
-    """Gradients of the first step, and parameters after some steps of SGD."""
+    """Gradients of the first step, and parameters after some steps of SGD, with or without clipping."""
     pair = Pair.of(each)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (pair.reference, pair.model)]
     errors: dict[str, float] = {}
@@ -96,6 +114,11 @@ def trained(
         backward(pair, step, loss, batch)
         if step == 0:
             errors["gradients"] = max(gradient_errors(pair).values())
+        if max_norm is not None:
+            right = torch.nn.utils.clip_grad_norm_(pair.reference.parameters(), max_norm)
+            assert right > 1.5 * max_norm, "clipping must do something"
+            found = clip_grad_norm_(pair.model, max_norm)
+            errors["norm"] = max(errors.get("norm", 0.0), far(found, right))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -7,7 +7,7 @@ one-byte float or an integer in the file is taken only by a parameter of that ve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,16 @@ META = torch.device("meta")
 
 
 def load(
-    model: nn.Module, edits: Iterable[Edit], ranks: ModelRanks, weights: Weights
+    model: nn.Module,
+    edits: Iterable[Edit],
+    ranks: ModelRanks,
+    weights: Weights,
+    absent: Container[int] = (),
 ) -> list[Edit]:
     """Fill in the local part of every cut parameter, and return edits for the tensors that stay whole.
+
+    Args:
+        absent: ids of the parameters that other stages hold; they are not read.
 
     State: holds at most this rank's parts and one tensor more. The files stay mapped only while they are read.
 
@@ -49,7 +56,7 @@ def load(
     if weights is None:
         return _cut_in_memory(cuts, ranks)
     loading = Loading.of(model, ranks, weights)
-    return loading.cut(cuts) + loading.whole(cuts) + loading.buffers()
+    return loading.cut(cuts) + loading.whole(cuts, absent) + loading.buffers()
 
 
 def _cut_in_memory(cuts: list[CutParameter], ranks: ModelRanks) -> list[Edit]:
@@ -93,13 +100,13 @@ class Loading:
             edit.local = self.made[id(whole)]
         return []
 
-    def whole(self, cuts: list[CutParameter]) -> list[Edit]:
+    def whole(self, cuts: list[CutParameter], absent: Container[int] = ()) -> list[Edit]:
         """Read the parameters that stay whole."""
         cut = {id(e.whole) for e in cuts}
         edits: list[Edit] = []
         for module in self.model.modules():
             for name, p in module._parameters.items():
-                if p is None or id(p) in cut:
+                if p is None or id(p) in cut or id(p) in absent:
                     continue
                 if id(p) not in self.made:
                     self._make(p, read_whole(self._stored(self.names[id(p)])), self.names[id(p)][0])

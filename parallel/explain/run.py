@@ -140,7 +140,8 @@ def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
         if name == "cp" and plan.kvp.size > 1:
             values |= part
             continue
-        unseen = name == "dp" and plan.dp.kind == "shard"  # FSDP2 does not run on meta tensors
+        # neither FSDP2 nor torch's pipelining runs on meta tensors
+        unseen = name == "pp" or (name == "dp" and plan.dp.kind == "shard")
         if (
             unseen
             or _refused(Plan(**{"tp": plain.tp, "kvp": plain.kvp, **part}), rules)

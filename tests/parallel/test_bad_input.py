@@ -210,7 +210,12 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
     ),
     "sp and kvp": (llama, lambda m: parallelize(m, "tp2:sp kvp2"), "PlanError", ("sp", "kvp")),
     "dp": (llama, lambda m: parallelize(m, "dp4"), "PlanError", ("world_size=2", "4 ranks")),
-    "pp": (llama, lambda m: parallelize(m, "pp2"), "PlanError", ("pp=2", "not executed yet")),
+    "pp": (
+        llama,
+        lambda m: parallelize(m, "pp2:interleaved"),
+        "PlanError",
+        ("pp=2", "4 runs of layers", "pp <= 1"),
+    ),
     "cp with rules": (
         Plain,
         lambda m: parallelize(m, "cp2", rules={"one": "colwise"}),

@@ -1,0 +1,90 @@
+"""What stands where another stage's modules were, and the edits that put it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..checkpoint.weights import rank_device
+from ..ranks import ModelRanks
+from .split import Split
+
+
+class Passage(nn.Module):
+    """Hands activations on unchanged, in the place of a module that another stage runs.
+
+    In the place of a layer it also keeps the cache's count of tokens, one element of key and value each: positions and
+    masks of this stage's layers are read off the cache's first layers, which may be elsewhere.
+
+    Shape: [batch, seq, hidden] -> the same
+    """
+
+    def __init__(self, module: nn.Module, number: int | None = None) -> None:
+        super().__init__()
+        self.number = number
+        for name, value in vars(module).items():  # models ask a layer for its kind of attention
+            if isinstance(value, str):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        if cache is not None and self.number is not None:
+            count = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(count, count, self.number)
+        return hidden_states
+
+
+@dataclass
+class Depart:
+    """Take a module that another stage runs out of the model; its memory is free once the edits are committed."""
+
+    parent: nn.Module
+    name: str
+    number: int | None = None
+    module: nn.Module | None = None
+    _kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+
+    def apply(self) -> None:
+        self.module = module = self.parent._modules[self.name]
+        assert module is not None
+        self.parent._modules[self.name] = Passage(module, self.number)
+        for child in module.modules():
+            for name, p in child._parameters.items():
+                if p is not None:
+                    self._kept.append((child, name, p))
+                    child._parameters[name] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
+
+    def commit(self) -> None:
+        """Let go of the parameters; `fetch` brings them back."""
+        self._kept.clear()
+
+    def undo(self) -> None:
+        for child, name, p in self._kept:
+            child._parameters[name] = p
+        self.parent._modules[self.name] = self.module
+
+
+def fetch(model: nn.Module, split: Split, ranks: ModelRanks) -> None:
+    """Fill every parameter of a model whose modules are all back, from the stage that holds it.
+
+    Collective: all stages; one broadcast per parameter.
+    """
+    group, members = ranks.groups.group("pp"), ranks.groups.ranks("pp")
+    for names in split.names:
+        places = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
+        held = [module._parameters[name] for module, name in places]
+        mine = next((p for p in held if p is not None and p.device.type != "meta"), None)
+        if mine is None:
+            like = held[0]
+            assert like is not None
+            empty = torch.empty_like(like, device=rank_device(like.device))
+            mine = nn.Parameter(empty, requires_grad=like.requires_grad)
+        owner = split.owner(names[0])
+        assert owner is not None
+        dist.broadcast(mine.data, src=members[owner], group=group)
+        for module, name in places:
+            module._parameters[name] = mine

@@ -1,0 +1,82 @@
+"""Where stages are cut: balanced, complete, and by the models' own tables. One process."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import FAMILIES, tiny
+from plait.parallel import Pipeline, PlanError
+from plait.parallel.pipeline.microbatches import item_count, microbatches
+from plait.parallel.pipeline.split import balanced, split_of
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    st.integers(1, 4),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
+def test_no_other_cut_is_lighter(counts: list[int], chunks: int, before: int, after: int) -> None:
+    if chunks > len(counts):
+        return
+
+    def heaviest(bounds: tuple[int, ...]) -> int:
+        runs = [sum(counts[a:b]) for a, b in pairwise(bounds)]
+        runs[0] += before
+        runs[-1] += after
+        return max(runs)
+
+    found = balanced(counts, chunks, before, after)
+    assert len(found) == chunks + 1
+    every = [(0, *cut, len(counts)) for cut in combinations(range(1, len(counts)), chunks - 1)]
+    assert found in every
+    assert heaviest(found) == min(map(heaviest, every))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_every_parameter_has_its_stage(family: str, schedule: str) -> None:
+    model = tiny(
+        family, layers=4, **({"layer_types": None} if family in {"gemma3", "gpt_oss"} else {})
+    )
+    split = split_of(model, Pipeline(2, schedule=schedule))
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    owners = {n: split.owner(n) for n in names}
+    assert set(owners.values()) == {0, 1}
+    assert sorted(n for group in split.names for n in group) == sorted(names)
+    assert owners[next(n for n in names if "embed" in n)] == 0
+    assert owners[next(n for n in names if n.startswith(("lm_head", "embed_out")))] == 1
+    assert split.owner("model.rotary_emb.inv_freq") is None
+    assert [split.owner(f"{split.layers}.{i}.x") for i in range(4)] == (
+        [0, 1, 0, 1] if schedule == "interleaved" else [0, 0, 1, 1]
+    )
+    assert bool(split.tied()) == model.config.tie_word_embeddings
+
+
+def test_too_few_layers() -> None:
+    with pytest.raises(PlanError, match="pp <= 1"):
+        split_of(tiny("llama", layers=3), Pipeline(2, schedule="interleaved"))
+
+
+def test_a_short_last_microbatch_is_filled_with_rows_that_do_not_count() -> None:
+    ids = torch.arange(20).reshape(5, 4)
+    values = {
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "position_ids": torch.arange(4)[None],
+        "use_cache": False,
+    }
+    pieces = microbatches(values, 3)
+    assert [p["input_ids"].tolist() for p in pieces] == [
+        ids[:2].tolist(), ids[2:4].tolist(), ids[[4, 4]].tolist(),
+    ]  # fmt: skip
+    assert pieces[2]["labels"].tolist() == [ids[4].tolist(), [-100] * 4]
+    assert all(p["position_ids"].shape == (1, 4) for p in pieces)
+    assert values["labels"].min() == 0
+    assert item_count(values) == 15
+    assert sum(item_count(p) for p in pieces) == 15
