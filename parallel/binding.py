@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..collectives.primitive import message_device
 from .agreement import agree, announce, tensor_digest
 from .edits import AddHook, Edit, SetAttribute
-from .errors import PlanError
+from .pipeline import of_all_stages
 from .ranks import ModelRanks
 
 INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
@@ -61,15 +61,10 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
     def save_pretrained(self: Any, directory: Any, **options: Any) -> None:
         """Write the whole model as transformers does.
 
-        Collective: all ranks of the first model copy; an all-gather per cut parameter. The first rank writes. Replicas
-        further along dp and cp hold the same and do nothing; shards take part.
+        Collective: all ranks of the first model copy; an all-gather per cut parameter, under pp also a broadcast from
+        its stage. The first rank writes. Replicas further along dp and cp hold the same and do nothing; shards take
+        part.
         """
-        if ranks.plan.pp.size > 1:
-            raise PlanError(
-                "save_pretrained under pp",
-                "would write this stage's layers only",
-                "call unparallelize(model) first, or save with torch.distributed.checkpoint",
-            )
         at = ranks.groups.folding.coords(ranks.groups.rank)
         replica = at["dp"] or (ranks.cp > 1 and at["cp"])
         if replica and not ranks.sharded:
@@ -80,6 +75,10 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if writes:
                 whole[name] = full
+        split = self._plait.split
+        if writes and split is not None:
+            whole = of_all_stages(whole, split, ranks)
+            writes = at["pp"] == 0
         failure: Exception | None = None
         private, self.config = self.config, config
         try:
@@ -89,9 +88,8 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
             failure = error
         finally:
             self.config = private
-        agree(
-            ranks.holders, {}, failure
-        )  # nobody goes on before the files are there, or knows why they are not
+        # nobody goes on before the files are there, or knows why they are not
+        agree(ranks.holders if split is None else ranks.inputs, {}, failure)
 
     return save_pretrained
 

@@ -134,6 +134,19 @@ class Plan:
         """
         legality.validate(self, shape, world_size)
 
+    def fit(self, world_size: int, shape: ModelShape | None = None) -> Plan:
+        """Find the plan most like this one for another number of ranks: after a restart with fewer or more.
+
+        >>> str(Plan.parse("dp4 tp2").fit(4)), str(Plan.parse("pp2 tp2").fit(2))
+        ('dp2 tp2', 'tp2')
+
+        Raises:
+            PlanError: none of these axes fits so many ranks.
+        """
+        from .elastic import fit
+
+        return fit(self, world_size, shape)
+
     @classmethod
     def auto(cls, model: Any, *, hardware: Any, goal: Any) -> Plan:
         """Find the best plan for a ``planner.goals.Goal`` on some hardware, by name or as calibrated.

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...collectives.primitive import Group
 from ..checkpoint.weights import rank_device
 from ..ranks import ModelRanks
 from .split import Split
@@ -88,3 +89,45 @@ def fetch(model: nn.Module, split: Split, ranks: ModelRanks) -> None:
         dist.broadcast(mine.data, src=members[owner], group=group)
         for module, name in places:
             module._parameters[name] = mine
+
+
+def of_all_stages(state: dict[str, Tensor], split: Split, ranks: ModelRanks) -> dict[str, Tensor]:
+    """Put the state dicts of all stages together; the first stage's rank has all of it.
+
+    Collective: the ranks along pp; one broadcast per parameter.
+    """
+    group, members = ranks.groups.group("pp"), ranks.groups.ranks("pp")
+    device = next(iter(state.values())).device
+    stage = members.index(ranks.groups.rank)
+    whole = {n: value for n, value in state.items() if stage == 0 and split.owner(n) is None}
+    for names in split.names:
+        owner = split.owner(names[0])
+        assert owner is not None
+        value = share(state.get(names[0]), members[owner], group, device)
+        whole |= dict.fromkeys(names, value) if stage == 0 else {}
+    return whole
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_DIMS = 6
+
+
+def share(value: Tensor | None, source: int, group: Group, device: torch.device) -> Tensor:
+    """Give every stage what one has: its shape and dtype first, which only that one knows.
+
+    Collective: the ranks of the group; ``source`` is a rank of the world.
+    """
+    head = torch.zeros(2 + MOST_DIMS, dtype=torch.int64, device=device)
+    if dist.get_rank() == source:
+        assert value is not None
+        head[: 2 + value.dim()] = torch.tensor(
+            [DTYPES.index(value.dtype), value.dim(), *value.shape]
+        )
+    dist.broadcast(head, src=source, group=group)
+    number, dim, *shape = head.tolist()
+    if dist.get_rank() != source:
+        value = torch.empty(shape[:dim], dtype=DTYPES[number], device=device)
+    assert value is not None
+    value = value.detach().contiguous()
+    dist.broadcast(value, src=source, group=group)
+    return value

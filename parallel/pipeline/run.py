@@ -15,7 +15,7 @@ from ..axes import Pipeline
 from ..errors import PlanError
 from ..ranks import ModelRanks
 from .microbatches import item_count, microbatches
-from .passage import Passage
+from .passage import Passage, share
 from .split import Split
 
 ONLY_HEAD = ("labels", "logits_to_keep", "num_items_in_batch", "shift_labels")
@@ -147,19 +147,9 @@ class PipelinedModel:
         return hidden
 
     def from_last(self, value: Tensor | None, device: torch.device) -> Tensor:
-        """Give every stage what the last one has: its shape and dtype first, for only it knows them."""
+        """Give every stage what the last one has: the logits, or the loss."""
         source = self.members[self.split.stage_of(self.split.chunks - 1)]
-        head = torch.zeros(6, dtype=torch.int64, device=device)
-        if value is not None:
-            number = DTYPES.index(value.dtype)
-            head[: 2 + value.dim()] = torch.tensor([number, value.dim(), *value.shape])
-        dist.broadcast(head, src=source, group=self.group)
-        number, dim, *shape = head.tolist()
-        if value is None:
-            value = torch.empty(shape[:dim], dtype=DTYPES[number], device=device)
-        value = value.contiguous()
-        dist.broadcast(value, src=source, group=self.group)
-        return value
+        return share(value, source, self.group, device)
 
     @property
     def width(self) -> int:
@@ -234,9 +224,6 @@ class PipelinedModel:
             grad = torch.zeros_like(p) if grad is None else grad.contiguous()
             dist.all_reduce(grad, group=group)
             fresh[at[id(p)]] = grad
-
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 class Chunk(nn.Module):

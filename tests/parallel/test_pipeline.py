@@ -72,8 +72,10 @@ def ordinary(plan: str) -> dict[str, float]:
         (found * 3).backward()
         (right * 3).backward()
         errors[f"gradients {step}"] = max(gradient_errors(pair).values())
+    once = labelled(pair.model, batch_of(0, batch=4))
+    once.backward()
     with pytest.raises(RuntimeError, match=r"used up|second time"):
-        found.backward()
+        once.backward()
     with torch.no_grad():
         ids, mask = batch_of(0, batch=4)
         both = [m(ids, attention_mask=mask, labels=ids) for m in (pair.model, pair.reference)]
@@ -168,10 +170,20 @@ def meta(folder: str) -> dict[str, float]:
     return {n: far(p, reference.get_parameter(n)) for n, p in model.named_parameters()}
 
 
+def saved(folder: str) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    parallelize(tiny("llama"), "pp2 tp2").save_pretrained(folder)
+    right = tiny("llama").state_dict()
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict()
+    return [n for n in right if not torch.equal(again[n], right[n])]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoints(tmp_path: Path) -> None:
     run_world(save, 2, "pp2", str(tmp_path / "a"))
     assert run_world(load, 4, "pp2 tp2", str(tmp_path / "a")) == [[]] * 4
+    assert run_world(saved, 4, str(tmp_path / "c")) == [[]] * 4
     assert_exact(worst(run_world(meta, 2, str(tmp_path / "b"))), 1e-6)
 
 

@@ -1,0 +1,97 @@
+"""A plan for another number of ranks, and a killed run that goes on under it with the same loss curve."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import run_job, torchrun
+from models import tiny
+from plait.parallel import Plan, PlanError
+from plait.parallel.shape import ModelShape
+from resume import run, uninterrupted
+from world import run_world
+
+SHAPE = ModelShape.from_config(tiny("mixtral").config)
+PLANS = ["dp2", "dp4:shard tp2", "pp2 tp2", "kvp2 tp2", "cp2:ulysses dp2", "tp2 dp2 ep4 etp1"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "ranks", "found"),
+    [
+        ("dp4 tp2", 8, "dp4 tp2"),
+        ("dp4 tp2", 6, "dp3 tp2"),
+        ("dp4 tp2", 16, "dp8 tp2"),
+        ("dp2 tp2", 3, "dp3"),
+        ("pp2:gpipe,microbatches=4 tp2", 2, "tp2"),
+        ("dp2:shard tp4", 2, "tp2"),
+        ("dp4:shard tp2", 6, "dp3:shard tp2"),
+        ("kvp4,interleave=8 tp2", 4, "kvp2,interleave=8 tp2"),
+    ],
+)
+def test_what_fits(plan: str, ranks: int, found: str) -> None:
+    fitted = Plan.parse(plan).fit(ranks, SHAPE)
+    assert fitted.world_size == ranks
+    for axis in ("tp", "kvp", "cp", "ep", "etp", "dp", "pp"):
+        assert fitted.size(axis) == Plan.parse(found).size(axis), (axis, str(fitted))
+    assert fitted.dp.kind == Plan.parse(plan).dp.kind
+    assert fitted.pp.schedule == Plan.parse(plan).pp.schedule
+    assert fitted.kvp.interleave == Plan.parse(plan).kvp.interleave
+
+
+@given(st.sampled_from(PLANS), st.integers(1, 24))
+def test_a_fitted_plan_is_legal_and_stable(plan: str, ranks: int) -> None:
+    asked = Plan.parse(plan)
+    fitted = asked.fit(ranks, SHAPE)
+    fitted.validate(SHAPE, ranks)
+    assert fitted.fit(ranks, SHAPE) == fitted
+    assert asked.fit(asked.world_size, SHAPE) == asked
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(PlanError, match="not positive"):
+        Plan.parse("tp2").fit(0)
+
+
+# --- a run that was killed --------------------------------------------------------------------
+
+
+def curve(folder: Path) -> list[float]:
+    """The losses that were written, by step; a step that was made twice must have the same."""
+    found: dict[int, float] = {}
+    for line in (folder / "losses.jsonl").read_text().splitlines():
+        said: dict[str, Any] = json.loads(line)
+        assert said["loss"] == pytest.approx(found.get(said["step"], said["loss"]), rel=1e-9)
+        found[said["step"]] = said["loss"]
+    return [found[step] for step in sorted(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_run_goes_on_under_another_plan(tmp_path: Path) -> None:
+    steps, at = 5, random.randrange(1, 4)
+    script = str(Path(__file__).parent.parent / "resume.py")
+    job = [*torchrun(2), script, "dp2:shard", str(tmp_path), str(steps), str(at)]
+    ended = run_job(job, tmp_path / "reports")
+    assert ended.code != 0
+    assert len(curve(tmp_path)) == at + 1, ended.output
+    run_world(run, 4, "dp2:shard", str(tmp_path), steps, timeout=250)
+    found, right = curve(tmp_path), uninterrupted(steps)
+    print(at, found)
+    assert torch.tensor(found) == pytest.approx(torch.tensor(right), rel=1e-9)
+    assert right[-1] < right[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stages_go_on_as_shards(tmp_path: Path) -> None:
+    """Weights and moments of pp2 tp2, saved in the background, under dp2:shard tp2."""
+    run_world(run, 4, "pp2 tp2", str(tmp_path), 2, timeout=250)
+    run_world(run, 4, "dp2:shard tp2", str(tmp_path), 4, timeout=250)
+    assert torch.tensor(curve(tmp_path)) == pytest.approx(torch.tensor(uninterrupted(4)), rel=1e-9)
