@@ -107,7 +107,8 @@ def trained(
 ) -> dict[str, float]:
     """Gradients of the first step, and parameters after some steps of SGD, with or without clipping."""
     pair = Pair.of(each)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (pair.reference, pair.model)]
+    rate = 0.05 if max_norm is None else 20.0  # clipped steps are short
+    optimizers = [torch.optim.SGD(m.parameters(), lr=rate) for m in (pair.reference, pair.model)]
     errors: dict[str, float] = {}
     before = {n: p.detach().clone() for n, p in pair.reference.named_parameters()}
     for step in range(steps):
