@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -78,25 +79,23 @@ class Share:
     """How much of one parameter's squared norm this rank counts."""
 
     def __init__(self, done: Any, edit: CutParameter | None, parameter: nn.Parameter) -> None:
-        self.ranks, self.edit = done.ranks, edit
-        plan = done.plan
-        alike = plan.size("cp") // plan.kvp.size  # cp ranks that are no kvp ranks hold the same
-        self.copies = alike * plan.dp.size  # of this rank's part
+        plan, ranks = done.plan, done.ranks
+        placed = [] if edit is None else edit.placed(ranks)
+        parts = prod(holders.size for _, holders in placed)
+        self.copies = plan.world_size // plan.pp.size // parts  # ranks that hold the same part
         self.kept = self.copies // plan.dp.size if isinstance(parameter, DTensor) else self.copies
+        self.cut, holders = placed[0] if len(placed) == 1 else (None, ranks)
+        self.shared = self.cut.shared(holders.index) if self.cut is not None else {}
 
     def of(self, grad: Tensor) -> Tensor:
         """The sum of squares, divided by the number of ranks that count the same."""
-        local = grad.to_local() if isinstance(grad, DTensor) else grad
-        if self.edit is None:
-            return _square(local) / (self.kept * self.ranks.size)
-        shared = self.edit.cut.shared(self.ranks.index)
-        if not shared:
-            return _square(local) / self.kept
+        if self.cut is None or not self.shared:
+            return _square(grad.to_local() if isinstance(grad, DTensor) else grad) / self.kept
         whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
         total = _square(whole)
-        for holders, runs in shared.items():
+        for holders, runs in self.shared.items():
             for start, stop in runs:
-                part = _square(whole.narrow(self.edit.cut.dim, start, stop - start))
+                part = _square(whole.narrow(self.cut.dim, start, stop - start))
                 total -= part * (1 - 1 / len(holders))
         return total / self.copies
 

@@ -20,6 +20,8 @@ CASES = [
     case("tp4,replicate_kv=true", "qwen3", kv_heads=2),
     case("kvp2 tp2", "phi3"),
     case("dp2:shard tp2,replicate_kv=true", "qwen3", kv_heads=1),
+    case("tp2 dp2 ep4", "mixtral"),
+    case("dp2 cp2", "llama"),
 ]
 STAGED = [case("pp2 tp2", "llama"), case("dp2 pp2", "llama")]  # tied over two stages
 
