@@ -170,7 +170,6 @@ def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
     beside = {
         "kvp": plan.kvp.size > 1,
         "cp": plan.cp.size > 1,
-        "ep or etp": plan.cuts_experts,
         "tp:sp": plan.tp.sp and plan.tp.size > 1,
         "dp:shard": plan.dp.size > 1 and plan.dp.kind == "shard",
         "rules": rules is not None,

@@ -36,6 +36,7 @@ def run(plan: str, folder: str, steps: int, killed_at: int = -1) -> None:
     model = parallelize(tiny("qwen3"), fitted)
     optimizer = track_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     step, pending = restore(model, optimizer, Path(folder)), None
+    saving = dist.new_group()  # a save in the background must not meet the step's own collectives
     while step < steps:
         loss = train_step(model, optimizer, step, fitted.dp.size, coordinate(model))
         dist.all_reduce(loss, dist.ReduceOp.AVG)
@@ -46,7 +47,9 @@ def run(plan: str, folder: str, steps: int, killed_at: int = -1) -> None:
             pending.result()
         step += 1
         pending = dcp.async_save(
-            state_of(model, optimizer, step), checkpoint_id=f"{folder}/step-{step}"
+            state_of(model, optimizer, step),
+            checkpoint_id=f"{folder}/step-{step}",
+            process_group=saving,
         )
         dist.barrier()
         if step - 1 == killed_at and dist.get_rank() == dist.get_world_size() - 1:

@@ -33,6 +33,8 @@ CASES = {
         case("dp2 pp2", "llama"),
         case("pp2:zero-bubble tp2", "qwen3", layers=2),
         case("pp4:1f1b,microbatches=5", "phi3", layers=5),
+        case("pp2 tp2 ep2", "mixtral"),
+        case("pp2 dp2 ep2", "qwen2_moe"),
     ],
 }
 
@@ -51,8 +53,10 @@ def several(each: Any) -> dict[str, float]:
 
 
 def test_three_axes() -> None:
-    answers = run_calls([(several, case("dp2 pp2 tp2", "llama"))], 8, timeout=250)
-    assert_exact(worst([answer[0] for answer in answers]))
+    cases = [case("dp2 pp2 tp2", "llama"), case("dp2 pp2 tp2 ep4", "mixtral")]
+    answers = run_calls([(several, each) for each in cases], 8, timeout=250)
+    for i in range(len(cases)):
+        assert_exact(worst([answer[i] for answer in answers]))
 
 
 # --- the loop ---------------------------------------------------------------------------------
