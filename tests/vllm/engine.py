@@ -78,6 +78,7 @@ class Engine:
             dtype="float32",
             max_model_len=options.pop("max_model_len", 2048),
             enforce_eager=True,
+            disable_log_stats=False,  # so that what ours counts goes through vLLM's statistics
             block_size=BLOCK,
             enable_prefix_caching=True,
             kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
@@ -246,6 +247,20 @@ def crowd(folder: Path, kind: str, way: str | None, max_bytes: str = "64MiB") ->
         "twice": engine.ask_anew(*prompts, tokens=12),
         "counters": engine.counters() if way else {},
     }
+    engine.close()
+    return result
+
+
+def sharded(folder: Path) -> dict[str, Any]:
+    """Two tensor-parallel workers, each with pages of its own heads."""
+    engine = Engine(
+        make_model(folder / "llama"),
+        connector(folder),
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_model_len=768,
+    )
+    result = {"first": engine.ask(prompt(seed=11)), "disk": engine.ask_anew(prompt(seed=11))}
     engine.close()
     return result
 

@@ -115,6 +115,21 @@ def test_a_crowd_with_little_room(way: str, kind: str, tmp_path: Path) -> None:
     assert sum(roomy["twice"]["cached"]) > sum(alone["twice"]["cached"])
 
 
+def test_a_page_counts_when_every_rank_has_it(tmp_path: Path) -> None:
+    """Tensor parallel: two directories; what one of them lost is computed again by both."""
+    cold = run_engine("sharded", tmp_path)
+    assert cold["first"]["cached"] == [0]
+    assert cold["disk"]["cached"] == [PROMPT]
+    assert same(cold["first"], cold["disk"])
+    ranks = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert ranks == ["engine-0-rank-0", "engine-0-rank-1"]
+    assert flip_bits(tmp_path / "cache" / ranks[1]) > 3
+    damaged = run_engine("sharded", tmp_path)
+    assert same(cold["first"], damaged["first"])
+    assert damaged["disk"]["cached"] == [PROMPT]
+    assert same(cold["first"], damaged["disk"])
+
+
 REFUSED = {
     "hash": "ValueError: plait cannot keep this engine's pages: prefix_caching_hash_algo='xxhash' can be made",
     "scales": "ValueError: plait cannot keep this engine's pages: calculate_kv_scales",
