@@ -28,9 +28,6 @@ class PageIndex:
     def __contains__(self, key: bytes) -> bool:
         return self._held.get(key) == self._all
 
-    def __len__(self) -> int:
-        return sum(ranks == self._all for ranks in self._held.values())
-
     def add(self, rank: int, keys: Iterable[bytes]) -> None:
         """A rank holds pages."""
         for key in keys:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 # Elsewhere there is nothing to collect; `make test-vllm` fails if that happens in its own environment. Not
 # find_spec("vllm"): that finds this folder.
 collect_ignore_glob = [] if find_spec("vllm.v1") else ["*.py"]
-# each engine is a process of its own, with one thread more than that for its model
-os.environ["OMP_NUM_THREADS"] = "2"
