@@ -14,9 +14,10 @@ from .encoding import PageEncoding
 from .evict.leaves import longer
 from .tiers import Move, Moves
 
-BATCH_BYTES = 4 << 20  # copied in one hold of the store's lock
+BATCH_BYTES = 16 << 20  # copied in one hold of the store's lock
 BATCH_PAGES = 64
-BATCHES = 8  # of memory for pages under way
+STAGE_BYTES = 64 << 20  # memory for pages under way; half of it is stored and synced together
+STAGE_PAGES = 512
 PATIENCE = 1.0
 
 
@@ -55,8 +56,10 @@ class Outbox:
         self._cache, self._lock, self._encoding, self._moves = cache, lock, encoding, moves
         self._patience = patience
         self._batch = max(1, min(BATCH_PAGES, BATCH_BYTES // encoding.page_bytes))
-        self._stage = encoding.staging(BATCHES * self._batch)
-        self._rows = list(range(BATCHES * self._batch))[::-1]
+        rows = min(STAGE_PAGES, max(4 * self._batch, STAGE_BYTES // encoding.page_bytes))
+        self._stage = encoding.staging(rows)
+        self._group = rows // 2
+        self._rows = list(range(rows))[::-1]
         self._filled: deque[Parcel] = deque()
         self._sending = 0  # parcels that left `_filled` and are not yet stored
         self._lifting = 0  # rows that the copying thread has in hand
@@ -119,6 +122,10 @@ class Outbox:
             del self._rows[len(self._rows) - len(taken) :]
             return taken
 
+    def _free(self, rows: list[int]) -> None:
+        """Give rows back; the lowest are taken first, so that pages are copied in runs."""
+        self._rows = sorted([*self._rows, *rows], reverse=True)
+
     def _lift(self, pages: np.ndarray, rows: list[int]) -> None:
         """Copy pages into as many rows, and queue them; under the store's lock."""
         index = self._cache.index
@@ -142,7 +149,7 @@ class Outbox:
                 pages = np.flatnonzero(self._dirty)[: len(rows)].astype(np.int32)
                 self._lift(pages, rows[: len(pages)])
             with self._change:
-                self._rows += rows[len(pages) :]
+                self._free(rows[len(pages) :])
                 self._lifting = 0
                 self._change.notify_all()
 
@@ -154,7 +161,7 @@ class Outbox:
             with self._change:
                 if not under_way:
                     self._change.wait_for(lambda: self._filled or self._closed)
-                count = min(len(self._filled), 2 * self._batch)
+                count = min(len(self._filled), self._group)
                 parcels = [self._filled.popleft() for _ in range(count)]
                 self._sending += count
                 if not parcels and not under_way:
@@ -185,7 +192,7 @@ class Outbox:
         with self._change:
             self.counts["pages_written"] += held
             self.counts["pages_refused"] += len(parcels) - held
-            self._rows += [parcel.row for parcel in parcels]
+            self._free([parcel.row for parcel in parcels])
             self._sending -= len(parcels)
             self._change.notify_all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -63,6 +64,11 @@ class KVSpec:
     def v_dim(self) -> int:
         """Columns of a value head."""
         return self.head_dim if self.value_dim is None else self.value_dim
+
+    @cached_property
+    def device_type(self) -> str:
+        """The kind of device, such as "cuda" of "cuda:1"."""
+        return torch.device(self.device).type
 
     @property
     def widths(self) -> tuple[int, ...]:

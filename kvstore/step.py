@@ -74,7 +74,10 @@ class Step:
         Shape: region `[pages, page_tokens, kv_heads, d]`, rows `[tokens, kv_heads, d]`.
         """
         flat = region.flatten(0, 1)
-        if len(self.runs) <= 4 or len(self.runs) * 8 <= self.num_tokens:
+        if len(self.runs) == 1:
+            _, slot, count = self.runs[0]
+            flat[slot : slot + count].copy_(rows)
+        elif len(self.runs) <= 4 or len(self.runs) * 8 <= self.num_tokens:
             for row, slot, count in self.runs:
                 flat[slot : slot + count] = rows[row : row + count]
         else:
@@ -139,14 +142,14 @@ def check_rows(spec: KVSpec, step: Step, layer: int, k: Tensor, v: Tensor | None
             "this store keeps K only (shared_kv): give v=None" if spec.shared_kv
             else "v is missing; only a shared_kv store takes k alone"
         )  # fmt: skip
-    pieces = [t.detach() for t in (k, v) if t is not None]
+    pieces = [t.detach() if t.requires_grad else t for t in (k, v) if t is not None]
     for name, rows, width in zip("kv", pieces, spec.widths, strict=False):
         want = (step.num_tokens, spec.kv_heads, width)
         if tuple(rows.shape) != want:
             raise ValueError(
                 f"append: {name} {list(rows.shape)} must be [tokens, kv_heads, d] = {list(want)}"
             )
-        if rows.dtype != spec.dtype or rows.device.type != torch.device(spec.device).type:
+        if rows.dtype != spec.dtype or rows.device.type != spec.device_type:
             raise ValueError(
                 f"append: {name} is {rows.dtype} on {rows.device}, the store keeps {spec.dtype} "
                 f"on {spec.device}; convert it, or make the KVSpec with its dtype and device"

@@ -96,7 +96,7 @@ def test_machine_catches_a_broken_store(mutation, monkeypatch) -> None:
         max_examples=300, stateful_step_count=25, deadline=None, database=None, derandomize=True,
         phases=[Phase.generate], print_blob=False,
     )  # fmt: skip
-    with pytest.raises((AssertionError, KVStoreError, ValueError)):
+    with pytest.raises((AssertionError, KVStoreError, ValueError, IndexError)):
         run_state_machine_as_test(StoreMachine, settings=search)
 
 
