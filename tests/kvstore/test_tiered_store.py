@@ -499,3 +499,42 @@ def test_a_dropped_store_ends_its_threads_and_gives_its_lock_back(tmp_path) -> N
     assert threading.active_count() == before
     with make(disk=tmp_path / "c") as store:
         assert run(store, PROMPT) == 28, "it flushed first"
+
+
+def test_traffic_gives_back_every_page_row_slot_and_thread(tmp_path) -> None:
+    before, draws = threading.active_count(), np.random.default_rng(5)
+    store = make(num_pages=40, host_bytes=4096 * 8, disk=tmp_path / "c", disk_bytes="200KiB")
+    held = []
+    for turn in range(400):
+        prompt = [0] * int(draws.integers(12)) + draws.integers(2, size=6).tolist()
+        seq = store.open(prompt, "ab"[turn % 2], seconds=[None, 0.0, 1e-3][turn % 3])
+        if turn % 5:
+            seq.wait()
+        if turn % 7 == 0:
+            held.append(seq)
+        else:
+            store.close(seq)
+            run(store, prompt, "ab"[turn % 2])
+        if len(held) > 3:
+            store.close(held.pop(0))
+        if turn % 20 == 0:
+            store.evict()
+    store.close(held)
+    assert store.flush(60)
+    assert store.placement is not None
+    outbox, fetcher = store.placement.outbox, store.placement.fetcher
+    assert sorted(outbox._rows) == list(range(len(outbox._stage.bytes)))
+    assert not fetcher._queue
+    assert store.placement.moves.waiting_bytes == 0
+    counts = store.tier_counters()
+    assert counts["moves"]["pages_fetched"] > 0
+    assert counts["host"]["pages"] <= 8
+    assert counts["disk"]["pages"] <= 24
+    store.evict()
+    device = store.counters()
+    assert (device["pages_free"], device["sequences"], device["tenants_cached"]) == (40, 0, 0)
+    assert device["pages_allocated"] == device["pages_freed"]
+    store.check_integrity()
+    store.shutdown()
+    assert threading.active_count() == before
+    assert (tmp_path / "c" / "slab-00000").stat().st_size <= 200 << 10
