@@ -146,8 +146,9 @@ class ShmGroup(dist.ProcessGroup):
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = _GATHER
     ) -> dist.Work:
-        pairs = zip(outputs, inputs, strict=True)
-        works = [self.allgather([found], [x], opts) for found, x in pairs]
+        # c10d lists these by rank, then by tensor
+        pairs = zip(zip(*outputs, strict=True), inputs, strict=True)
+        works = [self.allgather([list(found)], [x], opts) for found, x in pairs]
         return Several(works, [x for found in outputs for x in found])
 
     def all_gather_single_coalesced(

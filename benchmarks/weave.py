@@ -1,0 +1,110 @@
+"""A prefill under tensor parallelism on a slow link: sums in pieces behind each other's MLP, against whole sums.
+
+python benchmarks/weave.py --link 1gbit        # root: network namespaces, tbf on each rank's sending
+python benchmarks/weave.py --link loopback
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import netns
+import torch
+import torch.distributed as dist
+from contest import distance, heading, launched, ratio, say, spread
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import plait
+
+
+@torch.no_grad()
+def work(args: argparse.Namespace) -> None:
+    """Time a prefill under every number of pieces, in turn."""
+    os.sched_setaffinity(0, {int(os.environ["RANK"]) % (os.cpu_count() or 1)})
+    plait.init("gloo")
+    if args.realtime:  # the backend's threads keep more, so that what arrives is taken in
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=args.hidden,
+        intermediate_size=11 * args.hidden // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 64,
+        vocab_size=1000,
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 1000, (1, args.tokens), generator=torch.Generator().manual_seed(1))
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for pieces in (1, *args.pieces):
+        cut = plait.parallelize(copy.deepcopy(model), f"tp{args.ranks},weave={pieces}")
+        name = "whole sums" if pieces == 1 else f"{pieces} pieces"
+        calls[name] = lambda cut=cut: cut(ids, use_cache=False, logits_to_keep=1).logits
+    report(calls, args)
+    if (
+        args.realtime
+    ):  # torch's store spins while it ends, and would starve a thread of less priority
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))
+    dist.destroy_process_group()
+
+
+def report(calls: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> None:
+    """Interleaved rounds; milliseconds of the slowest rank."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    expected = calls["whole sums"]()
+    for number in range(-2, args.rounds):
+        for name, call in calls.items():
+            dist.barrier()
+            begin = time.perf_counter()
+            out = call()
+            seconds = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+            if number >= 0:
+                taken[name].append(float(seconds) * 1e3)
+            assert distance(out, expected) < 1e-4, name
+    say(heading("plait"))
+    sent = 2 * args.layers * args.tokens * args.hidden * 4 * 2 * (args.ranks - 1) / args.ranks
+    say(
+        f"gloo, {args.ranks} ranks, link {args.link}; prefill of {args.tokens} tokens, hidden {args.hidden}, "
+        f"{args.layers} layers, float32; sends {sent / 1e6:.1f} MB a rank"
+    )
+    for name, times in taken.items():
+        median = statistics.median(times)
+        say(
+            f"{name:12}{spread(times):>28} ms, {ratio(taken['whole sums'], times):.2f} ({median:.0f})"
+        )
+
+
+def main() -> None:
+    """Start the ranks, or be one."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--link", default="loopback", help="loopback, or tbf's rate, e.g. 1gbit")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--pieces", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--realtime", action="store_true")
+    args = parser.parse_args()
+    if launched():
+        work(args)
+        return
+    slow = args.link != "loopback"
+    if slow and not netns.possible():
+        raise SystemExit("a slow link needs root, ip and tc")
+    if args.realtime:  # the ranks inherit it
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))
+    netns.run(__file__, sys.argv[1:], args.ranks, args.link if slow else None)
+
+
+if __name__ == "__main__":
+    main()
