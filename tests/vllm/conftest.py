@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-# Elsewhere there is nothing to collect; `make test-vllm` fails if that happens in its own environment. Not
-# find_spec("vllm"): that finds this folder.
+# Elsewhere there is nothing to collect. Not find_spec("vllm"): that finds this folder.
 collect_ignore_glob = [] if find_spec("vllm.v1") else ["*.py"]
