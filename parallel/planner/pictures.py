@@ -24,7 +24,7 @@ LAYERS = {
 }  # fmt: skip
 # of each curve the ends for the fastest user and for the most throughput: side, level, points away
 LABELS = {
-    "with Helix": (("center", "top", (0, -6)), ("left", "bottom", (0, 5))),
+    "with Helix": (("right", "top", (2, -16)), ("left", "bottom", (0, 5))),
     "best without Helix": (("right", "top", (0, -6)), ("left", "top", (-2, -18))),
 }
 WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
@@ -117,8 +117,9 @@ def _gain(axes: Any, goal: Goal, found: dict[str, tuple[Any, Any, list[str]]]) -
     gain, user, low, high = max(gains)
     arrow = {"arrowstyle": "<->", "color": "black", "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (user, high), (user, low), arrowprops=arrow)
-    axes.annotate(f"{gain:.2g}x", (user, (low * high) ** 0.5), fontsize=11, fontweight="bold", xytext=(5, 0),
-                  textcoords="offset points", va="center", bbox=WHITE)  # fmt: skip
+    side, away = ("right", -5) if user > 0.8 * max(users) else ("left", 5)
+    axes.annotate(f"{gain:.2g}x", (user, (low * high) ** 0.5), fontsize=11, fontweight="bold", xytext=(away, 0),
+                  textcoords="offset points", va="center", ha=side, bbox=WHITE)  # fmt: skip
 
 
 def _at(users: Any, ranks: Any, user: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,10 @@ def activation_bytes(
     tokens: int,
     hidden: int,
     layers: int,
-    tp: int = 1,
+    tp: Any = 1,
     sp: bool = False,
     recompute: str = "none",
-) -> float:
+) -> Any:
     """Return activations kept for backward in 16 bits, with a fused attention that keeps no scores.
 
     Without recompute ``s b h (10 + 24/t)`` a layer, ``34/t`` with sequence parallelism; ``full`` keeps each
