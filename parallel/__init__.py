@@ -6,6 +6,7 @@ from .attention.role import Attention
 from .axes import Experts, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
 from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
+from .context.modules import Sequence
 from .errors import PlanError
 from .plan import Plan
 
@@ -19,6 +20,7 @@ __all__ = [
     "PlanError",
     "Replicate",
     "Ring",
+    "Sequence",
     "Shard",
     "Tensor",
     "Ulysses",

@@ -13,6 +13,8 @@ from ..kvstore import KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
 from .checkpoint.weights import load
+from .context.modules import Sequence
+from .context.state import gradient_edits
 from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
@@ -151,11 +153,12 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
             "is not executed: a prefill that leaves keys where Helix wants them passes them around a ring",
             f"use cp{plan.kvp.size}:ring, or kvp alone",
         )
-    if plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None:
+    cut_by_rules = plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None
+    if cut_by_rules and not isinstance(rules.get(""), Sequence):
         raise PlanError(
             f"cp={plan.cp.size} with rules",
-            "is not executed yet: cp is, for transformers decoders",
-            f"use kvp={plan.cp.size} or tp={plan.cp.size}",
+            "needs to know which inputs hold the sequence that is to be cut",
+            'add "": plait.Sequence(inputs=("ids",), attention=("blocks.*.attn",))',
         )
     if plan.tp.sp and (rules or plan.cuts_experts):
         raise PlanError(
@@ -196,9 +199,11 @@ def prepare(
     shape = shape_of(model)
     ranks = ModelRanks.of(plan, groups)
     ranks = replace(ranks, attention=HelixState(ranks))
-    roles = find_roles(model, shape, plan, rules) if ranks.size > 1 or plan.cuts_experts else {}
-    if ranks.size == 1:  # a copy of one rank has nothing to cut but experts, over other copies
-        roles = {path: role for path, role in roles.items() if isinstance(role, RoutedExperts)}
+    cuts = ranks.size > 1 or plan.cuts_experts or (ranks.cp > 1 and rules is not None)
+    roles = find_roles(model, shape, plan, rules) if cuts else {}
+    if ranks.size == 1:  # a copy of one rank has nothing to cut but what other copies share with it
+        between = (RoutedExperts, Sequence)
+        roles = {path: role for path, role in roles.items() if isinstance(role, between)}
     split = split_of(model, plan.pp) if plan.pp.size > 1 else None
     stage, absent = groups.folding.coords(groups.rank)["pp"], set[int]()
     if split is not None:
@@ -228,6 +233,8 @@ def binding(
     if not is_transformers(model):
         from .modules import module_edits
 
+        if ranks.cp > 1:
+            last += gradient_edits(model, ranks.groups.group("cp"), roles)
         return [*module_edits(model, ranks), *roles, *last]
     from .attention.binding import CacheBinding
     from .attention.paged import PagedBinding
@@ -239,7 +246,7 @@ def binding(
     if ranks.cp > 1:
         context = ContextBinding(model, shape, ranks)
         edits += context.edits()
-        last += context.gradient_edits(roles)
+        last += gradient_edits(model, context.state.group, roles)
     else:
         kind = CacheBinding if ranks.kvp > 1 else PagedBinding
         assert ranks.attention is not None

@@ -29,9 +29,9 @@ def module_edits(model: nn.Module, ranks: ModelRanks) -> list[Edit]:
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         if any(t.device.type == "meta" for t in tensors):  # a run for its collectives
-            announce(ranks.all)
+            announce(ranks.inputs)
             return
-        agree(ranks.all, {"input": tensor_digest(*tensors)})
+        agree(ranks.inputs, {"input": tensor_digest(*tensors)})
 
     return [AddHook(lambda: model.register_forward_pre_hook(compare, with_kwargs=True))]
 

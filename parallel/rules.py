@@ -25,7 +25,7 @@ def match(model: nn.Module, rules: Rules) -> dict[str, Role]:
     Raises:
         PlanError: a pattern matches no module, or a style is unknown.
     """
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path, _ in model.named_modules()]  # "" is the model itself
     found: dict[str, Role] = {}
     for pattern, role in rules.items():
         hits = [path for path in paths if matches(pattern, path)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,71 +18,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...collectives import autograd
-from ...collectives.primitive import Group
-from ..edits import AddHook, Edit, SetAttribute, SumGradient
+from ..edits import AddHook, Edit, SetAttribute
 from ..ranks import ModelRanks
 from ..shape import ModelShape
 from .attention import CONTEXT, Spread, context_attention
 from .masks import context_mask, knows_documents
-from .order import SequenceOrder
 from .refusals import refuse_call, refuse_generation, refuse_labels, refuse_model
+from .state import ContextState
 
 IGNORED = -100  # the label that transformers' losses leave out
-
-
-@dataclass
-class ContextState:
-    """The ranks of cp, and the forward that runs.
-
-    State: ``spread`` is set when a forward begins and stays until the next one.
-    """
-
-    ranks: ModelRanks
-    group: Group
-    ring: Group
-    ulysses: Group
-    spread: Spread | None = None
-
-    @classmethod
-    def of(cls, ranks: ModelRanks) -> ContextState:
-        """Make the groups of the ring and of Ulysses.
-
-        Collective: all ranks of cp, at first use of a group.
-        """
-        members = ranks.groups.folding.group(ranks.groups.rank, "cp")
-        at, width = members.index(ranks.groups.rank), ranks.ulysses
-        block = at // width * width
-        return cls(
-            ranks,
-            group=ranks.groups.group("cp"),
-            ring=ranks.groups.of_ranks(members[at % width :: width]),
-            ulysses=ranks.groups.of_ranks(members[block : block + width]),
-        )
-
-    def order(self, length: int) -> SequenceOrder:
-        """Who holds which of so many tokens."""
-        return SequenceOrder(length, self.ranks.cp // self.ranks.ulysses, self.ranks.ulysses)
-
-    @property
-    def rank(self) -> int:
-        """This rank of cp."""
-        return 0 if self.group is None else self.group.rank()
-
-    def running(self) -> Spread:
-        """The spread of the forward that runs."""
-        if self.spread is None:
-            raise RuntimeError("a mask was asked for outside the model's forward; call the model")
-        return self.spread
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Put the ranks' tokens together; the gradient of the whole is the same on every rank.
-
-        Shape: [batch, seq/cp, ...] -> [batch, seq, ...]
-        Collective: all ranks of cp; one all-gather, padded to the largest part; none backward.
-        """
-        order = self.running().order
-        own = x.narrow(1, 0, order.counts[self.rank])
-        return order.restore(autograd.gather(own, self.group, 1, order.counts))
 
 
 class ContextBinding:
@@ -122,20 +65,6 @@ class ContextBinding:
             edits.append(SetAttribute(model, "generate", refuse_generation(self.state.ranks.plan)))
         return edits
 
-    def gradient_edits(self, roles: list[Edit]) -> list[Edit]:
-        """Sum every parameter's gradient over cp: each rank has that of its own tokens. Experts have seen them all."""
-        summed = {(id(e.module), e.name) for e in roles if isinstance(e, SumGradient) and e.over_dp}
-        seen: set[int] = set()
-        edits: list[Edit] = []
-        for module in self.model.modules():
-            for name, parameter in module._parameters.items():
-                if (id(module), name) in summed:
-                    continue
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    edits.append(SumGradient(module, name, self.state.group))
-        return edits
-
     def cut(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
@@ -163,7 +92,7 @@ class ContextBinding:
             values["input_ids"] = order.take(ids, rank)
         else:
             assert embeds is not None
-            values["inputs_embeds"] = order.take(autograd.enter(embeds, self.state.group), rank)
+            values["inputs_embeds"] = self.state.enter(embeds)
         values["position_ids"] = order.take(positions, rank)
         # A mask of the whole length tells transformers that positions are no documents: that is seen to here.
         whole = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
@@ -266,4 +195,4 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return values
 
 
-__all__ = ["ContextBinding", "ContextState"]
+__all__ = ["ContextBinding"]

@@ -220,7 +220,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str, tuple[st
         Plain,
         lambda m: parallelize(m, "cp2", rules={"one": "colwise"}),
         "PlanError",
-        ("cp=2", "not executed yet"),
+        ("cp=2 with rules", "plait.Sequence("),
     ),
     "ulysses heads": (
         lambda: tiny("llama", heads=9, kv_heads=3, hidden=72),
