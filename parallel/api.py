@@ -153,8 +153,9 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
             "is not executed: a prefill that leaves keys where Helix wants them passes them around a ring",
             f"use cp{plan.kvp.size}:ring, or kvp alone",
         )
-    cut_by_rules = plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None
-    if cut_by_rules and not isinstance(rules.get(""), Sequence):
+    whole = None if rules is None else rules.get("")
+    by_rules = plan.cp.size > 1 and plan.kvp.size == 1 and rules is not None
+    if by_rules and not isinstance(whole, Sequence):
         raise PlanError(
             f"cp={plan.cp.size} with rules",
             "needs to know which inputs hold the sequence that is to be cut",
