@@ -15,6 +15,7 @@ from plait.kvstore.tiers import (
     LogTier,
     MemoryTier,
     TierError,
+    TierStack,
     TierWrapper,
     VerifyTier,
 )
@@ -33,6 +34,37 @@ class TestWrapped(TierConformance):
     def make_tier(self, tmp_path):
         room = MemoryTier(8, self.page_bytes + VerifyTier.FOOTER_BYTES, evict=Fifo())
         return CountTier(LogTier(LimitTier(VerifyTier(FailTier(room, seed=0)), 1e12)))
+
+
+class TestStack(TierConformance):
+    """Two tiers as one, of which the upper forgets soon."""
+
+    def make_tier(self, tmp_path):
+        return TierStack(
+            {"small": MemoryTier(2, self.page_bytes), "large": MemoryTier(20, self.page_bytes)}
+        )
+
+
+class Broken(TierWrapper):
+    def around(self, name, pages, call, count):
+        raise TierError("out of order")
+
+
+def test_a_tier_that_raises_is_a_tier_that_misses() -> None:
+    good = MemoryTier(4, 8)
+    stack = TierStack({"bad": Broken(MemoryTier(4, 8)), "good": good})
+    assert stack.put([b"k"], [b"12345678"]) == [True]
+    out = bytearray(8)
+    assert (stack.get([b"k", b"l"], [out, bytearray(8)]), bytes(out)) == ([8, None], b"12345678")
+    assert stack.where([b"k", b"l"]) == ["good", None]
+    assert stack.seconds(["good", None], 8) is not None
+    assert stack.seconds(["bad"], 8) is None, "nothing was measured of it"
+    with pytest.raises(TierError, match="out of order"):
+        stack.commit()
+    assert stack.remove([b"k"]) == [True]
+    assert stack.counters()["bad_errors"] >= 5
+    with pytest.raises(ValueError, match="at least one"):
+        TierStack({})
 
 
 class Overwriting(TierWrapper):
