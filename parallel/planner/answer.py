@@ -14,7 +14,7 @@ from .accuracy import PUBLISHED
 from .candidates import one
 from .catalogue import hardware
 from .ffn_cost import Coverage
-from .goals import Goal
+from .goals import MOST_RANKS, Goal
 from .hardware import Hardware
 from .loaded import Loaded
 from .precision import element_bytes
@@ -121,7 +121,7 @@ def remedy(model: Decoder, part: Hardware, goal: Goal) -> tuple[str, ...]:
 
 def _ways(part: Hardware, goal: Goal) -> Iterator[tuple[str, Hardware, Goal]]:
     """Changes worth trying, as they would be typed."""
-    for times in (2, 4, 8):
+    for times in (times for times in (2, 4, 8) if goal.ranks * times <= MOST_RANKS):
         yield f"--gpus {goal.ranks * times}", part, replace(goal, ranks=goal.ranks * times)
     for kv in ("fp8", "mxfp4"):
         if element_bytes(kv) < min(map(element_bytes, goal.kv)):

@@ -10,6 +10,7 @@ from ..errors import PlanError, unknown
 from .precision import element_bytes
 
 TIERS = ("device", "host", "disk", "recompute")  # where a cached prefix waits, or that it does not
+MOST_RANKS = 2048  # more are dp copies of fewer; a sweep of so many takes seconds and gigabytes
 SCALES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -56,6 +57,11 @@ class Goal:
                 raise PlanError(
                     f"{name}={getattr(self, name)}", "is not positive", f"use {name} >= 1"
                 )
+        if self.ranks > MOST_RANKS:
+            raise PlanError(
+                f"ranks={self.ranks}", f"is more than the {MOST_RANKS} that are searched",
+                f"plan for {MOST_RANKS} or fewer and run copies",
+            )  # fmt: skip
         if min(self.prompt, self.draft, self.idle) < 0:
             raise PlanError(
                 "a negative count", "cannot be", "use prompt, draft and idle of 0 or more"

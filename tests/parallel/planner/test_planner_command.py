@@ -82,6 +82,7 @@ def test_json_is_whole_and_says_how_wrong_it_may_be() -> None:
         (("llama-8b", "--kv", "mxfp5"), "did you mean 'mxfp8'"),
         (("llama-8b", "--ttl", "20"), "no time with a unit"),
         (("llama-8b", "--gpus", "0"), "ranks=0 is not positive"),
+        (("llama-8b", "--gpus", "100000"), "2048 or fewer and run copies"),
         (("llama-8b", "--context", "lots"), "no number of tokens"),
         (("llama-8b", "--pareto", "x.gif"), "end its name in .png"),
         (("llama-8b", "--pareto", "nowhere/x.png"), "folder that is not there"),
