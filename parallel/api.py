@@ -174,8 +174,8 @@ def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
     beside = {
         "kvp": plan.kvp.size > 1,
         "cp": plan.cp.size > 1,
-        "tp:sp": plan.tp.sp and plan.tp.size > 1,
-        "dp:shard": plan.dp.size > 1 and plan.dp.kind == "shard",
+        "dp:shard,param_dtype": getattr(plan.dp, "param_dtype", "model") != "model",
+        "zero-bubble and dp:shard": plan.dp.kind == "shard" and plan.pp.schedule == "zero-bubble",
         "rules": rules is not None,
     }
     for name, asked in beside.items():
@@ -220,6 +220,10 @@ def prepare(
         from .binding import agreement_edits
 
         edits += agreement_edits(model, ranks)
+    if split is not None and ranks.span is not None:
+        from .sequence import sequence_edits
+
+        edits += sequence_edits(model, ranks, edits, split.runs_of(stage))
     edits += data_edits(model, ranks, edits)
     if split is not None:
         edits = [*pipeline_edits(model, split, ranks), *edits]

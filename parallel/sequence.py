@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..collectives import autograd
 from .edits import AddHook, CutParameter, Edit, SumGradient
@@ -13,8 +15,13 @@ from .families import decoder_layers
 from .ranks import ModelRanks
 
 
-def sequence_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]:
+def sequence_edits(
+    model: Any, ranks: ModelRanks, roles: list[Edit], chunks: Sequence[tuple[int, int]] = ()
+) -> list[Edit]:
     """Cut activations along the sequence between the first decoder layer and the final norm (Megatron's SP).
+
+    Args:
+        chunks: the runs of layers this rank has, where it is a pipeline stage; activations travel whole between them.
 
     Collective: per block an all-gather and a reduce-scatter instead of an all-reduce: the same bytes.
     """
@@ -41,13 +48,22 @@ def sequence_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edi
         sizes = autograd.chunk_sizes(span.length, ranks.size)
         return (autograd.gather(args[0], group, 1, sizes), *args[1:])
 
-    edits: list[Edit] = [
-        AddHook(lambda: layers[0].register_forward_pre_hook(cut, with_kwargs=True)),
-        AddHook(lambda: norm.register_forward_pre_hook(whole)),
-    ]
+    def whole_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return whole(_, (output,))[0] if isinstance(output, Tensor) else whole(_, output)
+
+    edits: list[Edit] = []
+    own: list[nn.Module] = []
+    for start, stop in chunks or [(0, len(layers))]:
+        first, last = layers[start], layers[stop - 1]
+        own += [layers[i] for i in range(start, stop)]
+        edits.append(AddHook(partial(first.register_forward_pre_hook, cut, with_kwargs=True)))
+        if stop == len(layers):
+            edits.append(AddHook(partial(norm.register_forward_pre_hook, whole)))
+        else:
+            edits.append(AddHook(partial(last.register_forward_hook, whole_output)))
     edits += [
         SumGradient(module, name, group)
-        for layer in layers
+        for layer in own
         for module in layer.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and (id(module), name) not in handled

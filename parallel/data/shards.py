@@ -35,13 +35,17 @@ class ShardParameters:
     mesh: DeviceMesh
     choice: Shard
     sums: list[SumGradient]
+    staged: bool = (
+        False  # a stage's layers run without the model around them: each is a root of its own
+    )
     _surfaces: list[Surface] = field(default_factory=list)
     _kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
 
     def apply(self) -> None:
         experts = {e.module.get_parameter(e.name) for e in self.sums if e.over_dp}
-        units = [*sharding_units(self.model), self.model]
+        layers = sharding_units(self.model)
+        units = [*layers, *(ends_of(self.model, layers) if self.staged else [self.model])]
         self._surfaces = [Surface(module) for module in self.model.modules()]
         self._kept = [
             (module, name, p)
@@ -54,7 +58,13 @@ class ShardParameters:
         own = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         policy = MixedPrecisionPolicy(DTYPES[self.choice.param_dtype], reduce_dtype=own)
         for unit in units:
-            made = fully_shard(unit, mesh=self.mesh, mp_policy=policy, ignored_params=experts)
+            made = fully_shard(
+                unit,
+                mesh=self.mesh,
+                mp_policy=policy,
+                ignored_params=experts,
+                reshard_after_forward=True if self.staged else None,
+            )
             made.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
             made.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may use other ones
         self._hook_sums(units)
@@ -129,10 +139,18 @@ def _hooks(module: nn.Module) -> dict[str, set[Any]]:
     return {n: set(v) for n, v in own.items() if isinstance(v, dict) and "hooks" in n}
 
 
+def ends_of(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
+    """The modules outside the layers that have parameters: embedding, norm, head."""
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    return [
+        m for m in model.modules() if id(m) not in inside and any(True for _ in m.parameters(False))
+    ]
+
+
 def sharding_units(model: nn.Module) -> list[nn.Module]:
     """The modules that are gathered one at a time: the decoder layers, or the items of every list of modules."""
     if is_transformers(model):
-        return list(decoder_layers(model)[1])
+        return [m for m in decoder_layers(model)[1] if any(True for _ in m.parameters())]
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
     return [item for each in lists if id(each) not in inner for item in each]
@@ -146,10 +164,17 @@ def shard_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[
     sums = [e for e in edits if isinstance(e, SumGradient)]
     choice = ranks.plan.dp
     assert isinstance(choice, Shard)
+    staged = ranks.plan.pp.size > 1
 
     @contextmanager
     def no_sync() -> Iterator[None]:
-        """Accumulate gradients without sending them, each rank whole ones: the memory of one model copy."""
+        """Accumulate gradients without sending them, each rank whole ones: the memory of one model copy.
+
+        Under stages it does nothing: every microbatch reduces, which is right and sends more.
+        """
+        if staged:
+            yield
+            return
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(False)
         try:
@@ -158,4 +183,7 @@ def shard_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[
             model.set_requires_gradient_sync(True)
 
     mesh = ranks.groups.device_mesh("dp")
-    return [ShardParameters(model, mesh, choice, sums), SetAttribute(model, "no_sync", no_sync)]
+    return [
+        ShardParameters(model, mesh, choice, sums, staged),
+        SetAttribute(model, "no_sync", no_sync),
+    ]

@@ -222,7 +222,8 @@ class PipelinedModel:
             group = self.ranks.groups.of_ranks(tuple(self.members[s] for s in stages))
             grad = fresh[at[id(p)]]
             grad = torch.zeros_like(p) if grad is None else grad.contiguous()
-            dist.all_reduce(grad, group=group)
+            own: Any = grad  # dp's shard of it, where there are shards
+            dist.all_reduce(own.to_local() if hasattr(own, "to_local") else own, group=group)
             fresh[at[id(p)]] = grad
 
 
@@ -243,8 +244,13 @@ class Chunk(nn.Module):
     def forward(self, *args: Tensor, number: Tensor) -> Tensor:
         run = self._run[0]
         values = run.batches[int(number)]
-        out = run.run_chunk(self.chunk, args[0] if self.chunk else None, values)
-        return out.loss if self.chunk == run.split.chunks - 1 else out.last_hidden_state
+        hidden = args[0] if self.chunk else None
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad.contiguous())  # what travels must be
+        out = run.run_chunk(self.chunk, hidden, values)
+        if self.chunk == run.split.chunks - 1:
+            return out.loss
+        return out.last_hidden_state.contiguous()
 
 
 def make_schedule(run: PipelinedModel, shape: tuple[int, ...], count: int, device: Any) -> Any:

@@ -45,6 +45,10 @@ class Split:
         """The chunks of a stage."""
         return range(stage, self.chunks, self.stages)
 
+    def runs_of(self, stage: int) -> list[tuple[int, int]]:
+        """The runs of layers of a stage."""
+        return [(self.bounds[c], self.bounds[c + 1]) for c in self.chunks_of(stage)]
+
     def owner(self, path: str) -> int | None:
         """The stage of a module or parameter by its name; None for what every stage keeps (rotary tables)."""
         if _under(path, self.layers):

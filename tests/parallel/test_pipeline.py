@@ -35,6 +35,9 @@ CASES = {
         case("pp4:1f1b,microbatches=5", "phi3", layers=5),
         case("pp2 tp2 ep2", "mixtral"),
         case("pp2 dp2 ep2", "qwen2_moe"),
+        case("pp2 dp2:shard", "llama"),
+        case("pp2 tp2:sp", "qwen3"),
+        case("pp2:interleaved,microbatches=4 dp2:shard", "qwen3", layers=4),
     ],
 }
 
@@ -194,24 +197,28 @@ def test_checkpoints(tmp_path: Path) -> None:
 # --- bad input and negative controls ----------------------------------------------------------
 
 
+REFUSED = [
+    ("pp2 tp2", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ("pp2 kvp2", {}, "pp=2 with kvp"),
+    ("pp2 cp2", {}, "pp=2 with cp"),
+    ("pp2:zero-bubble dp2:shard", {}, "zero-bubble and dp:shard"),
+    ("pp2:interleaved tp2", {}, "cuts 4 runs of layers"),
+]
+
+
 def refusals() -> list[str]:
     said = []
-    for plan, changes in [
-        ("pp2", {"attention_dropout": 0.1}),
-        ("pp2 kvp2", {}),
-        ("pp2 tp2:sp", {}),
-        ("pp4:interleaved", {}),
-    ]:
-        try:
+    for plan, changes, _ in REFUSED:
+        with pytest.raises(PlanError) as refused:
             parallelize(tiny("llama", **changes), plan)
-        except PlanError as error:
-            said.append(str(error))
+        said.append(str(refused.value))
     return said
 
 
 def test_refusals() -> None:
     for said in run_world(refusals, 4):
-        assert len(said) == 4
+        for text, (_, _, words) in zip(said, REFUSED, strict=True):
+            assert words in text
 
 
 def untied() -> dict[str, float]:
