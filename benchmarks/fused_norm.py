@@ -53,6 +53,7 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
     def one_kernel(most: int) -> Callable[[], Any]:
         def call() -> None:
             kernel.ONE_SHOT_BYTES = {2: most}
+            kernel.schedule.cache_clear()
             fused.all_reduce_rms_norm(x, residual, weight, EPS, group)
 
         return call
@@ -74,20 +75,20 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
 def work(options: argparse.Namespace) -> None:
     """A rank under torchrun."""
     from plait.collectives import shm
-    from plait.collectives.shm.fused import is_one_shot
+    from plait.collectives.shm.fused import schedule
 
     warnings.simplefilter("ignore")
+    hold_core(options, int(os.environ["LOCAL_RANK"]))
     shm.register()
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo")  # after, so that its threads have the same priority
     ranks = list(range(dist.get_world_size()))
     group: Any = dist.new_group(ranks, backend="shm")
     say(f"{heading('numba')}; {len(ranks)} ranks, hidden {options.hidden}, float32")
     say(f"{'rows':>5} {'':14}{'min / median / max us':>28}{'of ours':>10}")
     sizes = {rows: rows * options.hidden * 4 for rows in options.rows}
     chosen = {
-        rows: is_one_shot(size, len(ranks)) for rows, size in sizes.items()
+        rows: schedule(rows, options.hidden * 4, len(ranks))[1] for rows in sizes
     }  # before any is forced
-    hold_core(options, int(os.environ["LOCAL_RANK"]))
     for rows in options.rows:
         size, ours = sizes[rows], "one-shot" if chosen[rows] else "two-shot"
         calls = contenders(rows, options.hidden, dist.group.WORLD, group)

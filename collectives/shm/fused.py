@@ -7,6 +7,8 @@ crossings, a part of the adding. Which is faster where was measured (docs/decisi
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numba import njit
@@ -17,7 +19,7 @@ from .calls import code_of
 from .engine import KIND, Engine
 from .fold import SUM
 from .memory import call_fold, memmove, store
-from .norms import BIAS, CENTRED, EPS, ITEM, NORM_WORDS, STATS, WEIGHT, WHOLE, WIDTH, row_functions
+from .norms import NORM_WORDS, STATS, row_functions
 from .segment import RESULT, SLOT
 from .steps import (
     DONE,
@@ -46,14 +48,13 @@ from .steps import (
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ONE_SHOT_BYTES = {2: 64 << 10, 3: 32 << 10}  # by the least number of ranks: up to these bytes of x
+ONE_SHOT_BYTES = {2: 32 << 10}  # by the least number of ranks: up to these bytes of x
 CHUNK_BYTES = 512 << 10  # of x in a step, so that slots stay in the cache
 STAT_BYTES = 16  # two float64 for each row
 # words of a call, behind those of the norm
 X, RESIDUAL, NORMED, TOTAL, SCALES, ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT = range(
     NORM_WORDS, NORM_WORDS + 11
 )
-CALL_WORDS = NORM_WORDS + 11
 
 
 @njit(nogil=True, cache=True)
@@ -166,9 +167,16 @@ def rows_of_a_step(rows: int, row_bytes: int, ranks: int) -> int:
     return -(-rows // -(-rows // room))
 
 
-def is_one_shot(x_bytes: int, ranks: int) -> bool:
-    """Choose the schedule by what was measured."""
-    return x_bytes <= next(b for n, b in reversed(ONE_SHOT_BYTES.items()) if n <= ranks)
+@lru_cache(maxsize=256)
+def schedule(rows: int, row_bytes: int, ranks: int) -> tuple[int, bool]:
+    """Choose by what was measured: rows in a step, and whether one-shot."""
+    most = next(b for n, b in reversed(ONE_SHOT_BYTES.items()) if n <= ranks)
+    return rows_of_a_step(rows, row_bytes, ranks), rows * row_bytes <= most
+
+
+@lru_cache(maxsize=64)
+def _bits(x: float) -> int:
+    return int(np.float64(x).view(np.int64))
 
 
 def serves(
@@ -180,7 +188,7 @@ def serves(
     if not alike or x.dtype not in DTYPES or x.numel() == 0 or engine.members.ranks == 1:
         return False
     row_bytes = x.shape[-1] * x.element_size()
-    return rows_of_a_step(x.numel() // x.shape[-1], row_bytes, engine.members.ranks) > 0
+    return schedule(x.numel() // x.shape[-1], row_bytes, engine.members.ranks)[0] > 0
 
 
 def run(
@@ -197,21 +205,15 @@ def run(
     rows, row_bytes = x.numel() // width, width * item
     total, normed = torch.empty_like(x), torch.empty(x.shape, dtype=stored or x.dtype)
     scales = torch.empty((*x.shape[:-1], 1) if stored else 0, dtype=torch.float32)
-    words, stats = np.empty(CALL_WORDS, np.int64), np.empty(2)
-    words[[WEIGHT, BIAS, WIDTH, ITEM, CENTRED, WHOLE]] = (
-        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), width, item,
-        bias is not None, stored == torch.int8,
-    )  # fmt: skip
-    words.view(np.float64)[EPS] = eps
-    words[[X, RESIDUAL, NORMED, TOTAL, SCALES]] = [
-        t.data_ptr() for t in (x, residual, normed, total, scales)
-    ]
-    words[[ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT]] = (
-        rows, x.numel(), rows_of_a_step(rows, row_bytes, ranks), width * normed.element_size(),
-        row_bytes, is_one_shot(x.nbytes, ranks),
-    )  # fmt: skip
+    chunk, one_shot = schedule(rows, row_bytes, ranks)
+    addresses = [t.data_ptr() for t in (x, residual, normed, total, scales)]
+    words = np.array([
+        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), _bits(eps), width, item,
+        0, bias is not None, stored == torch.int8, *addresses,
+        rows, x.numel(), chunk, width * normed.element_size(), row_bytes, one_shot,
+    ], np.int64)  # fmt: skip
     code = code_of(KIND["all_reduce with norm"], x.dtype, SUM)
-    arguments = (words, *row_functions(x.dtype, stored is not None), stats)
+    arguments = (words, *row_functions(x.dtype, stored is not None), np.empty(2))
     inputs = [x, residual, weight] + ([] if bias is None else [bias])
     engine.run(all_reduce_norm, arguments, code, x.numel(), [normed, total], True, inputs)
     return normed if stored is None else Quantised(normed, scales), total
