@@ -8,6 +8,7 @@ from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
 from .context.modules import Sequence
 from .errors import PlanError
+from .experts import RoutedExperts
 from .plan import Plan
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PlanError",
     "Replicate",
     "Ring",
+    "RoutedExperts",
     "Sequence",
     "Shard",
     "Tensor",

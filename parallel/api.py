@@ -334,7 +334,9 @@ def gather_whole(parameter: CutParameter, ranks: ModelRanks) -> torch.Tensor:
 
 def shape_of(model: nn.Module) -> ModelShape:
     """The numbers of a model that legality needs; unknown for modules that are not transformers'."""
-    return ModelShape.from_config(model.config) if is_transformers(model) else ModelShape()
+    return (
+        ModelShape.from_config(model.config) if is_transformers(model) else ModelShape(experts=None)
+    )
 
 
 def _rules_text(rules: Rules | None) -> str:

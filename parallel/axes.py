@@ -293,17 +293,27 @@ class Experts(Choice):
         exchange: what crosses the wire: ``tokens`` (rows travel to their experts and back), ``sums`` (every rank works
             on the tokens that all ranks of its model copy hold, and the results are summed; where ep * etp fits into a
             copy), or ``auto``: sums where it can be.
+        capacity: rows of each expert at most, in multiples of an even share; 0: none is ever dropped.
+        drop: what a full expert keeps: ``probs``, the largest weights, or ``position``, what comes first.
     """
 
     size: int
     _: KW_ONLY
     exchange: str = "auto"
+    capacity: float = 0.0
+    drop: str = "probs"
     axis: ClassVar[str] = "ep"
     kind: ClassVar[str] = "experts"
 
     def __post_init__(self) -> None:
         whole("ep", self.size)
         one_of("exchange", self.exchange, ("auto", "tokens", "sums"))
+        one_of("drop", self.drop, ("probs", "position"))
+        number = not isinstance(self.capacity, bool) and isinstance(self.capacity, (int, float))
+        if not number or not 0 <= self.capacity < float("inf"):
+            asked = f"capacity={self.capacity!r}"
+            raise PlanError(asked, "is not a factor of an even share", "use e.g. capacity=1.25")
+        object.__setattr__(self, "capacity", float(self.capacity))
 
     def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
         copies = plan.size("ffn_tp")
@@ -313,6 +323,8 @@ class Experts(Choice):
                 "(kvp * tp, without sp) that hold the same tokens"
             )
             return because, "use exchange=tokens"
+        if self.capacity and self.size * plan.etp == 1:
+            return f"with capacity={self.capacity} cuts no experts, and drops none", "use ep > 1"
         return None
 
 

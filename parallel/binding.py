@@ -62,12 +62,12 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
         """Write the whole model as transformers does.
 
         Collective: all ranks of the first model copy; an all-gather per cut parameter, under pp also a broadcast from
-        its stage. The first rank writes. Replicas further along dp and cp hold the same and do nothing; shards take
-        part.
+        its stage. The first rank writes. Replicas further along dp and cp hold the same and do nothing; shards, and
+        experts spread over them, take part.
         """
         at = ranks.groups.folding.coords(ranks.groups.rank)
         replica = at["dp"] or (ranks.cp > 1 and at["cp"])
-        if replica and not ranks.sharded:
+        if replica and not ranks.spread:
             return
         writes = ranks.index == 0 and not replica
         whole: dict[str, Tensor] = {}

@@ -129,6 +129,11 @@ class ModelRanks(Holders):
         return self.plan.dp.size > 1 and self.plan.dp.kind == "shard"
 
     @property
+    def spread(self) -> bool:
+        """Whether one copy's ranks do not hold a whole model: dp shards it, or experts lie beyond."""
+        return self.sharded or self.size % (self.plan.size("ep") * self.plan.etp) > 0
+
+    @property
     def helix(self) -> HelixState | None:
         """What Helix layers share; None without a KV axis."""
         return self.attention if self.kvp > 1 else None
@@ -150,8 +155,8 @@ class ModelRanks(Holders):
 
     @cached_property
     def holders(self) -> Group:
-        """The ranks that hold one whole model between them: the copy's, and with shards those along dp too."""
-        return self.groups.group("tp", "cp", "dp") if self.sharded else self.all
+        """The ranks that hold one whole model between them: the copy's, or those along cp and dp too."""
+        return self.groups.group("tp", "cp", "dp") if self.spread else self.all
 
     @cached_property
     def inputs(self) -> Group:

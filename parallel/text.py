@@ -21,8 +21,8 @@ _TOKEN = re.compile(r"([a-z_]+)([0-9]{1,9})((?:[:,].*)?)")
 def parse(text: str) -> dict[str, Any]:
     """Read the text form into fields of a Plan.
 
-    >>> parse("tp2:sp ep4")
-    {'tp': Tensor(size=2, sp=True, replicate_kv=False, fuse=True, weave=1), 'ep': Experts(size=4, exchange='auto')}
+    >>> parse("tp2:sp etp4")
+    {'tp': Tensor(size=2, sp=True, replicate_kv=False, fuse=True, weave=1), 'etp': 4}
     """
     if not isinstance(text, str):
         raise PlanError(f"plan {text!r}", "is not text", f"write a plan such as {EXAMPLE!r}")
@@ -120,6 +120,10 @@ def _value(axis: str, kind: type[Choice], name: str, value: str) -> Any:
         if not re.fullmatch(r"-?[0-9]{1,9}", value):
             raise PlanError(f"{name}={value}", "is not a whole number", f"write e.g. {name}=4")
         return int(value)
+    if isinstance(default, float):
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            raise PlanError(f"{name}={value}", "is not a number", f"write e.g. {name}=1.25")
+        return float(value)
     return int(value) if re.fullmatch("[0-9]{1,9}", value) else value  # auto, or a number
 
 

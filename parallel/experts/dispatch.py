@@ -71,7 +71,7 @@ def by_tokens(
     order = by_expert(received).to(rows.device)
     out = experts(rows.index_select(0, order), received.sum(0).tolist())
     returned = exchange.back(out.index_select(0, inverse(order)))
-    if place.etp == 1:
+    if len(sent) == index.numel() and place.etp == 1:
         pairs = returned.index_select(0, inverse(sent))
     else:
         pairs = returned.new_zeros((index.numel(), hidden.shape[1])).index_add(0, sent, returned)
@@ -96,7 +96,9 @@ def meet(place: Place, index: Tensor) -> tuple[TokenExchange, Tensor, Tensor]:
     by_owner = every.view(place.owners.size, -1, place.held).sum(2).repeat_interleave(place.etp, 1)
     exchange = counted(place.owners.all, by_owner.tolist())
     received = every[:, place.first : place.first + place.held]
+    rows = exchange.send[:: place.etp]
+    kept = mine.order[: sum(rows)]
     if place.etp == 1:
-        return exchange, received, mine.order
-    blocks = mine.order.split(list(exchange.send[:: place.etp]))
+        return exchange, received, kept
+    blocks = kept.split(list(rows))
     return exchange, received, torch.cat([block for b in blocks for block in (b,) * place.etp])

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .capacity import Capacity
 from .dispatch import by_sums, by_tokens
 from .place import Place
 
@@ -31,6 +32,7 @@ class Routed:
     compute: Compute
     sums: bool
     route: Route | None = None
+    capacity: Capacity | None = None
 
 
 class ExpertLayer(nn.Module):
@@ -47,6 +49,8 @@ class ExpertLayer(nn.Module):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = here.route(self, flat) if here.route is not None else [*args, *kwargs.values()]
         index, weights = (r.reshape(-1, r.shape[-1]) for r in routing)
+        if here.capacity is not None:
+            index = here.capacity.kept(index, weights, here.place.experts)
         exchange = by_sums if here.sums else by_tokens
 
         def experts(x: Tensor, counts: list[int]) -> Tensor:

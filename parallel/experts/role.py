@@ -11,6 +11,7 @@ from ..errors import PlanError
 from ..layout import Cut
 from ..ranks import ModelRanks, Placed
 from ..roles import cut_parameter
+from .capacity import Capacity
 from .compute import Packed
 from .layer import Compute, ExpertLayer, Listed, OwnCode, Route, Routed
 from .place import Place
@@ -160,8 +161,10 @@ class RoutedExperts:
     def _swap(
         self, module: nn.Module, place: Place, compute: Compute, ranks: ModelRanks
     ) -> list[Edit]:
-        sums = place.sums and ranks.plan.ep.exchange != "tokens"
-        routed = Routed(place, compute, sums, self.route)
+        choice = ranks.plan.ep
+        sums = place.sums and choice.exchange != "tokens"
+        capacity = Capacity(choice.capacity, choice.drop) if choice.capacity else None
+        routed = Routed(place, compute, sums, self.route, capacity)
         return [SetAttribute(module, "_plait_experts", routed), SwapClass(module, ExpertLayer)]
 
 

@@ -24,7 +24,10 @@ class Assignment:
 
     @classmethod
     def of(cls, index: Tensor, experts: int) -> Assignment:
-        """Sort the pairs of ``index`` [tokens, top_k] by expert, pairs of one expert by token."""
+        """Sort the pairs of ``index`` [tokens, top_k] by expert, pairs of one expert by token.
+
+        Pairs of expert number ``experts`` are dropped ones: they are last in order and not counted.
+        """
         flat = index.reshape(-1)
         order = torch.argsort(flat, stable=True)
         return cls(order, count(flat, experts), index.shape[1])
@@ -39,7 +42,7 @@ def count(experts_of_rows: Tensor, experts: int) -> Tensor:
     """Count rows by expert; on meta, where nothing is known, an even share for all."""
     if experts_of_rows.device.type == "meta":
         return even(experts_of_rows.numel(), experts)
-    return torch.bincount(experts_of_rows, minlength=experts)
+    return torch.bincount(experts_of_rows, minlength=experts)[:experts]
 
 
 def even(rows: int, experts: int) -> Tensor:

@@ -1,0 +1,176 @@
+"""Forward, and forward with backward, of a Mixtral-shaped model on two ranks of one thread: plait against transformers.
+
+    python benchmarks/experts.py [--rounds 5] [--batch 4] [--length 256]
+
+All contenders live in the same processes and take turns: one untouched process, plait under each of --plans, and
+transformers' own expert parallel (EP2 over FSDP2, and EP2 over TP2). Ranks along dp are given the same batch here, so
+that everyone's logits can be compared. A second table is of the experts of one layer alone, on one rank: plait's
+grouped products against transformers' implementations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from contest import Contender, compete, heading, launch, launched, rank, say, table
+from torch import Tensor
+
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 896,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "vocab_size": 8192,
+}
+PEERS = {
+    "transformers fsdp2 ep2": {"fsdp_size": 2, "ep_size": 2},
+    "transformers tp2 ep2": {"tp_size": 2, "ep_size": 2},
+}
+
+
+class Step:
+    """A model with a batch: a forward pass, and a training step without the optimizer."""
+
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self.model, self.ids = model.train(), ids
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """Logits of the last token."""
+        return self._logits()[0, -1]
+
+    def both(self) -> Tensor:
+        """Forward and backward of a cross entropy."""
+        self.model.zero_grad()
+        logits = self._logits()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten()).backward()
+        return logits.detach()[0, -1]
+
+    def _logits(self) -> Tensor:
+        return self.model(input_ids=self.ids, use_cache=False).logits
+
+
+def make_model() -> Any:
+    """The untouched model; the same on every rank."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, attn_implementation="sdpa"))
+
+
+def peer(folder: str, options: dict[str, int]) -> Any:
+    """transformers' own parallelism, which acts while a checkpoint is loaded."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        distributed_config=DistributedConfig(**options),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+    )
+
+
+def two_ranks(args: argparse.Namespace) -> None:
+    """All contenders in turn."""
+    from plait.parallel import parallelize
+
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    model = make_model()
+    if rank() == 0:
+        model.save_pretrained(args.folder)
+    dist.barrier()
+    makers: dict[str, Callable[[], Any]] = {
+        f"plait {plan}": lambda plan=plan: parallelize(copy.deepcopy(model), plan)
+        for plan in args.plans
+    }
+    for name, options in PEERS.items() if args.peers else ():
+        makers[name] = lambda options=options: peer(args.folder, options)
+    ids = torch.randint(0, SHAPE["vocab_size"], (args.batch, args.length))
+    steps = {name: Step(make(), ids) for name, make in makers.items()}
+    say(heading())
+    say(f"{SHAPE}, float32, batch {args.batch} x {args.length}, 2 ranks x 1 thread")
+    for phase in ("forward", "both"):
+        alone = Contender("one process, 1 thread", getattr(Step(model, ids), phase), False)
+        contenders = [alone, *(Contender(n, getattr(s, phase)) for n, s in steps.items())]
+        compete(contenders, args.rounds)
+        ours = f"plait {args.plans[0]}"
+        title = "forward" if phase == "forward" else "forward and backward"
+        say("\n" + table(f"{title}, {args.rounds} rounds; ratios to {ours}", contenders, ours))
+    dist.destroy_process_group()
+
+
+def one_rank(args: argparse.Namespace) -> None:
+    """The experts of one layer, whole, on one rank."""
+    from plait.parallel.experts.compute import Packed
+    from plait.parallel.experts.route import Assignment, inverse
+
+    torch.set_num_threads(1)
+    experts = make_model().model.layers[0].mlp.experts
+    tokens, top_k = args.batch * args.length, 2
+    x = torch.randn(tokens, SHAPE["hidden_size"], requires_grad=True)
+    index = torch.rand(tokens, SHAPE["num_local_experts"]).topk(top_k).indices
+    weights = torch.rand(tokens, top_k)
+
+    def ours() -> Tensor:
+        mine = Assignment.of(index, SHAPE["num_local_experts"])
+        rows = x.index_select(0, mine.order // top_k)
+        out = Packed.of(experts).rows(experts, rows, mine.counts.tolist())
+        pairs = out.index_select(0, inverse(mine.order)).view(tokens, top_k, -1)
+        return (pairs * weights.unsqueeze(-1)).sum(1)
+
+    def theirs(name: str) -> Tensor:
+        experts.config._experts_implementation = name
+        return experts(x, index, weights)
+
+    def step(call: Callable[[], Tensor]) -> Tensor:
+        experts.zero_grad()
+        out = call()
+        out.square().sum().backward()
+        return out.detach()[-1]
+
+    contenders = [
+        Contender("plait", lambda: step(ours)),
+        Contender("transformers grouped_mm", lambda: step(lambda: theirs("grouped_mm"))),
+        Contender("transformers eager", lambda: step(lambda: theirs("eager"))),
+    ]
+    compete(contenders, args.rounds, warm=2)
+    title = f"experts of one layer, forward and backward of {tokens} tokens"
+    say("\n" + table(f"{title}, {args.rounds} rounds; ratios to plait", contenders, "plait"))
+
+
+def main() -> None:
+    """Run both parts, or the part this process was started for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument(
+        "--plans", nargs="+", default=["tp2 ep2", "dp2 ep2", "tp2 ep2,exchange=tokens"]
+    )
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--part", choices=["both", "one", "two"], default="both")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if launched():
+        one_rank(args) if args.part == "one" else two_ranks(args)
+        return
+    for part, ranks in (("two", 2), ("one", 1)):
+        if args.part in {part, "both"}:
+            with tempfile.TemporaryDirectory() as folder:
+                launch(__file__, [*sys.argv[1:], "--part", part, "--folder", folder], ranks)
+
+
+if __name__ == "__main__":
+    main()

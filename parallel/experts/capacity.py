@@ -1,0 +1,48 @@
+"""Capacity: an upper bound on the rows of each expert, and which pairs of token and expert are dropped beyond it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """At most ``ceil(tokens * top_k / experts * factor)`` rows for each expert; the others are dropped.
+
+    Decided on all tokens that the ranks of a model copy hold alike, by every one of them: tp and kvp do not change
+    what is dropped; cp and dp do, for their ranks see other tokens. Dropped pairs add nothing to a token, and its
+    other weights stay what they are.
+
+    Attributes:
+        drop: ``probs`` keeps the largest weights, ``position`` those that come first (tokens in order).
+    Source: MoE Parallel Folding (arXiv 2504.14960) section 3.3; a running count instead of a top-k over ties.
+    """
+
+    factor: float
+    drop: str
+
+    def rows(self, tokens: int, top_k: int, experts: int) -> int:
+        """Rows that an expert takes at most."""
+        return math.ceil(tokens * top_k / experts * self.factor)
+
+    def kept(self, index: Tensor, weights: Tensor, experts: int) -> Tensor:
+        """Replace the expert of every dropped pair by ``experts``, which is nobody. The host reads nothing.
+
+        Shape: index, weights [tokens, top_k] -> [tokens, top_k]
+        """
+        flat = index.reshape(-1)
+        order = torch.arange(flat.numel(), device=flat.device)
+        if self.drop == "probs":
+            order = torch.argsort(weights.detach().reshape(-1), descending=True, stable=True)
+        order = order[torch.argsort(flat[order], stable=True)]
+        counts = torch.zeros(experts, dtype=torch.long, device=flat.device)
+        counts = counts.index_add(0, flat, torch.ones_like(flat))
+        number = torch.empty_like(flat)  # of a pair among its expert's
+        starts = counts.cumsum(0) - counts
+        number[order] = torch.arange(flat.numel(), device=flat.device) - starts[flat[order]]
+        most = self.rows(index.shape[0], index.shape[1], experts)
+        return torch.where(number < most, flat, experts).view_as(index)
