@@ -8,11 +8,12 @@ from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
 from .context.modules import Sequence
 from .errors import PlanError
-from .experts import RoutedExperts
+from .experts import BiasBalance, RoutedExperts
 from .plan import Plan
 
 __all__ = [
     "Attention",
+    "BiasBalance",
     "Experts",
     "Helix",
     "Mla",

@@ -3,6 +3,7 @@
 from .collectives import World, init
 from .parallel import (
     Attention,
+    BiasBalance,
     Experts,
     Helix,
     Mla,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attention",
+    "BiasBalance",
     "Experts",
     "Helix",
     "Mla",

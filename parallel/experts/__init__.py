@@ -1,5 +1,6 @@
 """Experts over ranks: MoE Parallel Folding. Tokens find their experts wherever they are, and come back."""
 
+from .balance import BiasBalance
 from .role import RoutedExperts
 
-__all__ = ["RoutedExperts"]
+__all__ = ["BiasBalance", "RoutedExperts"]
