@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from contest import Contender, compete, heading, launch, launched, rank, say, table
 from torch import Tensor
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 896,
     "num_hidden_layers": 4,
@@ -32,7 +32,7 @@ SHAPE = {
     "num_local_experts": 8,
     "vocab_size": 8192,
 }
-PEERS = {
+PEERS: dict[str, dict[str, Any]] = {
     "transformers fsdp2 ep2": {"fsdp_size": 2, "ep_size": 2},
     "transformers tp2 ep2": {"tp_size": 2, "ep_size": 2},
 }
@@ -65,10 +65,10 @@ def make_model() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SHAPE, attn_implementation="sdpa"))
+    return MixtralForCausalLM(MixtralConfig(**{**SHAPE, "attn_implementation": "sdpa"}))
 
 
-def peer(folder: str, options: dict[str, int]) -> Any:
+def peer(folder: str, options: dict[str, Any]) -> Any:
     """transformers' own parallelism, which acts while a checkpoint is loaded."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig

@@ -30,7 +30,8 @@ def losses(plan: str, family: str, mutate: bool = False) -> dict[str, float]:
     each = case(plan, family, **AUX)
     if not mutate:
         return trained(each, 2, loss=balanced)
-    with patch.object(ContextBinding, "_router", lambda self, logits: logits):
+    # every rank takes its own tokens for those of all
+    with patch.object(ContextBinding, "_router", lambda self, logits: logits.repeat(2, 1)):
         return trained(each, 2, loss=balanced)
 
 
