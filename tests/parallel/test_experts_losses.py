@@ -30,8 +30,8 @@ def losses(plan: str, family: str, mutate: bool = False) -> dict[str, float]:
     each = case(plan, family, **AUX)
     if not mutate:
         return trained(each, 2, loss=balanced)
-    # every rank takes its own tokens for those of all
-    with patch.object(ContextBinding, "_router", lambda self, logits: logits.repeat(2, 1)):
+    # every rank takes its own tokens for the 2 * 9 of all
+    with patch.object(ContextBinding, "_router", lambda self, logits: logits.repeat(3, 1)[:18]):
         return trained(each, 2, loss=balanced)
 
 
