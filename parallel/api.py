@@ -161,6 +161,12 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
             "needs to know which inputs hold the sequence that is to be cut",
             'add "": plait.Sequence(inputs=("ids",), attention=("blocks.*.attn",))',
         )
+    if by_rules and plan.cuts_experts:
+        raise PlanError(
+            f"cp={plan.cp.size} with rules and ep or etp",
+            "is not executed yet",
+            "use ep=1 and etp=1, or cp=1",
+        )
     if plan.tp.sp and (rules or plan.cuts_experts):
         raise PlanError(
             "tp:sp",
