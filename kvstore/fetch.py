@@ -134,10 +134,7 @@ class Fetcher:
             if not held[at - first]:
                 self.counts["pages_missed"] += 1
                 break
-            key = fetch.keys[at]
-            if not self._encoding.unseal(key, fetch.ids[at], self._stage, base + at - first):
-                self.counts["pages_damaged"] += 1
-                self._stack.remove([key])
+            if not self._proven(fetch, at, base + at - first):
                 break
             right += 1
         with self._lock:
@@ -149,6 +146,18 @@ class Fetcher:
                 fetch.pages, fetch.last = np.concatenate([fetch.pages, room]), int(room[-1])
                 self.counts["pages_fetched"] += len(room)
         return len(room) == stop - first
+
+    def _proven(self, fetch: Fetch, at: int, row: int) -> bool:
+        """Say whether the page in a row is the one that was asked for, or another tier has that one."""
+        key, ids = fetch.keys[at], fetch.ids[at]
+
+        def right() -> bool:
+            return self._encoding.unseal(key, ids, self._stage, row)
+
+        if right():
+            return True
+        self.counts["pages_damaged"] += 1
+        return self._stack.choose(key, self._stage.bytes[row], right)
 
     def _make_room(self, count: int, last: int) -> np.ndarray:
         while count > 0:

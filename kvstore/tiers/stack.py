@@ -107,6 +107,16 @@ class TierStack(Tier):
             held = [a or b for a, b in zip(held, gone, strict=True)]
         return held
 
+    def choose(self, key: bytes, out: Page, right: Callable[[], bool]) -> bool:
+        """Ask each tier alone until what it gives is right; what is wrong is removed from the tier that gave it."""
+        for tier in self.tiers.values():
+            if self._try(tier, lambda tier=tier: tier.get([key], [out]), [None]) == [None]:
+                continue
+            if right():
+                return True
+            self._try(tier, lambda tier=tier: tier.remove([key]), [False])
+        return False
+
     def seconds(self, where: Sequence[str | None], page_bytes: int) -> float | None:
         """How long it takes to get pages from those tiers; None if one of them was not measured yet."""
         total = 0.0

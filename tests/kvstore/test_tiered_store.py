@@ -179,6 +179,16 @@ def test_a_tier_that_lies_is_not_believed(flips) -> None:
         assert counts["liar"]["injected"] >= counts["moves"]["pages_damaged"]
 
 
+def test_a_tier_that_lies_costs_no_other_tier_its_pages() -> None:
+    liar, good = FailTier(MemoryTier(40, 4096), seed=3, flips=1.0), MemoryTier(40, 4096)
+    with make(tiers={"liar": liar, "good": good}) as store:
+        fill(store)
+        assert run(store, PROMPT) == 28, "the other tier was asked"
+        assert store.tier_counters()["moves"]["pages_damaged"] == 7
+        assert good.counters()["pages"] == 7
+        assert liar.counters()["pages"] == 0
+
+
 def test_a_lie_that_is_believed_is_seen_by_these_tests(monkeypatch) -> None:
     monkeypatch.setattr(PageEncoding, "unseal", lambda *args: True)
     with make(tiers={"liar": FailTier(MemoryTier(40, 4096), seed=3, flips=1.0)}) as store:
