@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -31,7 +31,7 @@ class RoutedExperts:
         count: the attribute in which the module's own code finds the number of stacked experts.
     """
 
-    route: Route | None = None
+    route: Route | None = field(default=None, repr=False)  # its address differs between ranks
     experts: str | None = None
     count: str = "num_experts"
 
