@@ -59,8 +59,8 @@ class Members:
             for r in range(1, self.ranks):
                 self._await(r, MAPPED)
             for r in range(self.ranks):  # all have read them; a group of this name may come again
-                self._store.delete_key(f"card/{r}")
-                self._store.delete_key(f"mapped/{r}")
+                self._store.delete_key(self._key("card", r))
+                self._store.delete_key(self._key("mapped", r))
             os.close(self._fd)
             prepare()
         self.note(OPEN)
@@ -68,7 +68,7 @@ class Members:
     def _exchange_cards(self, store: Any, fd: int, timeout: timedelta) -> list[dict[str, Any]]:
         card = {"host": _host(), "on": socket.gethostname(), "pid": os.getpid(), "fd": fd}
         card["born"] = _born(os.getpid())
-        store.set(f"card/{self.rank}", json.dumps(card))
+        store.set(self._key("card", self.rank), json.dumps(card))
         cards = [json.loads(text) for text in self._read_all("card", timeout)]
         hosts = [card["host"] for card in cards]
         if len(set(hosts)) > 1:
@@ -88,13 +88,17 @@ class Members:
                 self.segment = Segment.open(first["pid"], first["fd"], self.layout.size)
             except BackendUnavailable as error:
                 refusal = str(error)
-        self._store.set(f"mapped/{self.rank}", refusal)
+        self._store.set(self._key("mapped", self.rank), refusal)
         refusals = [text for text in self._read_all("mapped", timeout) if text]
         if refusals:
             raise BackendUnavailable(refusals[0])
 
-    def _read_all(self, key: str, timeout: timedelta) -> list[str]:
-        keys = [f"{key}/{r}" for r in range(self.ranks)]
+    def _key(self, kind: str, rank: int) -> str:
+        """Name what a rank says; by its number in the world, for groups without a common rank may have one name."""
+        return f"{kind}/{self._names[rank]}"
+
+    def _read_all(self, kind: str, timeout: timedelta) -> list[str]:
+        keys = [self._key(kind, r) for r in range(self.ranks)]
         try:
             self._store.wait(keys, timeout)
         except RuntimeError as error:
