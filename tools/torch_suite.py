@@ -5,7 +5,7 @@
     python tools/torch_suite.py shm --table found.md   # the list, as Markdown
 
 torch starts new processes for each test, which takes longer than the test. Here the ranks stay, in one process group;
-after a test that failed or hung the next failure is tried again in new ones. Needs `pip install expecttest`.
+after a test that failed or hung the next failure is tried again in new ones.
 """
 
 from __future__ import annotations

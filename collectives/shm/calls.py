@@ -86,7 +86,13 @@ def dense_view(address: int, item: int) -> Any:
 def view_of(x: Tensor) -> Any:
     """Describe a tensor of any strides to a kernel; of no more than MAX_DIMS dims after merging."""
     item = x.element_size()
-    view = dense_view(x.data_ptr(), item)
+    try:
+        view = dense_view(x.data_ptr(), item)
+    except RuntimeError as error:  # it has no memory of its own: sparse, or a wrapper
+        raise ValueError(
+            f"shm: a tensor of layout {x.layout} ({type(x).__name__}) has no memory to send; give it as .to_dense(), "
+            "or send its indices and values"
+        ) from error
     if x.is_contiguous():
         return view
     sizes, strides = merged_dims(x)

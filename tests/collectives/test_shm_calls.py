@@ -109,6 +109,7 @@ def refusals(folder: str) -> list[str]:
         lambda: dist.reduce_scatter_single(torch.empty(3), ones),
         lambda: dist.all_to_all_single(torch.empty(4), ones, [1, 1], [2, 2]),
         lambda: dist.all_reduce(torch.ones([4] * 8)[tuple([slice(0, 4, 2)] * 8)]),
+        lambda: dist.broadcast(torch.eye(3).to_sparse(), 0),
         lambda: shm.symmetric_empty((3,), group=object()),
     ]
     found = []
@@ -131,6 +132,7 @@ def test_bad_input_is_refused_and_explained(tmp_path: Path) -> None:
             "(4,) reduced and scattered into (3,)",
             "split sizes [1, 1]",
             "dims that do not merge",
+            "sparse_coo (Tensor) has no memory to send",
             "not <object",
         ]
         for text, part in zip(found, expected, strict=True):
