@@ -40,6 +40,7 @@ GPT_OSS: dict[str, Any] = {
 CASES = [
     (LLAMA, "tp4"), (LLAMA, "kvp4"), (LLAMA, "kvp2 tp4"), (LLAMA, "kvp4 tp2"),
     (DEEPSEEK, "kvp8"), (DEEPSEEK, "tp4"), (GPT_OSS, "tp4"), (GPT_OSS, "kvp2 tp2"),
+    (DEEPSEEK, "kvp4 ep4"), (DEEPSEEK, "tp4 ep2 etp2"), (GPT_OSS, "tp4 ep4"), (GPT_OSS, "kvp2 tp2 ep2 etp2"),
 ]  # fmt: skip
 ROWS, CONTEXT = 4, 1024
 
