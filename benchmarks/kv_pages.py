@@ -25,6 +25,7 @@ import torch
 
 from plait.kvstore import KVSpec, KVStore, PagePool
 from plait.kvstore.evict import POLICIES
+from plait.kvstore.tokens import History
 
 PAGE = 16
 TINY = KVSpec(
@@ -121,7 +122,7 @@ def lookup(rounds: int, peer) -> None:
     listed, stranger = ids.tolist(), ids[::-1].copy()
     key = store._key(None)
     calls: dict[str, tuple[Callable[[], object], int]] = {
-        "plait: hash + find + compare": (lambda: store.cache.match(key, ids), LONG),
+        "plait: hash + find + compare": (lambda: store.cache.match(History(key, ids, PAGE)), LONG),
         "plait: match(array)": (lambda: store.match([ids]), LONG),
         "plait: open + close(array)": (lambda: store.close(store.open(ids)), LONG),
         "plait: open + close(list)": (lambda: store.close(store.open(listed)), LONG),
