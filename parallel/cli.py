@@ -120,7 +120,7 @@ def bench(
     from pathlib import Path
 
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    shared = {"contest", "netns"}
+    shared = {"contest", "disk_contenders", "netns"}
     scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in shared}
     if not scripts:
         typer.echo("plait: benchmarks come with the repository, not with the package", err=True)

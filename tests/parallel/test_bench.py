@@ -12,6 +12,7 @@ from plait.parallel.cli import app
 
 NAMES = {path.stem for path in (Path(__file__).parents[2] / "benchmarks").glob("*.py")} - {
     "contest",
+    "disk_contenders",
     "netns",
 }
 
