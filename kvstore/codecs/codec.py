@@ -10,8 +10,8 @@ A codec is a frozen value: its options stand in its text form, and `find_codec(s
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from abc import abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StoreError
+from ..named import Named
 
 
 class CodecError(StoreError, ValueError):
@@ -48,19 +49,10 @@ class PageLayout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CodecPart(ABC):
+class CodecPart(Named):
     """What all three kinds share: a name, options, and whether every bit comes back."""
 
-    name: ClassVar[str]
     lossless: ClassVar[bool]
-
-    def __str__(self) -> str:
-        options = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        return ":".join([self.name, *options])
 
 
 class PageToPage(CodecPart):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..named import read_named
 from .codec import BytesToBytes, Codec, CodecPart, PageToBytes, PageToPage
 from .exponent import Exponent
 from .plain import CastBf16, Plain
@@ -21,7 +22,7 @@ def find_codec(text: str) -> Codec:
     Raises:
         ValueError: if a name is unknown (it lists those that are known), an option is, or the order is wrong.
     """
-    parts = [_part(piece.strip()) for piece in text.split("+")]
+    parts = [read_named("codec", piece, CODECS) for piece in text.split("+")]
     pages = [part for part in parts if isinstance(part, PageToPage)]
     writers = [part for part in parts if isinstance(part, PageToBytes)] or [Plain()]
     packers = [part for part in parts if isinstance(part, BytesToBytes)]
@@ -32,17 +33,6 @@ def find_codec(text: str) -> Codec:
             f"({_known(PageToBytes)}), then bytes to bytes ({_known(BytesToBytes)})"
         )
     return Codec(tuple(pages), writers[0], tuple(packers))
-
-
-def _part(text: str) -> CodecPart:
-    name, *options = text.split(":")
-    if name not in CODECS:
-        raise ValueError(f"there is no codec {name!r}; there are {', '.join(sorted(CODECS))}")
-    try:
-        given = {key: int(value) for key, _, value in (option.partition("=") for option in options)}
-        return CODECS[name](**given)
-    except TypeError as error:
-        raise ValueError(f"codec {text!r}: it has no such option") from error
 
 
 def _known(kind: type[CodecPart]) -> str:

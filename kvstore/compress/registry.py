@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import typing
-from dataclasses import fields
-from typing import Any
-
+from ..named import read_named
 from .budgets import Ada, Budget, Pyramid, Threshold, Uniform
 from .scorers import (
     H2O,
@@ -35,7 +32,7 @@ def find_scorer(text: str) -> Scorer:
     Raises:
         ValueError: naming the scorers, or the options, that there are.
     """
-    return _read("scorer", text, SCORERS)
+    return read_named("scorer", text, SCORERS)
 
 
 def find_budget(text: str) -> Budget:
@@ -44,33 +41,4 @@ def find_budget(text: str) -> Budget:
     Raises:
         ValueError: naming the rules, or the options, that there are.
     """
-    return _read("budget", text, BUDGETS)
-
-
-def _read(what: str, text: str, known: dict[str, Any]) -> Any:
-    name, _, rest = text.partition(":")
-    if name not in known:
-        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(sorted(known))}")
-    kind, types = known[name], typing.get_type_hints(known[name])
-    options = [field.name for field in fields(kind)]
-    given: dict[str, Any] = {}
-    for piece in filter(None, rest.split(",")):
-        key, _, value = piece.partition("=")
-        if key not in options:
-            has = ", ".join(options) or "none"
-            raise ValueError(f"{what} {text!r}: {name} has no option {key!r}; it has {has}")
-        try:
-            given[key] = _value(types[key], value)
-        except ValueError as error:
-            raise ValueError(
-                f"{what} {text!r}: {key}={value!r} is not {types[key].__name__}"
-            ) from error
-    return kind(**given)
-
-
-def _value(kind: Any, text: str) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    return find_scorer(text) if kind is Scorer else kind(text)
+    return read_named("budget", text, BUDGETS)

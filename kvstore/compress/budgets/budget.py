@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...named import Named
+
 
 @dataclass(frozen=True)
-class Budget(ABC):
+class Budget(Named):
     """A frozen value that spreads ``layers * kv_heads * keep`` tokens over the heads, layer by layer.
 
     A layer is asked for as soon as it has scores, so that a prompt's full cache never stands in memory at once. No
     head keeps more than there is; ``threshold`` keeps what is worth it, whatever ``keep`` says.
     """
-
-    name: ClassVar[str]
-
-    def __str__(self) -> str:
-        options = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        return self.name + (":" + ",".join(options) if options else "")
 
     @abstractmethod
     def allot(self, score: Tensor, keep: int, layer: int, layers: int) -> Tensor:

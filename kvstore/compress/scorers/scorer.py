@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from abc import abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ...named import Named
 from ..view import LayerView
 
 KEEP = float("inf")  # the score of a token that must stay
 
 
 @dataclass(frozen=True)
-class Scorer(ABC):
+class Scorer(Named):
     """A frozen value whose options stand in its text form; the higher the score, the sooner a token is kept.
 
     ``private`` says that scores depend on the request's own queries: pages so chosen serve this request only.
     """
 
-    name: ClassVar[str]
     private: ClassVar[bool] = False
-
-    def __str__(self) -> str:
-        options = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        return self.name + (":" + ",".join(options) if options else "")
 
     def queries(self, tokens: int) -> int:
         """How many of the last queries it must see."""

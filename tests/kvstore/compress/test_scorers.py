@@ -242,6 +242,8 @@ def test_text_forms_come_back() -> None:
         "snapkv:window=32,kernel=7",
         "expected:future=64,covariance=False",
         "h2o:recent=0.25",
+        "critical:base=(snapkv:window=32,kernel=7),first=0.25",
+        "critical:base=(critical:base=(snapkv:window=8,kernel=3),first=0.25),first=0.75",
     ):
         assert str(find_scorer(text)) == text
         assert find_scorer(str(find_scorer(text))) == find_scorer(text)
@@ -255,7 +257,7 @@ def test_text_forms_come_back() -> None:
     ("text", "said"),
     [
         ("snap", "there is no scorer 'snap'; there are critical, expected"),
-        ("snapkv:windw=3", "no option 'windw'; it has window, kernel, pool"),
+        ("snapkv:windw=3", "no such option as 'windw'; it has window, kernel, pool"),
         ("snapkv:window=x", "window='x' is not int"),
         ("snapkv:kernel=4", "kernel odd"),
         ("h2o:recent=2", "use 0 to 1"),
