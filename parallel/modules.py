@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,16 +144,16 @@ def biased_attention(
     return torch.einsum("hrk,khd->rhd", weights, v), lse.transpose(0, 1)
 
 
-class _Intercept(TorchFunctionMode):
-    """Answer calls of scaled_dot_product_attention with Helix, and nothing else."""
+class Intercept(TorchFunctionMode):
+    """Answer calls of scaled_dot_product_attention with another function of the same arguments, and nothing else."""
 
-    def __init__(self, split: KeySplit) -> None:
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.split = split
+        self.attend = attend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return self.split.attend(*args, **(kwargs or {}))
+            return self.attend(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -162,7 +163,7 @@ def key_split_edits(module: nn.Module, ranks: ModelRanks) -> list[Edit]:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Intercept(split):
+        with Intercept(split.attend):
             return original(*args, **kwargs)
 
     return [SetAttribute(module, "forward", forward)]

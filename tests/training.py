@@ -33,17 +33,21 @@ def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def token_loss(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) -> Tensor:
     """transformers' loss of a causal model, which it computes in float32 whatever it is given."""
-    shifted = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
-    total = F.cross_entropy(logits.reshape(-1, vocab_size), shifted, reduction="sum")
+    ignored = given.get("ignore_index", -100)
+    shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:].reshape(-1)
+    total = F.cross_entropy(
+        logits.reshape(-1, vocab_size), shifted, reduction="sum", ignore_index=ignored
+    )
     count = given.get("num_items_in_batch")
-    return total / ((shifted != -100).sum() if count is None else count)
+    return total / ((shifted != ignored).sum() if count is None else count)
 
 
-def labelled(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+def labelled(model: Any, batch: tuple[Tensor, Tensor], **given: Any) -> Tensor:
     """The model's own loss, of the tokens that are not padding."""
     ids, mask = batch
     model.loss_function = token_loss
-    return model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    labels = ids.masked_fill(mask == 0, given.get("ignore_index", -100))
+    return model(ids, attention_mask=mask, labels=labels, **given).loss
 
 
 def coordinate(model: Any, axis: str = "dp") -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from ...kvstore import KVSpec, KVStore
+from ..arguments import forward_signature, named_arguments
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
 from ..families import decoder_layers
@@ -38,7 +38,6 @@ class CacheBinding:
         self.model, self.shape, self.state = model, shape, state
         self.base = model.base_model
         self.config = model.config.get_text_config(decoder=True)
-        self.signature = inspect.signature(type(self.base).forward)
         _, layers = decoder_layers(model)
         self.attentions = [
             next(m for m in layer.modules() if hasattr(m, "layer_idx") and m is not layer)
@@ -116,9 +115,7 @@ class CacheBinding:
     ) -> tuple[Any, dict[str, Any]]:
         """Open the step of a forward; give it a cache if it wants one and has none."""
         self.step_cache = None  # a forward that raised has left it
-        given = self.signature.bind(module, *args, **kwargs)
-        values = {**given.arguments.pop("kwargs", {}), **given.arguments}
-        values.pop("self", None)
+        values = named_arguments(module, args, kwargs)
         tokens = values.get("input_ids")
         tokens = values.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -132,7 +129,7 @@ class CacheBinding:
             cache = values["past_key_values"] = self.cache()
         self.open(tokens, cache, padding_mask(values.get("attention_mask")))
         if self.hands_down and any(
-            p.kind is p.VAR_KEYWORD for p in self.signature.parameters.values()
+            p.kind is p.VAR_KEYWORD for p in forward_signature(type(module)).parameters.values()
         ):
             values[RUNNING] = (self.state.step, cache)
         return (), values

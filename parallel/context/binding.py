@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...collectives import autograd
+from ..arguments import named_arguments
 from ..edits import AddHook, Edit, SetAttribute
+from ..labels import ignored_label, item_count, shifted_labels
 from ..ranks import ModelRanks
 from ..shape import ModelShape
 from .attention import CONTEXT, Spread, context_attention
 from .masks import context_mask, knows_documents
 from .refusals import refuse_call, refuse_generation, refuse_labels, refuse_model
 from .state import ContextState
-
-IGNORED = -100  # the label that transformers' losses leave out
 
 
 class ContextBinding:
@@ -69,7 +67,7 @@ class ContextBinding:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Cut the inputs of the base model along the sequence."""
-        values = arguments(module, args, kwargs)
+        values = named_arguments(module, args, kwargs)
         ids, embeds = values.get("input_ids"), values.get("inputs_embeds")
         tokens = ids if ids is not None else embeds
         if tokens is None:
@@ -116,7 +114,7 @@ class ContextBinding:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Shift labels over the whole sequence, then cut them; count the items of the whole batch."""
-        values = arguments(module, args, kwargs)
+        values = named_arguments(module, args, kwargs)
         labels, state = values.get("labels"), self.state
         self.gathers = "logits" if labels is None else "cut"
         if labels is None:
@@ -127,16 +125,12 @@ class ContextBinding:
                 self.gathers = "states"  # the head then computes only what is wanted
             return (), values
         refuse_labels(module, values)
-        shifted = values.get("shift_labels")
-        ignored = values.get("ignore_index", IGNORED)
-        if shifted is None:
-            shifted = F.pad(labels, (0, 1), value=ignored)[..., 1:]
-        if values.get("num_items_in_batch") is None:
-            values["num_items_in_batch"] = (shifted != ignored).sum()
+        shifted = shifted_labels(values)
+        values["num_items_in_batch"] = item_count(values)
         order = state.order(shifted.shape[1])
         own = order.take(shifted, state.rank)
         if not order.counts[state.rank]:
-            own = torch.full_like(own, ignored)
+            own = torch.full_like(own, ignored_label(values))
         values["labels"] = values["shift_labels"] = own.contiguous()
         return (), values
 
@@ -185,14 +179,6 @@ class ContextBinding:
             for module in self.model.modules()
             if vars(module).get("config") is config
         ]
-
-
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name all arguments of a forward."""
-    given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-    values = {**given.arguments.pop("kwargs", {}), **given.arguments}
-    values.pop("self", None)
-    return values
 
 
 __all__ = ["ContextBinding"]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ..arguments import forward_signature
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
+from ..modules import Intercept
 from ..ranks import ModelRanks
 from ..rules import matches
 from .attention import Spread, SpreadMask
@@ -67,7 +66,7 @@ class Door:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Take this rank's tokens of the named inputs."""
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        given = forward_signature(type(module)).bind(module, *args, **kwargs)
         found = {n: given.arguments.get(n) for n in self.rule.inputs}
         tensors = {n: t for n, t in found.items() if isinstance(t, Tensor)}
         lengths = {t.shape[1] if t.dim() > 1 else 0 for t in tensors.values()}
@@ -109,7 +108,7 @@ class Door:
         """Answer a forward's scaled_dot_product_attention over all ranks."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _Intercept(self):
+            with Intercept(self.attend):
                 return original(*args, **kwargs)
 
         return forward
@@ -133,19 +132,6 @@ class Door:
             )
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         return self.masks[int(is_causal)].attend(q, k, v, factor, 0.0, None)
-
-
-class _Intercept(TorchFunctionMode):
-    """Answer calls of scaled_dot_product_attention, and nothing else."""
-
-    def __init__(self, door: Door) -> None:
-        super().__init__()
-        self.door = door
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self.door.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def causal(rows: Tensor, keys: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100  # transformers' label of a token that does not count
+from ..labels import ignored_label
 
 
 def microbatches(values: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -25,15 +25,6 @@ def microbatches(values: dict[str, Any], count: int) -> list[dict[str, Any]]:
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
             whole = value[every.to(value.device)]
             if name in {"labels", "shift_labels"}:
-                whole[filled.to(whole.device)] = IGNORED
+                whole[filled.to(whole.device)] = ignored_label(values)
             cut[name] = whole.split(rows)
     return [{**values, **{name: parts[i] for name, parts in cut.items()}} for i in range(count)]
-
-
-def item_count(values: dict[str, Any]) -> Any:
-    """The number of tokens the whole batch's loss is a mean over: each microbatch divides its sum by it."""
-    if values.get("num_items_in_batch") is not None:
-        return values["num_items_in_batch"]
-    shifted = values.get("shift_labels")
-    counted = values["labels"][..., 1:] if shifted is None else shifted
-    return (counted != IGNORED).sum()

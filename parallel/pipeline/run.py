@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..arguments import by_name
 from ..axes import Pipeline
 from ..errors import PlanError
+from ..labels import item_count
 from ..ranks import ModelRanks
-from .microbatches import item_count, microbatches
+from .microbatches import microbatches
 from .passage import Passage, share
 from .split import Split
 
@@ -45,8 +47,7 @@ class PipelinedModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model over all stages."""
-        given = self.signature.bind(*args, **kwargs).arguments
-        values = {**given.pop("kwargs", {}), **given}
+        values = by_name(self.signature, args, kwargs)
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if values.pop(name, None):
                 raise PlanError(f"{name}=True", "would need what other stages hold", "use pp1")
