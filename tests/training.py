@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from exactness import Case, Pair, far, loss_of
+from exactness import Case, Pair, assert_exact, far, loss_of, worst
 from models import tokens
 from plait.parallel import clip_grad_norm_
+from world import run_calls
 
 Loss = Callable[[Any, tuple[Tensor, Tensor]], Tensor]
 
@@ -130,3 +131,17 @@ def trained(
     moved = [far(before[n], p) for n, p in pair.reference.named_parameters()]
     assert min(moved) > 1e-6, "the steps must move every parameter"
     return errors | {"parameters": max(parameter_errors(pair).values())}
+
+
+def assert_as_one_process(
+    measure: Callable[..., dict[str, float]],
+    cases: Sequence[Case | tuple[Any, ...]],
+    ranks: int,
+    timeout: float = 200,
+) -> None:
+    """Run ``measure`` of every case, with its further arguments, on all ranks; all errors must be exact."""
+    rows = [each if isinstance(each, tuple) else (each,) for each in cases]
+    answers = run_calls([(measure, *row) for row in rows], ranks, timeout=timeout)
+    for i, (each, *_) in enumerate(rows):
+        print(each.name)
+        assert_exact(worst([answer[i] for answer in answers]))

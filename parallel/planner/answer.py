@@ -55,9 +55,9 @@ class Answer:
         """Write everything as JSON."""
         data: dict[str, Any] = asdict(self)
         data["error_band"] = asdict(PUBLISHED)
-        for rows in (data["proposals"], data["frontier"]):
-            for row in rows:
-                row["bottleneck"] = max(row["split"], key=row["split"].get)
+        for name, found in (("proposals", self.proposals), ("frontier", self.frontier)):
+            for row, proposal in zip(data[name], found, strict=True):
+                row["bottleneck"] = proposal.bottleneck
         return json.dumps(data, indent=2)
 
 

@@ -76,10 +76,6 @@ class Matched:
     ranks: int
     requests_per_second: float
 
-    def tokens_per_second_per_rank(self, output_tokens: int) -> float:
-        """Output tokens of the system per second and rank."""
-        return self.requests_per_second * output_tokens / self.ranks
-
 
 def rate_match(
     prefill_rate: float, prefill_ranks: int, decode_rate: float, decode_ranks: int, tolerance: float = 0.03,
@@ -100,11 +96,6 @@ def rate_match(
         n_p, n_d = max(1, ratio.numerator), ratio.denominator
     rate = min(n_p * prefill_rate, n_d * decode_rate)
     return Matched(n_p, n_d, n_p * prefill_ranks + n_d * decode_ranks, rate)
-
-
-def decode_requests(tokens_per_second: float, output_tokens: int) -> float:
-    """Return requests per second of a decode instance: the first token is prefill's."""
-    return tokens_per_second / (output_tokens - 1)
 
 
 def egress(kv_request_bytes: float, batch: float, first_token_seconds: float, ranks: int) -> float:

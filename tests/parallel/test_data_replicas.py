@@ -17,7 +17,7 @@ from plait.collectives.world import CHOSEN
 from plait.parallel import parallelize, unparallelize
 from plait.parallel.data import replicas
 from plait.parallel.data.replicas import Bucket, Reducer
-from training import batch_of, coordinate, gradient_errors, loss, trained
+from training import assert_as_one_process, batch_of, coordinate, gradient_errors, loss, trained
 from world import run_calls, run_world
 
 CASES = {
@@ -34,10 +34,7 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ten_steps_are_those_of_one_process(ranks: int) -> None:
-    answers = run_calls([(trained, each) for each in CASES[ranks]], ranks, timeout=200)
-    for i, each in enumerate(CASES[ranks]):
-        print(each.name)
-        assert_exact(worst([answer[i] for answer in answers]))
+    assert_as_one_process(trained, CASES[ranks], ranks)
 
 
 def over_gloo() -> dict[str, float]:

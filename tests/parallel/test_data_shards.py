@@ -16,7 +16,15 @@ from exactness import Pair, assert_exact, case, worst
 from models import tiny, tokens
 from plait.parallel import parallelize, unparallelize
 from plait.parallel.edits import SumGradient
-from training import backward, batch_of, coordinate, gradient_errors, loss, trained
+from training import (
+    assert_as_one_process,
+    backward,
+    batch_of,
+    coordinate,
+    gradient_errors,
+    loss,
+    trained,
+)
 from world import run_calls, run_world
 
 CASES = {
@@ -34,10 +42,7 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ten_steps_are_those_of_one_process(ranks: int) -> None:
-    answers = run_calls([(trained, each) for each in CASES[ranks]], ranks, timeout=200)
-    for i, each in enumerate(CASES[ranks]):
-        print(each.name)
-        assert_exact(worst([answer[i] for answer in answers]))
+    assert_as_one_process(trained, CASES[ranks], ranks)
 
 
 def accumulated(sync: bool) -> dict[str, float]:

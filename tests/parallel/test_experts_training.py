@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from exactness import assert_exact, case, worst
-from training import trained
-from world import run_calls
+from exactness import case
+from training import assert_as_one_process, trained
 
 CASES = {
     2: [
@@ -31,7 +30,4 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_steps_are_those_of_one_process(ranks: int) -> None:
-    answers = run_calls([(trained, *each) for each in CASES[ranks]], ranks, timeout=300)
-    for i, (each, _) in enumerate(CASES[ranks]):
-        print(each.name)
-        assert_exact(worst([answer[i] for answer in answers]))
+    assert_as_one_process(trained, CASES[ranks], ranks, timeout=300)

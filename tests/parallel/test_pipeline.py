@@ -17,8 +17,8 @@ from exactness import Pair, assert_exact, case, far, generate, worst
 from models import tiny, tokens
 from plait.parallel import PlanError, parallelize, unparallelize
 from plait.parallel.pipeline.run import PipelinedModel
-from training import backward, batch_of, gradient_errors, labelled, trained
-from world import run_calls, run_world
+from training import assert_as_one_process, backward, batch_of, gradient_errors, labelled, trained
+from world import run_world
 
 CASES = {
     2: [
@@ -44,11 +44,7 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ten_steps_are_those_of_one_process(ranks: int) -> None:
-    calls = [(several, each) for each in CASES[ranks]]
-    answers = run_calls(calls, ranks, timeout=250)
-    for i, each in enumerate(CASES[ranks]):
-        print(each.name)
-        assert_exact(worst([answer[i] for answer in answers]))
+    assert_as_one_process(several, CASES[ranks], ranks, timeout=250)
 
 
 def several(each: Any) -> dict[str, float]:
@@ -57,9 +53,7 @@ def several(each: Any) -> dict[str, float]:
 
 def test_three_axes() -> None:
     cases = [case("dp2 pp2 tp2", "llama"), case("dp2 pp2 tp2 ep4", "mixtral")]
-    answers = run_calls([(several, each) for each in cases], 8, timeout=250)
-    for i in range(len(cases)):
-        assert_exact(worst([answer[i] for answer in answers]))
+    assert_as_one_process(several, cases, 8, timeout=250)
 
 
 # --- the loop ---------------------------------------------------------------------------------

@@ -226,18 +226,23 @@ def test_pipelined_prefill_cuts_the_first_token() -> None:
     assert seconds == sorted(seconds, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["deepseek-r1", "llama-405b", "llama-70b"])
-def test_prefill_takes_more_ranks_as_latency_loosens(name: str) -> None:
-    """The same paper: prefill to decode ranks 3.6 to 0.05 along R1's frontier, less for small models."""
-    goal = Goal(
+def _goal(prompt: int) -> Goal:
+    """The paper's traffic on 64 ranks: 2048 tokens of output, held at half of them."""
+    return Goal(
         ranks=64,
-        context=17408,
-        prompt=16384,
+        context=prompt + 1024,
+        prompt=prompt,
         output=2048,
         ftl=10.0,
         weights=("nvfp4",),
         kv=("fp8",),
     )
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1", "llama-405b", "llama-70b"])
+def test_prefill_takes_more_ranks_as_latency_loosens(name: str) -> None:
+    """The same paper: prefill to decode ranks 3.6 to 0.05 along R1's frontier, less for small models."""
+    goal = _goal(16384)
     (machine,) = search.machines(GB200, goal)
     edge = search.envelope(disaggregation.disaggregated_points(decoder(name), machine, goal))
     ratios = []
@@ -253,15 +258,7 @@ def test_prefill_takes_more_ranks_as_latency_loosens(name: str) -> None:
 
 def _gain(name: str, prompt: int) -> float:
     """The most that disaggregation adds anywhere on the aggregated frontier."""
-    goal = Goal(
-        ranks=64,
-        context=prompt + 1024,
-        prompt=prompt,
-        output=2048,
-        ftl=10.0,
-        weights=("nvfp4",),
-        kv=("fp8",),
-    )
+    goal = _goal(prompt)
     (machine,) = search.machines(GB200, goal)
     apart = disaggregation.disaggregated_points(decoder(name), machine, goal)
     edge = search.envelope(search.aggregated_points(decoder(name), machine, goal))
@@ -293,15 +290,7 @@ def test_small_models_gain_least_from_disaggregation() -> None:
 
 def _gains(name: str) -> Any:
     """Disaggregation's share of the aggregated throughput at 16k/2k, at sixteen latencies that both reach."""
-    goal = Goal(
-        ranks=64,
-        context=17408,
-        prompt=16384,
-        output=2048,
-        ftl=10.0,
-        weights=("nvfp4",),
-        kv=("fp8",),
-    )
+    goal = _goal(16384)
     (machine,) = search.machines(GB200, goal)
     both = [
         search.envelope(search.within(made(decoder(name), machine, goal), goal))
