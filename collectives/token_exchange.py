@@ -1,8 +1,8 @@
 """All-to-all of rows in uneven numbers: to the ranks that are to work on them, and back.
 
 Two rounds: first every rank says how many rows it has for whom (a small all-gather, one host read), then the rows
-travel. The way back needs no numbers, for they are the same. Where numbers are fixed beforehand nothing is asked.
-Gloo refuses an all-gather of uneven parts, so rows that several ranks need are sent to each of them.
+travel. The way back needs no numbers, for they are the same. Gloo refuses an all-gather of uneven parts, so rows that
+several ranks need are sent to each of them.
 """
 
 from __future__ import annotations
@@ -56,12 +56,6 @@ def tell_counts(counts: Tensor, group: Group) -> Tensor:
     device = primitive.message_device(group)
     every = primitive.all_gather(counts.to(device, torch.int32)[None].contiguous(), group)
     return every.cpu().long()
-
-
-def fixed(group: Group, rows: int) -> TokenExchange:
-    """An exchange of the same number of rows between all pairs of ranks; nothing is read from the device."""
-    ranks = 1 if group is None else group.size()
-    return TokenExchange(group, (rows,) * ranks, (rows,) * ranks)
 
 
 def counted(group: Group, table: Sequence[Sequence[int]]) -> TokenExchange:

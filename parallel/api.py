@@ -18,7 +18,7 @@ from .context.state import gradient_edits
 from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
-from .experts import RoutedExperts
+from .experts import RoutedExperts, joint_edits
 from .families import is_transformers, roles_of
 from .folding import Folding
 from .groups import Groups
@@ -219,6 +219,7 @@ def prepare(
     edits: list[Edit] = []
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
+    edits += joint_edits(model, ranks, edits)
     edits += load(model, edits, ranks, weights, absent)
     if ranks.size * ranks.cp > 1 and split is None:
         edits = binding(model, shape, ranks, store, edits)

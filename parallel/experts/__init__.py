@@ -1,6 +1,7 @@
 """Experts over ranks: MoE Parallel Folding. Tokens find their experts wherever they are, and come back."""
 
 from .balance import BiasBalance
+from .joint import joint_edits
 from .role import RoutedExperts
 
-__all__ = ["BiasBalance", "RoutedExperts"]
+__all__ = ["BiasBalance", "RoutedExperts", "joint_edits"]

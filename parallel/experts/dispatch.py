@@ -19,13 +19,14 @@ Experts = Callable[[Tensor, list[int]], Tensor]
 def by_sums(
     place: Place, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    """Let every rank send the tokens it shares with the others through its experts, and sum the results.
+    """Let every rank send the tokens it shares with the others through its experts; the results are to be summed.
 
     Ranks that hold the same experts take different tokens.
 
-    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden]
-    Collective: the ranks that bring the same tokens; one all-reduce of the output forward, one of the gradients of
-        ``hidden`` and ``weights`` backward. Shapes do not depend on the routing, the host reads this rank's counts.
+    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden], this rank's part of the sum
+    Collective: the ranks that bring the same tokens; the caller's all-reduce of the output forward, one of the
+        gradients of ``hidden`` and ``weights`` backward. Shapes do not depend on the routing, the host reads this
+        rank's counts.
     Source: Helix Parallelism section 2.2 (no dispatch where all ranks have all tokens).
     """
     assert place.alike is not None
@@ -42,7 +43,7 @@ def by_sums(
     out = experts(rows, counts[place.first : last])
     out = out * weights.reshape(-1).index_select(0, pairs).unsqueeze(-1)
     total = out.new_zeros(hidden.shape).index_add(0, pairs // top_k, out)
-    return autograd.leave(total.to(hidden.dtype), place.alike.all)
+    return total.to(hidden.dtype)
 
 
 def by_tokens(

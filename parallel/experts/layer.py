@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .capacity import Capacity
 from .dispatch import by_sums, by_tokens
 from .place import Place
+
+if TYPE_CHECKING:
+    from .joint import JointSum
 
 Route = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
@@ -33,6 +36,7 @@ class Routed:
     sums: bool
     route: Route | None = None
     capacity: Capacity | None = None
+    joint: JointSum | None = None
 
 
 class ExpertLayer(nn.Module):
@@ -51,12 +55,15 @@ class ExpertLayer(nn.Module):
         index, weights = (r.reshape(-1, r.shape[-1]) for r in routing)
         if here.capacity is not None:
             index = here.capacity.kept(index, weights, here.place.experts)
-        exchange = by_sums if here.sums else by_tokens
 
         def experts(x: Tensor, counts: list[int]) -> Tensor:
             return here.compute.rows(self, x, counts)
 
-        return exchange(here.place, experts, flat, index, weights).view_as(hidden_states)
+        exchange = by_sums if here.sums else by_tokens
+        out = exchange(here.place, experts, flat, index, weights)
+        if here.sums:
+            out = here.place.sum(out) if here.joint is None else here.joint.leave(out)
+        return out.view_as(hidden_states)
 
     def own_forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The module's own code, on this rank's experts."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from ...collectives import autograd
 from ...collectives.primitive import Group
 from ..ranks import Holders, ModelRanks
 
@@ -68,3 +71,11 @@ class Place:
     def sums(self) -> bool:
         """Whether the ranks that share the experts all hold the same tokens, so that only results need to travel."""
         return self.alike is not None and self.alike.size % self.owners.size == 0
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Sum what the ranks that bring the same tokens made of them.
+
+        Collective: those ranks; one all-reduce forward, none backward.
+        """
+        assert self.alike is not None
+        return autograd.leave(partial, self.alike.all)

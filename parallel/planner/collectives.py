@@ -31,8 +31,7 @@ def decode_collectives(
     """Return the collectives of a step of `rows` tokens under kvp and tp.
 
     The embedding's all-reduce; per layer Helix's all-to-all, an all-reduce after the output projection and one after
-    the feed-forward, unless its experts are whole on every rank; the gather of the logits. Shared experts beside cut
-    ones have a sum of their own in our code (`decode_step` prices one for both, as engines do that merge them).
+    the feed-forward, unless its experts are whole on every rank; the gather of the logits.
 
     Raises:
         ValueError: a plan whose experts lie outside one dp rank: their dispatch depends on routing.
@@ -47,10 +46,7 @@ def decode_collectives(
         for k in model.kinds
         if k.ffn.experts and not k.ffn.shared_params and c.ep * c.etp == 1
     )
-    beside = sum(
-        k.count for k in model.kinds if k.ffn.experts and k.ffn.shared_params and c.ep * c.etp > 1
-    )
-    found = [Collective("all_reduce", ranks, reduced, 1 + 2 * model.layers - whole + beside)]
+    found = [Collective("all_reduce", ranks, reduced, 1 + 2 * model.layers - whole)]
     if plan.kvp.size > 1:
         for kind in model.kinds:
             attention = kind.attention
