@@ -2,9 +2,10 @@
 
     python tests/kvstore/faults.py --kills 500 [--seed 0] [--folder DIR] [--json]
 
-A child puts, removes and commits pages from two threads and says so through a pipe; it is killed (SIGKILL) at a
-random instant. Then bits of the files are flipped, at times. The parent opens the directory and reads every page
-it may hold. Exits with 1 if a wrong byte was served, a committed page lost, or a slot or file leaked.
+A child puts, removes and commits pages from two threads and says so through a pipe; it is killed (SIGKILL) a random
+time after it opened or after one of its commits, however fast the machine is. Then bits of the files are flipped, at
+times. The parent opens the directory and reads every page it may hold. Exits with 1 if a wrong byte was served, a
+committed page lost, or a slot or file leaked.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SLOT = BLOCK + 12288
 SLOTS = 40
 SIZE = BLOCK + SLOTS * SLOT
 EXPECTED = {"lock", "index", "slab-00000"}
+LONGEST = 300  # seconds that a child may take to make its promises
 
 
 def page_of(key: bytes) -> bytes:
@@ -88,10 +90,24 @@ def child(folder: Path, number: int, pipe: int) -> None:
     work(1)
 
 
+def death(draw: random.Random, promises: tuple[int, ...], seconds: float) -> tuple[int, float]:
+    """Draw when a child dies: after so many promises (-1: when it starts), and so many seconds."""
+    return draw.choice(promises), draw.random() * seconds
+
+
 def killed_child(
-    folder: Path, number: int, seconds: float, child: Callable[[Path, int, int], None] = child
+    folder: Path,
+    number: int,
+    when: tuple[int, float],
+    promise: bytes,
+    child: Callable[[Path, int, int], None] = child,
 ) -> list[tuple[str, list[bytes]]]:
-    """Run a child that long after it opened, or if negative that long at all; give what it said."""
+    """Run a child until its death; give what it said.
+
+    Args:
+        when: see `death`; 0 promises: counted from the time it opened.
+        promise: the first word of a line that promises something.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -102,7 +118,9 @@ def killed_child(
             os._exit(1)
     os.close(writer)
     said, dead = b"", False
-    end = time.monotonic() + (-seconds if seconds < 0 else 60)
+    promises, seconds = when
+    waits = promises >= 0
+    end = time.monotonic() + (LONGEST if waits else seconds)
     while True:
         if not dead and time.monotonic() >= end:
             os.kill(pid, signal.SIGKILL)
@@ -112,13 +130,15 @@ def killed_child(
             data = os.read(reader, 1 << 16)
             if not data:
                 break
-            if not said and seconds > 0:
-                end = time.monotonic() + seconds
             said += data
+            if waits and said.count(b"\n" + promise) >= promises:
+                waits, end = False, time.monotonic() + seconds
     os.close(reader)
     _, status = os.waitpid(pid, 0)
     if not os.WIFSIGNALED(status):
         raise RuntimeError(f"the child ended by itself: {status}; it said {said[-200:]!r}")
+    if waits:
+        raise RuntimeError(f"the child did not keep up in {LONGEST} s; it said {said[-200:]!r}")
     lines = [line.split() for line in said.split(b"\n")[:-1]]  # the last may be half a line
     return [(line[0].decode(), line[1:]) for line in lines]
 
@@ -139,9 +159,9 @@ class Harness:
 
     def kill(self, number: int) -> None:
         """One life of the directory."""
-        seconds = self.draw.choice((-0.03, 0.02, 0.1, 0.2)) * self.draw.random()
+        when, harm = death(self.draw, (-1, 0, 2, 8, 20), 0.03), self.draw.random() < 0.3
         gone: set[bytes] = set()
-        for what, keys in killed_child(self.folder, number, seconds):
+        for what, keys in killed_child(self.folder, number, when, b"committed"):
             if what == "put":
                 self.may |= set(keys)
             elif what == "committed":
@@ -150,7 +170,7 @@ class Harness:
                 gone |= set(keys)
         self.must -= gone
         self.counts["kills"] += 1
-        if (self.folder / "index").exists() and self.draw.random() < 0.3:
+        if harm and (self.folder / "index").exists():
             self.flip()
         self.look()
 

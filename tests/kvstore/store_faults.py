@@ -3,9 +3,9 @@
     python tests/kvstore/store_faults.py --kills 500 [--seed 0] [--folder DIR] [--json]
 
 The child serves random prompts of two tenants from a pool too small for them and says which of them a `flush` made
-durable; it is killed (SIGKILL) at a random instant. Then bits of the files are flipped, at times. The parent opens
-the store, serves all flushed prompts and compares every key and value. Exits with 1 if a wrong byte was served, a
-flushed page lost, or a file left over.
+durable; it is killed (SIGKILL) a random time after it opened or after one of those. Then bits of
+the files are flipped, at times. The parent opens the store, serves all flushed prompts and compares every key and
+value. Exits with 1 if a wrong byte was served, a flushed page lost, or a file left over.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from faults import killed_child, say
+from faults import death, killed_child, say
 
 from plait.kvstore import KVSpec, KVStore
 
@@ -92,12 +92,12 @@ class StoreHarness:
 
     def kill(self, number: int) -> None:
         """One life of the directory."""
-        seconds = self.draw.choice((-0.1, 0.05, 0.2, 0.4)) * self.draw.random()
-        for what, names in killed_child(self.folder, number, seconds, child):
+        when, harm = death(self.draw, (-1, 0, 1, 3, 9), 0.1), self.draw.random() < 0.3
+        for what, names in killed_child(self.folder, number, when, b"flushed", child):
             if what == "flushed":
                 self.flushed += [name.decode() for name in names]
         self.counts["kills"] += 1
-        harmed = self.draw.random() < 0.3 and self.flip()
+        harmed = harm and self.flip()
         self.look(harmed)
         if len(self.flushed) > MOST_PROMPTS:  # before the directory must evict what was promised
             shutil.rmtree(self.folder)

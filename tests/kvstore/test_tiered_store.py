@@ -486,11 +486,14 @@ def test_eight_threads_and_few_pages(tmp_path) -> None:
 
     def work(seed: int) -> None:
         draws = np.random.default_rng(seed)
-        for _ in range(25):
+        for _ in range(12):
             prompt = [0] * int(draws.integers(16)) + draws.integers(2, size=8).tolist()
             run(store, prompt, "ab"[int(draws.integers(2))])
 
     with store:
+        run_threads(work)
+        assert store.flush(60)
+        store.evict()  # so that the second half must fetch, however slow the disk was in the first
         run_threads(work)
         store.check_integrity()
         moves = store.tier_counters()["moves"]
@@ -500,6 +503,7 @@ def test_eight_threads_and_few_pages(tmp_path) -> None:
 
 
 def test_a_dropped_store_ends_its_threads_and_gives_its_lock_back(tmp_path) -> None:
+    gc.collect()  # the threads of other tests' stores
     before = threading.active_count()
     store = make(disk=tmp_path / "c", disk_bytes="1MiB")
     run(store, PROMPT)
@@ -512,6 +516,7 @@ def test_a_dropped_store_ends_its_threads_and_gives_its_lock_back(tmp_path) -> N
 
 
 def test_traffic_gives_back_every_page_row_slot_and_thread(tmp_path) -> None:
+    gc.collect()  # the threads of other tests' stores
     before, draws = threading.active_count(), np.random.default_rng(5)
     store = make(num_pages=40, host_bytes=4096 * 8, disk=tmp_path / "c", disk_bytes="200KiB")
     held = []
@@ -528,6 +533,7 @@ def test_traffic_gives_back_every_page_row_slot_and_thread(tmp_path) -> None:
         if len(held) > 3:
             store.close(held.pop(0))
         if turn % 20 == 0:
+            assert store.flush(60)
             store.evict()
     store.close(held)
     assert store.flush(60)

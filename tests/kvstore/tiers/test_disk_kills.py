@@ -11,21 +11,19 @@ HARNESS = Path(__file__).parent.parent / "faults.py"
 STORE_HARNESS = HARNESS.with_name("store_faults.py")
 
 
-def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path) -> None:
-    command = [
-        sys.executable,
-        HARNESS,
-        "--kills",
-        "24",
-        "--seed",
-        "3",
-        "--json",
-        "--folder",
-        tmp_path,
-    ]
+def run(harness: Path, *words: object, mutation: str = "pass") -> tuple[int, dict[str, int]]:
+    """Run a harness, after some statements that change the library; give its exit status and counts."""
+    code = f"import runpy, sys; sys.path.insert(0, {str(HARNESS.parent)!r}); {mutation}; \
+runpy.run_path({str(harness)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, "--json", *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    counts = json.loads(ended.stdout)
+    assert ended.stdout, ended.stderr
+    return ended.returncode, json.loads(ended.stdout)
+
+
+def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path) -> None:
+    status, counts = run(HARNESS, "--kills", 24, "--seed", 3, "--folder", tmp_path)
+    assert status == 0, counts
     assert counts["kills"] == 24
     assert counts["bits flipped"] > 0
     assert counts["pages read"] > 100, "the children wrote too little for this to mean anything"
@@ -33,31 +31,22 @@ def test_a_killed_writer_loses_nothing_that_was_committed(tmp_path) -> None:
 
 def test_the_harness_sees_a_tier_that_forgets_to_write_its_index() -> None:
     """Negative control: a commit that only says it was one."""
-    code = f"import runpy, sys; sys.argv = ['faults.py', '--kills', '6', '--json']; \
-from plait.kvstore.tiers import index; index.Index.append = lambda self, records: list(records); \
-runpy.run_path({str(HARNESS)!r}, run_name='__main__')"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert json.loads(ended.stdout)["committed pages lost"] > 0
+    forget = "from plait.kvstore.tiers import index; index.Index.append = lambda self, records: list(records)"
+    status, counts = run(HARNESS, "--kills", 6, mutation=forget)
+    assert status == 1
+    assert counts["committed pages lost"] > 0
 
 
 def test_a_killed_store_loses_nothing_that_was_flushed(tmp_path) -> None:
-    command = [sys.executable, STORE_HARNESS, "--kills", "10", "--json", "--folder", tmp_path]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    counts = json.loads(ended.stdout)
+    status, counts = run(STORE_HARNESS, "--kills", 10, "--folder", tmp_path)
+    assert status == 0, counts
     assert counts["kills"] == 10
     assert counts["pages found"] > 50, "the children flushed too little for this to mean anything"
 
 
 def test_the_harness_sees_a_store_that_only_says_it_flushed() -> None:
-    code = f"import runpy, sys; sys.argv = ['x', '--kills', '6', '--json']; \
-sys.path.insert(0, {str(HARNESS.parent)!r}); from plait.kvstore.placement import Placement; \
-Placement.flush = lambda self, seconds: True; runpy.run_path({str(STORE_HARNESS)!r}, run_name='__main__')"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert json.loads(ended.stdout)["flushed pages lost"] > 0
+    """Negative control: nothing is ever sent down, so that `flush` has nothing to wait for."""
+    hold = "from plait.kvstore.outbox import Outbox; Outbox.admitted = lambda self, pages: None"
+    status, counts = run(STORE_HARNESS, "--kills", 6, mutation=hold)
+    assert status == 1
+    assert counts["flushed pages lost"] > 0
