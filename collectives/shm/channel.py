@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from numba import carray, njit
 
-from .memory import at, idle, load, put, store, take
+from .memory import at, idle, load, put, store
 from .steps import DONE, LINE, WAITING
+from .stores import show
 
 DEPTH = 8  # cells of a ring
 CELL = 32 << 10  # bytes of a cell
@@ -27,7 +28,7 @@ def _differs(ring, room, patience):
 
 
 @njit(nogil=True, cache=True)
-def push(ring, view, cursor, count, tag, code, patience):
+def push(state, ring, view, cursor, count, tag, code, patience):
     """Put the rest of a message into the ring, as far as there is room; cursor[0] elements are in it already."""
     item = view[2]
     while _differs(ring, 1, patience):
@@ -38,7 +39,7 @@ def push(ring, view, cursor, count, tag, code, patience):
         header[BYTES] = count * item
         header[TAG] = tag
         header[CODE] = code
-        take(view, cursor[0], n, ring + (2 + DEPTH) * LINE + cell * CELL)
+        show(state, view, cursor[0], n, ring + (2 + DEPTH) * LINE + cell * CELL)
         store(ring, sent + 1)
         cursor[0] += n
         if cursor[0] >= count:
@@ -72,4 +73,4 @@ def pull(ring, view, cursor, count, patience):
     return WAITING
 
 
-# inlines memory.py af2c8699
+# inlines memory.py and steps.py and stores.py 0c1302bf

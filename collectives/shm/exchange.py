@@ -29,6 +29,7 @@ from .steps import (
     sizes_of,
     slot_of,
 )
+from .stores import show
 
 
 @njit(nogil=True, cache=True)
@@ -63,13 +64,13 @@ def fill(state, sends, sent, shared, piece, item):
     if shared:
         n = min(room, sent[rank, 1] - done)
         if n > 0:
-            take(sends[0], sent[rank, 0] + done, n, slot)
+            show(state, sends[0], sent[rank, 0] + done, n, slot)
         return
     for to in range(world):
         n = min(room, sent[to, 1] - done)
         if to != rank and n > 0:
             view = sends[to if sends.shape[0] > 1 else 0]
-            take(view, sent[to, 0] + done, n, slot + to * piece)
+            show(state, view, sent[to, 0] + done, n, slot + to * piece)
 
 
 @njit(nogil=True, cache=True)
@@ -140,4 +141,4 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-# inlines memory.py and steps.py 46e20c47
+# inlines memory.py and steps.py and stores.py 0c1302bf

@@ -16,7 +16,7 @@ from ...cuda_kernels.halves import narrow, widen
 from .memory import at
 
 BLOCK = 2048  # elements reduced at a time, so that the sums stay in the first cache
-SCRATCH_BYTES = BLOCK * 8
+SCRATCH_BYTES = 2 * BLOCK * 8  # wide sums, and behind them what was reduced
 
 SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR = range(8)
 
@@ -142,4 +142,4 @@ def _bits(like: Any, wide: Any) -> Any:
 _ADDRESS = np.empty(0, np.int64)
 
 
-# inlines memory.py and halves.py 957493b9
+# inlines memory.py and halves.py 0ab08c8b

@@ -18,8 +18,8 @@ from ...cuda_kernels.quantised import Quantised
 from .calls import code_of
 from .engine import KIND, Engine
 from .fold import SUM
-from .memory import call_fold, memmove, store
-from .norms import NORM_WORDS, STATS, row_functions
+from .memory import call_fold, store
+from .norms import AS_E4M3, AS_INT8, AS_IS, NORM_WORDS, STATS, row_functions
 from .segment import RESULT, SLOT
 from .steps import (
     DONE,
@@ -46,11 +46,13 @@ from .steps import (
     publish,
     slot_of,
 )
+from .stores import give
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ONE_SHOT_BYTES = {2: 32 << 10}  # by the least number of ranks: up to these bytes of x
 CHUNK_BYTES = 512 << 10  # of x in a step, so that slots stay in the cache
 STAT_BYTES = 16  # two float64 for each row
+_STORED = {None: AS_IS, torch.int8: AS_INT8, torch.float8_e4m3fn: AS_E4M3}
 # words of a call, behind those of the norm
 X, RESIDUAL, NORMED, TOTAL, SCALES, ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT = range(
     NORM_WORDS, NORM_WORDS + 11
@@ -76,27 +78,33 @@ def _normalise(words, scale, done, first, rows, source):
 
 
 @njit(nogil=True, cache=True)
-def _fill(words, slot, x, first, run, rows):
-    """Copy what others read of this step's rows into the slot: in the two-shot all but the own rows."""
+def _fill(state, words, slot, x, first, run, rows):
+    """Show what others read of this step's rows: in the two-shot all but the own rows."""
     if words[ONE_SHOT]:
-        memmove(slot, x, rows * words[ROW])
+        give(state, slot, x, rows * words[ROW])
     else:
         after = (first + run) * words[ROW]
-        memmove(slot, x, first * words[ROW])
-        memmove(slot + after, x + after, rows * words[ROW] - after)
+        give(state, slot, x, first * words[ROW])
+        give(state, slot + after, x + after, rows * words[ROW] - after)
 
 
 @njit(nogil=True, cache=True)
-def _do_all(state, words, add, scale, stats, done, rows):
-    """Add and normalise all rows of a step, row by row, so that each is normalised while in the first cache."""
-    words[STATS] = stats.ctypes.data
-    for r in range(rows):
+def _reduce(state, words, add, scale, done, first, run, shown, stats):
+    """Add and normalise some rows of a step, each while it is in the first cache.
+
+    The sums and their statistics are shown at `shown` and `stats`; with `shown` 0, `stats` is room for one row's.
+    """
+    for r in range(first, first + run):
         row = (done + r) * words[ROW]
+        total = words[TOTAL] + row
+        words[STATS] = stats + (r - first) * STAT_BYTES if shown else stats
         call_fold(
             add, words.ctypes.data, state[INPUTS], state[WORLD], r * words[ROW], 1,
-            words[RESIDUAL] + row, words[TOTAL] + row,
+            words[RESIDUAL] + row, total,
         )  # fmt: skip
-        _normalise(words, scale, done, r, 1, words[TOTAL] + row)
+        if shown:
+            give(state, shown + (r - first) * words[ROW], total, words[ROW])
+        _normalise(words, scale, done, r, 1, total)
 
 
 @njit(nogil=True, cache=True)
@@ -114,7 +122,7 @@ def all_reduce_norm(state, words, add, scale, stats, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            _fill(words, slot, words[X] + place, first, run, rows)
+            _fill(state, words, slot, words[X] + place, first, run, rows)
             publish(state, code, words[COUNTED], row_bytes)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -129,15 +137,11 @@ def all_reduce_norm(state, words, add, scale, stats, code, patience):
                     return MISMATCH
             state[FIRST_INPUT + rank] = words[X] + place
             if words[ONE_SHOT]:
-                _do_all(state, words, add, scale, stats, done, rows)
+                _reduce(state, words, add, scale, done, 0, rows, 0, stats.ctypes.data)
             else:
-                words[STATS] = own + run * row_bytes
-                call_fold(
-                    add, words.ctypes.data, state[INPUTS], world, first * row_bytes, run,
-                    words[RESIDUAL] + place + first * row_bytes, own,
-                )  # fmt: skip
+                after = own + run * row_bytes
+                _reduce(state, words, add, scale, done, first, run, own, after)
                 store(line_of(state, rank, step), 2 * step + 1)
-                _normalise(words, scale, done, first, run, own)
                 state[PHASE] = 2
         if state[PHASE] == 2:
             while state[PEER] < world:
@@ -209,14 +213,14 @@ def run(
     addresses = [t.data_ptr() for t in (x, residual, normed, total, scales)]
     words = np.array([
         weight.data_ptr(), 0 if bias is None else bias.data_ptr(), _bits(eps), width, item,
-        0, bias is not None, stored == torch.int8, *addresses,
+        0, bias is not None, _STORED[stored], *addresses,
         rows, x.numel(), chunk, width * normed.element_size(), row_bytes, one_shot,
     ], np.int64)  # fmt: skip
     code = code_of(KIND["all_reduce with norm"], x.dtype, SUM)
-    arguments = (words, *row_functions(x.dtype, stored is not None), np.empty(2))
+    arguments = (words, *row_functions(x.dtype), np.empty(2))
     inputs = [x, residual, weight] + ([] if bias is None else [bias])
     engine.run(all_reduce_norm, arguments, code, x.numel(), [normed, total], True, inputs)
     return normed if stored is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and norms.py 07f5950b
+# inlines memory.py and steps.py and stores.py and norms.py 0fc7d392

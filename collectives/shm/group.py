@@ -42,7 +42,7 @@ class ShmGroup(dist.ProcessGroup):
         self._members = members
         self._name = self._description = ""
         self.engine = Engine(self, members, timeout_s, spins)
-        self._mailbox = Mailbox(members, self.engine.progress)
+        self._mailbox = Mailbox(members, self.engine.progress, self.engine.state)
 
     # ---- who it is
 

@@ -43,8 +43,8 @@ class Mailbox:
     waits. Only if a receive waits for a later message of the same sender are those before it taken aside.
     """
 
-    def __init__(self, members: Members, progress: Progress) -> None:
-        self._members, self._progress = members, progress
+    def __init__(self, members: Members, progress: Progress, state: Any) -> None:
+        self._members, self._progress, self._state = members, progress, state
         self._sends: dict[int, deque[Pending]] = {}
         self._posted: list[Letter] = []  # receives in the order they were called
         self._coming: dict[int, Letter] = {}  # by source: the message that is half out of its ring
@@ -58,7 +58,7 @@ class Mailbox:
         code = code_of(SEND, x.dtype)
 
         def advance(patience: int) -> bool:
-            return push(ring, view, cursor, count, tag, code, patience) == DONE
+            return push(self._state, ring, view, cursor, count, tag, code, patience) == DONE
 
         what = f"{describe(code, count)}, tag {tag}, to rank {self._members.called(to)}"
         line = self._sends.setdefault(to, deque())

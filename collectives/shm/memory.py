@@ -22,7 +22,7 @@ from ...cuda_kernels.halves import intrinsic
 MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
 
-_PAUSE = platform.machine().lower() in ("x86_64", "amd64", "i686")
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 memmove: Any = types.ExternalFunction(
@@ -61,7 +61,7 @@ def pause(typingctx):
     """Tell the core that this is a spin loop."""
 
     def build(context, builder, signature, args):
-        if _PAUSE:
+        if X86:
             kind = ir.FunctionType(ir.VoidType(), [])
             name = "llvm.x86.sse2.pause"
             builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])

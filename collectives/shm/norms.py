@@ -19,24 +19,24 @@ from .fold import LOOKS
 from .memory import at, memmove
 
 # Words that a call hands to these functions: addresses, sizes, eps as the bits of a float64, and two choices.
-WEIGHT, BIAS, EPS, WIDTH, ITEM, STATS, CENTRED, WHOLE = range(8)
+WEIGHT, BIAS, EPS, WIDTH, ITEM, STATS, CENTRED, STORED = range(8)
 NORM_WORDS = 8
+AS_IS, AS_INT8, AS_E4M3 = range(3)  # how the normed rows are stored
 PIECE = 1024  # elements of a row handled at a time
 _SIGNATURE = types.void(*[types.int64] * 7)  # the words, then what each function says
 
 _WORDS, _REALS, _F4, _U1 = (np.empty(0, look) for look in ("i8", "f8", "f4", "u1"))
 
 
-def row_functions(dtype: torch.dtype, quantised: bool) -> tuple[int, int]:
-    """Find the function that adds rows of a dtype up, and the one that normalises (and quantises) them."""
-    finish = _compiled("quantises" if quantised else "scales", dtype)
-    return _compiled("adds", dtype).address, finish.address
+def row_functions(dtype: torch.dtype) -> tuple[int, int]:
+    """Find the function that adds rows of a dtype up, and the one that normalises them."""
+    return _compiled("adds", dtype).address, _compiled("scales", dtype).address
 
 
 @cache
 def _compiled(kind: str, dtype: torch.dtype) -> Any:
     like, wide = (np.empty(0, look) for look in LOOKS[dtype])
-    return {"adds": _adds, "scales": _scales, "quantises": _quantises}[kind](like, wide)
+    return {"adds": _adds, "scales": _scales}[kind](like, wide)
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -105,57 +105,48 @@ def _normalise(t, w, b, mean, scale, centred, out):
             out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
 
 
+@njit(nogil=True, cache=True)
+def _quantise(normed, stored, out):
+    """One row divided by its largest magnitude over the format's, which is returned."""
+    largest = np.float32(0)
+    for i in range(normed.shape[0]):
+        largest = max(largest, np.float32(abs(widen(normed[i]))))
+    top = np.float32(INT8_MAX if stored == AS_INT8 else E4M3_MAX)
+    step = largest / top if largest > 0 else np.float32(1)
+    if stored == AS_INT8:
+        for i in range(normed.shape[0]):
+            out[i] = np.uint8(np.int8(np.rint(np.float32(widen(normed[i])) / step)))
+    else:
+        for i in range(normed.shape[0]):
+            out[i] = to_e4m3(np.float32(widen(normed[i])) / step)
+    return step
+
+
 def _scales(like: Any, wide: Any) -> Any:
     @cfunc(_SIGNATURE, cache=True)
-    def scales(words, rows, source, total, normed, unused, unused_too):
-        """Normalise rows by their statistics, and copy them where `total` is elsewhere."""
+    def scales(words, rows, source, total, normed, row_scales, unused):
+        """Normalise rows by their statistics, copy them where `total` is elsewhere, and store them as asked."""
         word = carray(at(words, _WORDS), NORM_WORDS)
         width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
         stats = carray(at(word[STATS], _REALS), 2 * rows)
         w = carray(at(word[WEIGHT], like), width)
         b = carray(at(word[BIAS], like), width)
+        row = np.empty(0 if word[STORED] == AS_IS else width, like.dtype)
         for r in range(rows):
             t = carray(at(source + r * row_bytes, like), width)
             if total != source:
                 memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
+                t = carray(at(total + r * row_bytes, like), width)
             mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
-            out = carray(at(normed + r * row_bytes, like), width)
-            _normalise(t, w, b, mean, scale, word[CENTRED], out)
+            if word[STORED] == AS_IS:
+                out = carray(at(normed + r * row_bytes, like), width)
+                _normalise(t, w, b, mean, scale, word[CENTRED], out)
+            else:
+                _normalise(t, w, b, mean, scale, word[CENTRED], row)
+                values = carray(at(normed + r * width, _U1), width)
+                carray(at(row_scales + 4 * r, _F4), 1)[0] = _quantise(row, word[STORED], values)
 
     return scales
 
 
-def _quantises(like: Any, wide: Any) -> Any:
-    @cfunc(_SIGNATURE, cache=True)
-    def quantises(words, rows, source, total, values, row_scales, unused):
-        """As `scales`, and store each row divided by its largest magnitude over the format's."""
-        word = carray(at(words, _WORDS), NORM_WORDS)
-        width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
-        stats = carray(at(word[STATS], _REALS), 2 * rows)
-        w = carray(at(word[WEIGHT], like), width)
-        b = carray(at(word[BIAS], like), width)
-        normed = np.empty(width, like.dtype)
-        top = np.float32(INT8_MAX if word[WHOLE] else E4M3_MAX)
-        for r in range(rows):
-            t = carray(at(source + r * row_bytes, like), width)
-            if total != source:
-                memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
-            mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
-            _normalise(t, w, b, mean, scale, word[CENTRED], normed)
-            largest = np.float32(0)
-            for i in range(width):
-                largest = max(largest, np.float32(abs(widen(normed[i]))))
-            step = largest / top if largest > 0 else np.float32(1)
-            carray(at(row_scales + 4 * r, _F4), 1)[0] = step
-            out = carray(at(values + r * width, _U1), width)
-            if word[WHOLE]:
-                for i in range(width):
-                    out[i] = np.uint8(np.int8(np.rint(np.float32(widen(normed[i])) / step)))
-            else:
-                for i in range(width):
-                    out[i] = to_e4m3(np.float32(widen(normed[i])) / step)
-
-    return quantises
-
-
-# inlines memory.py and halves.py and quantised.py 3b04a00d
+# inlines memory.py and halves.py and quantised.py a665fd74

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit
 
 from .fold import BLOCK
-from .memory import call_fold, memmove, put, store, take
+from .memory import call_fold, put, store
 from .steps import (
     CHUNK_BYTES,
     DONE,
@@ -33,6 +33,7 @@ from .steps import (
     publish,
     slot_of,
 )
+from .stores import give, show
 
 ONE_SHOT = 16 << 10  # up to these bytes every rank reduces everything
 
@@ -45,13 +46,15 @@ def fold(state, out, first, count, function, op):
 
 @njit(nogil=True, cache=True)
 def fold_own(state, result, first, run, function, op, view, done, keep):
-    """Reduce the own part into `result` and bring it home, each block while it is in the first cache."""
+    """Reduce the own part, show it as `result` and bring it home, each block while it is in the first cache."""
     item = view[2]
+    block = state[SCRATCH] + BLOCK * 8
     for start in range(0, run, BLOCK):
         n = min(BLOCK, run - start)
-        fold(state, result + start * item, first + start, n, function, op)
+        fold(state, block, first + start, n, function, op)
+        give(state, result + start * item, block, n * item)
         if keep:
-            put(view, done + first + start, n, result + start * item)
+            put(view, done + first + start, n, block)
 
 
 @njit(nogil=True, cache=True)
@@ -81,10 +84,11 @@ def all_reduce(state, view, function, count, op, root, code, patience):
             slot = slot_of(state, rank, step)
             first, run = part_of(n, world, rank, item)
             if n * item <= ONE_SHOT or view[1] > 0:
-                take(view, done, n, slot)
+                show(state, view, done, n, slot)
             else:  # nobody else reads the own part
-                take(view, done, first, slot)
-                take(view, done + first + run, n - first - run, slot + (first + run) * item)
+                show(state, view, done, first, slot)
+                after = first + run
+                show(state, view, done + after, n - after, slot + after * item)
             publish(state, code, count, 0)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -153,7 +157,7 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
             n = min(BLOCK, first + run - start)
             fold(state, result, start, n, function, op)
             for r in range(world):
-                memmove(state[FIRST_INPUT + r] + start * item, result, n * item)
+                give(state, state[FIRST_INPUT + r] + start * item, result, n * item)
         store(line_of(state, rank, step), 2 * step + 1)
         state[PHASE] = 2
     if not all_came(state, step, 2 * step + 1, patience):
@@ -186,7 +190,7 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             for r in range(world):
                 if r != rank or not stays:
                     view = views[r if views.shape[0] > 1 else 0]
-                    take(view, starts[r] + done, n, slot + r * piece)
+                    show(state, view, starts[r] + done, n, slot + r * piece)
             publish(state, code, count, 0)
             state[PHASE] = 1
         if not all_came(state, step, 2 * step, patience):
@@ -211,4 +215,4 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return DONE
 
 
-# inlines memory.py and steps.py 46e20c47
+# inlines memory.py and steps.py and stores.py 0c1302bf

@@ -24,7 +24,8 @@ CONTROL, DATA, RANK, WORLD, SLOT_BYTES, STRIDE_BYTES, SPINS, SCRATCH, INPUTS = r
 STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
 SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
 CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
-FIRST_INPUT = 16  # from here an address for each rank; INPUTS is where these words lie
+GIVEN, PAST, COST = range(16, 19)  # see stores.py; COST is two words
+FIRST_INPUT = 20  # from here an address for each rank; INPUTS is where these words lie
 # words of a line, written by one rank, read by all
 FLAG, CODE, COUNT, LARGEST = range(4)
 
@@ -118,4 +119,4 @@ def begin(state):
     state[PHASE] = state[PLACE] = state[PEER] = 0
 
 
-# inlines memory.py af2c8699
+# inlines memory.py d2c7802d

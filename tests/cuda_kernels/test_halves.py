@@ -86,11 +86,12 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
         ("cuda_kernels/paged_attention.py", ("exp.py", "halves.py")),
         (f"{SHM}/fold.py", ("memory.py", "halves.py")),
         (f"{SHM}/steps.py", ("memory.py",)),
-        (f"{SHM}/channel.py", ("memory.py",)),
-        (f"{SHM}/reductions.py", ("memory.py", "steps.py")),
-        (f"{SHM}/exchange.py", ("memory.py", "steps.py")),
+        (f"{SHM}/stores.py", ("memory.py", "steps.py")),
+        (f"{SHM}/channel.py", ("memory.py", "steps.py", "stores.py")),
+        (f"{SHM}/reductions.py", ("memory.py", "steps.py", "stores.py")),
+        (f"{SHM}/exchange.py", ("memory.py", "steps.py", "stores.py")),
         (f"{SHM}/norms.py", ("memory.py", "halves.py", "quantised.py")),
-        (f"{SHM}/fused.py", ("memory.py", "steps.py", "norms.py")),
+        (f"{SHM}/fused.py", ("memory.py", "steps.py", "stores.py", "norms.py")),
     ],
 )
 def test_a_changed_file_renews_the_kernels_that_inline_it(
