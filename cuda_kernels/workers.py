@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
+import torch
+
 
 @lru_cache(maxsize=8)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
@@ -34,3 +36,9 @@ def run_shares(share: Callable[[int], None], shares: int) -> None:
     finally:
         for one in waiting:
             one.result()
+
+
+def run_rows(part: Callable[[int, int], None], rows: int, least: int) -> None:
+    """Call `part(start, stop)` over all rows, in as many threads as torch uses, each with `least` rows or more."""
+    shares = max(1, min(torch.get_num_threads(), rows // max(1, least)))
+    run_shares(lambda i: part(rows * i // shares, rows * (i + 1) // shares), shares)

@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .codecs import Codec, CodecError, PageLayout
+from .codecs import Codec, CodecError, KVCodec, PageLayout
 from .spec import KVSpec
 from .tiers.form import PageForm
 from .tiers.memory import aligned_region, round_up
@@ -30,7 +30,7 @@ class PageEncoding:
         page_bytes: of the longest result, what a tier's slots must hold.
     """
 
-    def __init__(self, spec: KVSpec, codec: Codec) -> None:
+    def __init__(self, spec: KVSpec, codec: KVCodec) -> None:
         self.spec, self.codec = spec, codec
         self.plain = str(codec) == "none"
         self._layouts = [
@@ -38,8 +38,12 @@ class PageEncoding:
             for width in spec.widths
         ]
         self._data_at = round_up(_HEAD.size + 4 * spec.page_tokens, _ALIGN)
-        limits = [codec.max_bytes(layout) for layout in self._layouts]
+        self._codecs = [codec.keys, codec.values][: len(self._layouts)]
+        limits = [part.max_bytes(layout) for part, layout in self._both()]
         self.page_bytes = round_up(self._data_at + sum(limits))
+
+    def _both(self) -> list[tuple[Codec, PageLayout]]:
+        return list(zip(self._codecs, self._layouts, strict=True))
 
     def form(self, identity: bytes) -> PageForm:
         """What a disk tier writes beside each page."""
@@ -56,7 +60,8 @@ class PageEncoding:
         data, at = stage.bytes[row], self._data_at
         lengths = [layout.page_bytes for layout in self._layouts]
         if not self.plain:
-            pieces = [self.codec.encode(part[row]) for part in stage.parts]
+            pairs = zip(self._codecs, stage.parts, strict=True)
+            pieces = [codec.encode(part[row]) for codec, part in pairs]
             lengths = [piece.size for piece in pieces]
             for piece in pieces:
                 data[at : at + piece.size] = piece
@@ -85,9 +90,9 @@ class PageEncoding:
 
     def _decode(self, data: np.ndarray, lengths: list[int], stage: Staging, row: int) -> bool:
         at = self._data_at
-        for length, layout, part in zip(lengths, self._layouts, stage.parts, strict=True):
+        for length, (codec, layout), part in zip(lengths, self._both(), stage.parts, strict=True):
             try:
-                part[row] = self.codec.decode(data[at : at + length], layout)
+                part[row] = codec.decode(data[at : at + length], layout)
             except CodecError:
                 return False
             at += length

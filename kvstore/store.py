@@ -19,7 +19,7 @@ from torch import Tensor
 from .accounts import StoreAccounts
 from .audit import busy
 from .cache import PageCache
-from .codecs import find_codec
+from .codecs import KVCodec, find_kv_codec
 from .encoding import PageEncoding
 from .errors import StepError
 from .evict import EvictionPolicy, find_policy
@@ -61,7 +61,7 @@ class KVStore(StoreAccounts):
         host_bytes: memory for pages that the device has no room for.
         disk, disk_bytes: a directory for pages that outlive the process, and what it may take.
         disk_mode: "write" (one process at a time), or "read" to use what another one's directory holds.
-        codec: how tiers keep pages: "none", "fp8", "int8", "zstd", "exponent", chains such as "int8+zstd".
+        codec: how tiers keep pages: "exponent", "int8+zstd", "kivi:bits=4", "int4/int2" (K/V), a `KVCodec`.
         tiers: further tiers by name, slower than those; the store closes them.
         fetch: "sooner": what is computed sooner than fetched is not fetched; "always" fetches.
         clock: the time that deadlines are in.
@@ -83,13 +83,13 @@ class KVStore(StoreAccounts):
         disk: str | Path | None = None,
         disk_bytes: int | str | None = None,
         disk_mode: Literal["write", "read"] = "write",
-        codec: str = "none",
+        codec: str | KVCodec = "none",
         tiers: Mapping[str, Tier] | None = None,
         fetch: FetchRule = "sooner",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
-        policy, chain = find_policy(evict), find_codec(codec)
+        policy, chain = find_policy(evict), find_kv_codec(codec)
         given = None if secret is None else check_secret(secret)
         self._identity = replace(identity or Identity(), codec=str(chain)).digest(spec)
         num_pages, max_pages = plan_pages(spec, device_bytes, num_pages, grow)

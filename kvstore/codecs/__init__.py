@@ -1,16 +1,18 @@
-"""How pages are written down for the cold tiers."""
+"""How pages are written down: for the cold tiers, for the wire, and for caches that keep fewer bits."""
 
 from .codec import (
     BytesToBytes,
     Codec,
     CodecError,
     CodecPart,
+    KVCodec,
     PageLayout,
     PageToBytes,
     PageToPage,
     bits_per_element,
 )
-from .registry import CODECS, find_codec
+from .registry import CODECS, find_codec, find_kv_codec
+from .stream import CodedTokens
 
 __all__ = [
     "CODECS",
@@ -18,9 +20,12 @@ __all__ = [
     "Codec",
     "CodecError",
     "CodecPart",
+    "CodedTokens",
+    "KVCodec",
     "PageLayout",
     "PageToBytes",
     "PageToPage",
     "bits_per_element",
     "find_codec",
+    "find_kv_codec",
 ]

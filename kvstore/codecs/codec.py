@@ -1,6 +1,6 @@
 """The codec contract: page to page, page to bytes, bytes to bytes, in that order, and the chain of them.
 
-    codec = find_codec("int8+zstd:level=3")
+    codec = find_codec("int8+zstd:level=3")        # one chain; find_kv_codec("int4/int2") a chain for K, one for V
     data = codec.encode(page)                      # bytes of some length up to codec.max_bytes(layout)
     page = codec.decode(data, PageLayout.of(page))
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -27,7 +27,10 @@ class CodecError(StoreError, ValueError):
 
 
 class PageLayout(NamedTuple):
-    """What a page is: dims `[..., head_dim]`; the last one is a token's vector of one head."""
+    """What a page is: dims `[..., tokens, kv_heads, head_dim]`; the last one is a token's vector of one head.
+
+    Codecs that take each vector by itself need no more dims than that one.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -41,6 +44,11 @@ class PageLayout(NamedTuple):
     def numel(self) -> int:
         """Elements of a page."""
         return math.prod(self.shape)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of a page, one for each token and head."""
+        return math.prod(self.shape[:-1])
 
     @property
     def page_bytes(self) -> int:
@@ -76,7 +84,22 @@ class PageToPage(CodecPart):
 
 
 class PageToBytes(CodecPart):
-    """Writes a page down. A chain has exactly one."""
+    """Writes a page down. A chain has exactly one.
+
+    `tokens_at_once` tokens are coded together: a page has a multiple of them. Coding a page is coding these runs one
+    by one, so what was coded is never touched again when tokens follow (`CodedTokens`).
+    """
+
+    fixed: ClassVar[bool] = True  # every page of a layout takes `max_bytes`, no fewer
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that share scales: 1 unless it is a codec of channels."""
+        return 1
+
+    def for_values(self) -> PageToBytes:
+        """The codec of values where this one is the keys'."""
+        return self
 
     @abstractmethod
     def max_bytes(self, layout: PageLayout) -> int:
@@ -137,6 +160,20 @@ class Codec:
         """Whether every bit of a page comes back."""
         return all(part.lossless for part in (*self.pages, self.writer, *self.packers))
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that are coded together: pages hold a multiple of them."""
+        return self.writer.tokens_at_once
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every page of a layout takes exactly `max_bytes`."""
+        return self.writer.fixed and not self.packers
+
+    def for_values(self) -> Codec:
+        """The codec of values where this one is the keys': another one for KIVI, say."""
+        return replace(self, writer=self.writer.for_values())
+
     def _layouts(self, layout: PageLayout) -> list[PageLayout]:
         layouts = [layout]
         for part in self.pages:
@@ -187,9 +224,43 @@ class Codec:
         return page
 
 
+@dataclass(frozen=True)
+class KVCodec:
+    """The codecs of keys and of values: one text for both (`"kivi:bits=2"`), or two (`"int4/int2"`)."""
+
+    keys: Codec
+    values: Codec
+
+    def __str__(self) -> str:
+        alone = self.keys.for_values() == self.values
+        return str(self.keys) if alone else f"{self.keys}/{self.values}"
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every bit of keys and values comes back."""
+        return self.keys.lossless and self.values.lossless
+
+
 def bits_per_element(num_bytes: int, layout: PageLayout) -> float:
     """What an element really takes, scales and headers included."""
     return 8 * num_bytes / layout.numel
+
+
+def need_floats(layout: PageLayout, name: str) -> None:
+    """Raise unless a page holds floating point numbers.
+
+    Raises:
+        CodecError: saying what it holds.
+    """
+    if not layout.dtype.is_floating_point or not layout.numel or not layout.shape:
+        raise CodecError(
+            f"{name} cannot code a page {list(layout.shape)} of {layout.dtype}; use none"
+        )
+
+
+def readable(data: np.ndarray) -> np.ndarray:
+    """Give bytes as compiled kernels take them: read-only ones are copied."""
+    return data if data.flags.writeable else data.copy()
 
 
 def need_length(data: np.ndarray, length: int, name: str) -> None:

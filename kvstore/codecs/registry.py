@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from ..named import read_named
-from .codec import BytesToBytes, Codec, CodecPart, PageToBytes, PageToPage
+from .codec import BytesToBytes, Codec, CodecPart, KVCodec, PageToBytes, PageToPage
 from .exponent import Exponent
+from .integers import Int2, Int3, Int4
+from .kivi import Kivi
 from .plain import CastBf16, Plain
 from .scaled import Fp8, Int8
 from .zstd import Zstd
 
 CODECS: dict[str, type[CodecPart]] = {
-    part.name: part for part in (Plain, CastBf16, Fp8, Int8, Exponent, Zstd)
+    part.name: part for part in (Plain, CastBf16, Fp8, Int8, Int4, Int3, Int2, Kivi, Exponent, Zstd)
 }
 
 
@@ -33,6 +35,21 @@ def find_codec(text: str) -> Codec:
             f"({_known(PageToBytes)}), then bytes to bytes ({_known(BytesToBytes)})"
         )
     return Codec(tuple(pages), writers[0], tuple(packers))
+
+
+def find_kv_codec(text: str | KVCodec) -> KVCodec:
+    """Read the codecs of keys and values: `"kivi:bits=2"` for both, `"int4/int2"` for K and V apart.
+
+    Codecs that were calibrated have no text to be read: give the object, which comes back.
+
+    Raises:
+        ValueError: as `find_codec`.
+    """
+    if isinstance(text, KVCodec):
+        return text
+    keys, apart, values = text.partition("/")
+    found = find_codec(keys)
+    return KVCodec(found, find_codec(values) if apart else found.for_values())
 
 
 def _known(kind: type[CodecPart]) -> str:

@@ -84,6 +84,7 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
     [
         ("cuda_kernels/add_rms_norm.py", ("halves.py",)),
         ("cuda_kernels/paged_attention.py", ("exp.py", "halves.py")),
+        ("cuda_kernels/int_groups.py", ("halves.py",)),
         (f"{SHM}/fold.py", ("memory.py", "halves.py")),
         (f"{SHM}/steps.py", ("memory.py",)),
         (f"{SHM}/stores.py", ("memory.py", "steps.py")),

@@ -1,0 +1,134 @@
+"""Codes of a few bits, one after the other: element i of a row begins at bit `i * bits`, low bits first.
+
+This is the order of torchao, ml_dtypes' neighbours and GPU tensor cores for four bits (low nibble = even element).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .workers import run_rows
+
+BYTES_A_THREAD = 1 << 18
+WORDS = {1: np.uint64, 2: np.uint32, 4: np.uint16}  # as many codes as make one byte
+
+
+def packed_width(width: int, bits: int) -> int:
+    """Bytes of a row of so many codes."""
+    return (width * bits + 7) // 8
+
+
+def pack_codes_reference(codes: Tensor, bits: int) -> Tensor:
+    """Pack in plain torch, bit by bit.
+
+    Shape: codes `[rows, width]` uint8, below `2 ** bits` -> `[rows, packed_width]` uint8
+    """
+    rows, width = codes.shape
+    planes = codes[:, :, None] >> torch.arange(bits, dtype=torch.uint8) & 1
+    flat = torch.nn.functional.pad(planes.flatten(1), (0, -width * bits % 8))
+    powers = 1 << torch.arange(8)
+    return (flat.unflatten(1, (-1, 8)).long() * powers).sum(-1).to(torch.uint8).reshape(rows, -1)
+
+
+@njit(nogil=True, cache=True)
+def _pack_words(words, out):
+    """Whole bytes: a word holds the codes of one, a byte each."""
+    for i in range(words.size):
+        w = words[i]
+        if words.itemsize == 2:
+            out[i] = np.uint8(w | w >> 4)
+        elif words.itemsize == 4:
+            out[i] = np.uint8(w | w >> 6 | w >> 12 | w >> 18)
+        else:
+            w |= w >> np.uint64(7)
+            w |= w >> np.uint64(14)
+            out[i] = np.uint8((w | w >> np.uint64(28)) & np.uint64(255))
+
+
+@njit(nogil=True, cache=True)
+def _unpack_words(data, words):
+    for i in range(words.size):
+        if words.itemsize == 2:
+            w = np.uint32(data[i])
+            words[i] = np.uint16((w | w << 4) & 0x0F0F)
+        elif words.itemsize == 4:
+            w = np.uint32(data[i])
+            words[i] = np.uint32((w | w << 6 | w << 12 | w << 18) & 0x03030303)
+        else:
+            w = np.uint64(data[i])
+            w |= w << np.uint64(28)
+            w |= w << np.uint64(14)
+            words[i] = (w | w << np.uint64(7)) & np.uint64(0x0101010101010101)
+
+
+@njit(nogil=True, cache=True)
+def _pack_any(codes, bits, out, start, stop):
+    """Any width and number of bits."""
+    width = codes.shape[1]
+    for r in range(start, stop):
+        held, count, at = np.uint64(0), np.uint64(0), 0
+        for i in range(width):
+            held |= np.uint64(codes[r, i]) << count
+            count += np.uint64(bits)
+            while count >= np.uint64(8):
+                out[r, at] = np.uint8(held & np.uint64(255))
+                held >>= np.uint64(8)
+                count -= np.uint64(8)
+                at += 1
+        if count > np.uint64(0):
+            out[r, at] = np.uint8(held & np.uint64(255))
+
+
+@njit(nogil=True, cache=True)
+def _unpack_any(data, bits, codes, start, stop):
+    width = codes.shape[1]
+    mask = np.uint64((1 << bits) - 1)
+    for r in range(start, stop):
+        held, count, at = np.uint64(0), np.uint64(0), 0
+        for i in range(width):
+            while count < np.uint64(bits):
+                held |= np.uint64(data[r, at]) << count
+                count += np.uint64(8)
+                at += 1
+            codes[r, i] = np.uint8(held & mask)
+            held >>= np.uint64(bits)
+            count -= np.uint64(bits)
+
+
+def pack_codes_plain(codes: Tensor, bits: int) -> Tensor:
+    """Pack in Numba on the CPU."""
+    rows, width = codes.shape
+    if codes.device.type != "cpu":
+        return pack_codes_reference(codes, bits)
+    if bits == 8:
+        return codes.clone()
+    out = torch.empty(rows, packed_width(width, bits), dtype=torch.uint8)
+    pack_into(codes.contiguous().numpy(), bits, out.numpy())
+    return out
+
+
+def pack_into(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
+    """Pack contiguous rows into contiguous rows of bytes."""
+    if bits == 8:
+        np.copyto(out, codes)
+    elif bits in WORDS and codes.shape[1] * bits % 8 == 0:
+        words, flat = codes.reshape(-1).view(WORDS[bits]), out.reshape(-1)
+        run_rows(lambda a, b: _pack_words(words[a:b], flat[a:b]), flat.size, BYTES_A_THREAD)
+    else:
+        rows = max(1, BYTES_A_THREAD // max(1, out.shape[1]))
+        run_rows(lambda a, b: _pack_any(codes, bits, out, a, b), codes.shape[0], rows)
+
+
+def unpack_into(data: np.ndarray, bits: int, codes: np.ndarray) -> None:
+    """Undo `pack_into`."""
+    if bits == 8:
+        np.copyto(codes, data)
+    elif bits in WORDS and codes.shape[1] * bits % 8 == 0:
+        words, flat = codes.reshape(-1).view(WORDS[bits]), data.reshape(-1)
+        run_rows(lambda a, b: _unpack_words(flat[a:b], words[a:b]), flat.size, BYTES_A_THREAD)
+    else:
+        rows = max(1, BYTES_A_THREAD // max(1, data.shape[1]))
+        run_rows(lambda a, b: _unpack_any(data, bits, codes, a, b), codes.shape[0], rows)

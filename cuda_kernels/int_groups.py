@@ -1,0 +1,274 @@
+"""Whole numbers of a few bits between the least and the largest element of a group, with a scale and a low end each.
+
+    low = min(x);  scale = (max(x) - low) / (2 ** bits - 1);  code = round((x - low) / scale);  x ~ low + code * scale
+
+Groups lie along a token's vector ("tokens": int4, int2, KIVI's values) or along the tokens of a channel ("channels":
+KIVI's keys). Scale and low end are 16-bit floats, bfloat16 for bfloat16 pages, else float16; codes are of the rounded.
+
+Source: KIVI (arXiv 2402.02750) section 3, without its division by zero: a group of one value has scale 0 and is exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .bits import pack_into, packed_width, unpack_into
+from .halves import narrow, widen
+from .numbers import bits_of, half_of
+from .workers import run_rows
+
+ELEMENTS_A_THREAD = 1 << 16
+EXPONENT = np.uint32(0x7F800000)  # all ones: infinite or not a number
+
+
+def quantise_reference(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise groups along dim 1 in plain torch.
+
+    Shape: x `[outer, along, inner]` -> codes likewise (uint8), scales, lows `[outer, groups, inner]`
+    """
+    top, half = 2**bits - 1, half_of(x.dtype)
+    groups = -(-x.shape[1] // group)
+    which = torch.arange(x.shape[1]) // group
+    wide = x.float()
+    parts = [wide[:, which == g] for g in range(groups)]
+    lows = torch.stack([part.amin(1) for part in parts], 1)
+    tops = torch.stack([part.amax(1) for part in parts], 1)
+    scales, lows = ((tops - lows) / top).to(half), lows.to(half)
+    step = scales.float()[:, which]
+    codes = ((wide - lows.float()[:, which]) / step).round().clamp(0, top)
+    return torch.where(step > 0, codes, 0.0).to(torch.uint8), scales, lows
+
+
+def dequantise_reference(codes: Tensor, scales: Tensor, lows: Tensor, group: int) -> Tensor:
+    """Undo `quantise_reference`, in float32."""
+    which = torch.arange(codes.shape[1]) // group
+    return codes.float() * scales.float()[:, which] + lows.float()[:, which]
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "ninf", "nsz"})
+def _ends(row, wide):
+    """Widen a run; give its least and largest element and the largest exponent. NaN is for the last to tell."""
+    low, high, worst = np.float32(np.inf), np.float32(-np.inf), np.uint32(0)
+    for i in range(row.size):
+        value = np.float32(widen(row[i]))
+        wide[i] = value
+        low = value if value < low else low
+        high = value if value > high else high
+        worst = max(worst, np.uint32(value.view(np.uint32) & EXPONENT))
+    return low, high, worst
+
+
+@njit(nogil=True, cache=True)
+def _round(wide, low, scale, top, codes):
+    for i in range(wide.size):
+        code = np.rint((wide[i] - low) / scale)
+        codes[i] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
+
+
+@njit(nogil=True, cache=True)
+def _quantise_rows(x, group, top, codes, scales, lows):
+    """Groups along a row. Shape: x, codes `[rows, width]`, scales, lows `[rows, groups]`; give how many failed."""
+    rows, width = x.shape
+    wide = np.empty(group, np.float32)
+    bad = 0
+    for r in range(rows):
+        for g in range(scales.shape[1]):
+            a, b = g * group, min((g + 1) * group, width)
+            low, high, worst = _ends(x[r, a:b], wide[: b - a])
+            scales[r, g] = narrow((high - low) / top, scales)
+            lows[r, g] = narrow(low, lows)
+            scale, low = widen(scales[r, g]), widen(lows[r, g])
+            if worst == EXPONENT or not (np.isfinite(scale) and np.isfinite(low)):
+                bad += 1
+            if scale > 0:
+                _round(wide[: b - a], low, scale, top, codes[r, a:b])
+            else:
+                codes[r, a:b] = 0
+    return bad
+
+
+@njit(nogil=True, cache=True)
+def _dequantise_rows(codes, group, scales, lows, x):
+    rows, width = codes.shape
+    for r in range(rows):
+        for g in range(scales.shape[1]):
+            a, b = g * group, min((g + 1) * group, width)
+            scale, low = widen(scales[r, g]), widen(lows[r, g])
+            run, out = codes[r, a:b], x[r, a:b]
+            for i in range(run.size):
+                out[i] = narrow(np.float32(run[i]) * scale + low, x)
+
+
+@njit(nogil=True, cache=True)
+def _widen_ends(row, wide, low, high, worst):
+    """One more row of a group of columns."""
+    for c in range(row.size):
+        value = np.float32(widen(row[c]))
+        wide[c] = value
+        low[c] = value if value < low[c] else low[c]
+        high[c] = value if value > high[c] else high[c]
+        worst[c] = max(worst[c], np.uint32(value.view(np.uint32) & EXPONENT))
+
+
+@njit(nogil=True, cache=True)
+def _round_row(wide, low, scale, top, codes):
+    for c in range(wide.size):
+        code = np.rint((wide[c] - low[c]) / scale[c])
+        codes[c] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
+
+
+@njit(nogil=True, cache=True)
+def _quantise_columns(x, top, codes, scales, lows):
+    """Groups along a column. Shape: x, codes `[groups, group, inner]`, scales, lows `[groups, inner]`."""
+    groups, group, inner = x.shape
+    wide = np.empty((group, inner), np.float32)
+    low, high = np.empty(inner, np.float32), np.empty(inner, np.float32)
+    worst = np.empty(inner, np.uint32)
+    bad = 0
+    for g in range(groups):
+        low[:], high[:], worst[:] = np.inf, -np.inf, 0
+        for t in range(group):
+            _widen_ends(x[g, t], wide[t], low, high, worst)
+        for c in range(inner):
+            scales[g, c] = narrow((high[c] - low[c]) / top, scales)
+            lows[g, c] = narrow(low[c], lows)
+            scale = widen(scales[g, c])
+            low[c] = widen(lows[g, c])
+            if worst[c] == EXPONENT or not (np.isfinite(scale) and np.isfinite(low[c])):
+                bad += 1
+            high[c] = scale if scale > 0 else np.inf  # anything over infinity is code 0
+        for t in range(group):
+            _round_row(wide[t], low, high, top, codes[g, t])
+    return bad
+
+
+@njit(nogil=True, cache=True)
+def _dequantise_row(codes, scale, low, out):
+    for c in range(codes.size):
+        out[c] = narrow(np.float32(codes[c]) * widen(scale[c]) + widen(low[c]), out)
+
+
+@njit(nogil=True, cache=True)
+def _dequantise_columns(codes, scales, lows, x):
+    groups, group, _ = codes.shape
+    for g in range(groups):
+        for t in range(group):
+            _dequantise_row(codes[g, t], scales[g], lows[g], x[g, t])
+
+
+def quantise_into(
+    x: Tensor, bits: int, group: int, channels: bool,
+    codes: np.ndarray, scales: np.ndarray, lows: np.ndarray,
+) -> bool:  # fmt: skip
+    """Quantise a contiguous tensor in host memory into packed codes; say whether every group could be.
+
+    Shape: see `quantise_groups`; 16-bit floats as `bits_of` sees them
+    """
+    source, top = bits_of(x), np.float32(2**bits - 1)
+    bad: list[int] = []
+    if channels:
+        outer, tokens, inner = x.shape
+        groups, shape = outer * tokens // group, (-1, group, inner)
+        many, s, low = source.reshape(shape), scales.reshape(groups, inner), lows.reshape(groups, inner)  # fmt: skip
+        wide = np.empty(many.shape, np.uint8)
+
+        def part(a: int, b: int) -> None:
+            bad.append(_quantise_columns(many[a:b], top, wide[a:b], s[a:b], low[a:b]))
+    else:
+        many, wide = source, np.empty(x.shape, np.uint8)
+
+        def part(a: int, b: int) -> None:
+            bad.append(_quantise_rows(many[a:b], group, top, wide[a:b], scales[a:b], lows[a:b]))
+
+    run_rows(part, many.shape[0], ELEMENTS_A_THREAD // max(1, many[:1].size))
+    pack_into(wide.reshape(-1, x.shape[-1]), bits, codes)
+    return not any(bad)
+
+
+def dequantise_into(
+    codes: np.ndarray, scales: np.ndarray, lows: np.ndarray,
+    bits: int, group: int, channels: bool, x: Tensor,
+) -> None:  # fmt: skip
+    """Undo `quantise_into`."""
+    target = bits_of(x)
+    wide = np.empty(x.shape, np.uint8)
+    unpack_into(codes, bits, wide.reshape(-1, x.shape[-1]))
+    if channels:
+        inner = x.shape[-1]
+        many, wide = target.reshape(-1, group, inner), wide.reshape(-1, group, inner)
+        s, low = scales.reshape(-1, inner), lows.reshape(-1, inner)
+
+        def part(a: int, b: int) -> None:
+            _dequantise_columns(wide[a:b], s[a:b], low[a:b], many[a:b])
+    else:
+        many = target
+
+        def part(a: int, b: int) -> None:
+            _dequantise_rows(wide[a:b], group, scales[a:b], lows[a:b], many[a:b])
+
+    run_rows(part, many.shape[0], ELEMENTS_A_THREAD // max(1, many[:1].size))
+
+
+@torch.library.custom_op("plait::quantise_groups", mutates_args=())
+def quantise_groups(
+    x: Tensor, bits: int, group: int, channels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise to packed codes with a scale and a low end for each group.
+
+    Args:
+        group: elements of a group, along the last dim or, with `channels`, along the one before it.
+
+    Shape: x `[rows, width]` -> codes `[rows, packed_width]` uint8, scales, lows `[rows, ceil(width / group)]`;
+        with `channels` x `[outer, tokens, inner]` -> codes `[outer, tokens, packed_width]`, scales, lows
+        `[outer, tokens / group, inner]`
+
+    Raises:
+        ValueError: an element is infinite or NaN, or a group too wide for its 16-bit scale; groups that do not fit.
+    """
+    if channels and x.shape[1] % group:
+        raise ValueError(f"quantise_groups: {x.shape[1]} tokens are no whole groups of {group}")
+    x = x.contiguous()
+    codes, scales, lows = (t.cpu() for t in _room(x, bits, group, channels))
+    flat = codes.view(-1, codes.shape[-1]).numpy()
+    if not quantise_into(x.cpu(), bits, group, channels, flat, bits_of(scales), bits_of(lows)):
+        raise ValueError("quantise_groups: infinities, NaN, or values too large for 16-bit scales")
+    return codes.to(x.device), scales.to(x.device), lows.to(x.device)
+
+
+def _room(x: Tensor, bits: int, group: int, channels: bool) -> tuple[Tensor, Tensor, Tensor]:
+    codes = x.new_empty(*x.shape[:-1], packed_width(x.shape[-1], bits), dtype=torch.uint8)
+    along = -2 if channels else -1
+    shape = [*x.shape]
+    shape[along] = -(-shape[along] // group)
+    scales = x.new_empty(shape, dtype=half_of(x.dtype))
+    return codes, scales, torch.empty_like(scales)
+
+
+quantise_groups.register_fake(_room)
+
+
+@torch.library.custom_op("plait::dequantise_groups", mutates_args=())
+def dequantise_groups(
+    codes: Tensor, scales: Tensor, lows: Tensor,
+    bits: int, group: int, channels: bool, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Undo `quantise_groups`. Shape: -> `[..., width]` of the dtype."""
+    device, parts = codes.device, [t.cpu().contiguous() for t in (codes, scales, lows)]
+    x = torch.empty(*codes.shape[:-1], width, dtype=dtype)
+    flat = parts[0].view(-1, codes.shape[-1]).numpy()
+    dequantise_into(flat, bits_of(parts[1]), bits_of(parts[2]), bits, group, channels, x)
+    return x.to(device)
+
+
+@dequantise_groups.register_fake
+def _(
+    codes: Tensor, scales: Tensor, lows: Tensor,
+    bits: int, group: int, channels: bool, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+
+
+# inlines halves.py 5f21b6c6

@@ -1,0 +1,19 @@
+"""Tensors as CPU kernels read them: 16-bit floats as the integers of `halves`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOOKS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def bits_of(x: Tensor) -> np.ndarray:
+    """See a tensor in host memory as an array; bfloat16 as uint16 and float16 as int16, for `widen` and `narrow`."""
+    return x.detach().view(LOOKS.get(x.dtype, x.dtype)).numpy()
+
+
+def half_of(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit float for scales of such a page: its own, so that nothing overflows in it; float16 for wider ones."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
