@@ -1,6 +1,7 @@
 """Kernels: torch operators under `plait::`, each with a reference, a CPU and a fake implementation."""
 
 from .dense_attention import dense_attention
+from .expert_rows import permute_rows, sort_by_expert, unpermute_rows
 from .merge import merge_states
 from .paged_attention import paged_attention
 from .scores import Interleave, attention_reference
@@ -11,4 +12,7 @@ __all__ = [
     "dense_attention",
     "merge_states",
     "paged_attention",
+    "permute_rows",
+    "sort_by_expert",
+    "unpermute_rows",
 ]
