@@ -10,6 +10,7 @@ from torch import Tensor
 from ...collectives import autograd
 from ...collectives.primitive import chunk_sizes
 from ...collectives.token_exchange import TokenExchange, counted, tell_counts
+from ...cuda_kernels import permute_rows, unpermute_rows
 from .place import Place
 from .route import Assignment, by_expert, inverse
 
@@ -39,11 +40,8 @@ def by_sums(
     counts = mine.counts.tolist()
     last = place.first + place.held
     pairs = mine.kept(place.first, last, counts) + start * top_k
-    rows = hidden.index_select(0, pairs // top_k)
-    out = experts(rows, counts[place.first : last])
-    out = out * weights.reshape(-1).index_select(0, pairs).unsqueeze(-1)
-    total = out.new_zeros(hidden.shape).index_add(0, pairs // top_k, out)
-    return total.to(hidden.dtype)
+    out = experts(permute_rows(hidden, pairs, top_k), counts[place.first : last])
+    return unpermute_rows(out, pairs, weights).to(hidden.dtype)
 
 
 def by_tokens(
@@ -68,17 +66,11 @@ def by_tokens(
         hidden, weights = autograd.split_rows(place.alike.all, hidden, weights)
     exchange, received, sent = meet(place, index)
     top_k = index.shape[1]
-    rows = exchange.there(hidden.index_select(0, sent // top_k))
+    rows = exchange.there(permute_rows(hidden, sent, top_k))
     order = by_expert(received).to(rows.device)
     out = experts(rows.index_select(0, order), received.sum(0).tolist())
     returned = exchange.back(out.index_select(0, inverse(order)))
-    if len(sent) == index.numel() and place.etp == 1:
-        pairs = returned.index_select(0, inverse(sent))
-    else:
-        pairs = returned.new_zeros((index.numel(), hidden.shape[1])).index_add(0, sent, returned)
-    out = (
-        (pairs.view(*index.shape, hidden.shape[1]) * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
-    )
+    out = unpermute_rows(returned, sent, weights).to(hidden.dtype)
     if place.alike is not None:
         out = autograd.gather(out, place.alike.all, 0, chunk_sizes(everyone, place.alike.size))
     return out
