@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listing
 from typing import Self
 
 from .audit import check_holders, totals
 from .cache import PageCache
+from .identity import check_tenant, prefix_key
 from .placement import metrics
 from .reading import PageReader
 from .sequence import Sequence
+from .tokens import History, TokenIds, as_token_ids
 
 
 class StoreAccounts(PageReader):
@@ -16,6 +19,26 @@ class StoreAccounts(PageReader):
 
     cache: PageCache
     _sequences: dict[int, Sequence]
+    _secret: bytes
+    _identity: bytes
+
+    def match(self, prompts: Listing[TokenIds], tenant: str | None = None) -> list[int]:
+        """Say what is cached of each prompt, in tokens, in all tiers; nothing is pinned or fetched."""
+        rows, key = [as_token_ids(row) for row in prompts], self._key(tenant)
+        histories = [History(key, row, self.spec.page_tokens) for row in rows]
+        with self._lock:
+            found = [self.cache.match(history) for history in histories]
+        if self.placement is None:
+            return found
+        reach = [self.placement.reach(history) for history in histories]
+        size = self.spec.page_tokens
+        return [
+            max(tokens, (history.indexed + len(keys)) * size)
+            for tokens, history, keys in zip(found, histories, reach, strict=True)
+        ]
+
+    def _key(self, tenant: str | None) -> bytes:
+        return prefix_key(self._secret, self._identity, check_tenant(tenant))
 
     def grow(self, num_pages: int | None = None) -> int:
         """Enlarge the store now (default: double); return its pages. A copy, never in a step.

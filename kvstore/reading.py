@@ -24,6 +24,8 @@ from .attention import (
 )
 from .placement import Placement
 from .pool import PagePool
+from .select import Selector
+from .select.attend import attend_selected
 from .sequence import Sequence, listed
 from .spec import KVSpec
 from .step import Step
@@ -39,6 +41,7 @@ class PageReader:
     spec: KVSpec
     pool: PagePool
     placement: Placement | None
+    selector: Selector | None
     _lock: Any  # a threading.RLock, which is no class
 
     def wait(self, seqs: Sequence | Iterable[Sequence], seconds: float | None = None) -> bool:
@@ -111,8 +114,8 @@ class PageReader:
             scale: default `head_dim ** -0.5`.
             softcap: scores become `softcap * tanh(score / softcap)`.
             step: also see this open step's tokens.
-            alibi_slopes, q_pos, interleave: ALiBi `[heads]`, global row positions `[rows]`, and the
-                rule that gives keys their global positions.
+            alibi_slopes, q_pos: ALiBi `[heads]` and global row positions `[rows]`.
+            interleave: gives keys their positions, and says to the store's selector how many share the sequence.
             sink: one logit per head in the denominator, then also in lse: on one shard only.
 
         Shape: q `[rows, heads, head_dim]` -> o `[rows, heads, value_dim]`, lse `[rows, heads]`
@@ -134,8 +137,20 @@ class PageReader:
             q_pos,
             interleave,
         )
-        o, lse = attend_pages(self._layer(layer), table, q, indptr, lo, hi, options)
-        return with_sink(o, lse, sink)
+        found = self._attend_selected(listed(seqs), layer, table, q, indptr, lo, hi, options)
+        if found is None:
+            found = attend_pages(self._layer(layer), table, q, indptr, lo, hi, options)
+        return with_sink(*found, sink)
+
+    def _attend_selected(
+        self, seqs: list[Sequence], layer: int, table: PageTable, q: Tensor, indptr: np.ndarray,
+        lo: Tensor, hi: Tensor, options: ScoreOptions,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """Attend by the store's selector if there is one and each sequence has one row."""
+        if self.selector is None or not seqs or (indptr[1:] - indptr[:-1] != 1).any():
+            return None
+        state, layers = self._layer(layer), self.spec.layers
+        return attend_selected(self.selector, seqs, state, layer, layers, table, q, lo, hi, options)
 
     def _layer(self, layer: int) -> LayerPages:
         with self._lock:  # not between the two halves of a growth

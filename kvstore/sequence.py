@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,12 +24,13 @@ class Sequence:
     Attributes:
         tokens: those that are there now, without what `open` fetches from tiers; `length` waits for that.
         history: the token ids, as far as the store was told them.
+        memory: what the selector remembers, by layer.
         tenant: whose sequence this is; prefixes are never shared between tenants.
     """
 
     __slots__ = (
-        "closed", "fetch", "found_tokens", "history", "number", "pages", "step", "store", "tenant",
-        "tokens",
+        "closed", "fetch", "found_tokens", "history", "memory", "number", "pages", "step", "store",
+        "tenant", "tokens",
     )  # fmt: skip
 
     def __init__(self, store: KVStore, number: int, tenant: str | None = None) -> None:
@@ -42,6 +43,7 @@ class Sequence:
         self.pages: np.ndarray = np.empty(0, np.int32)
         self.step: Step | None = None
         self.history: History | None = None
+        self.memory: dict[int, dict[Any, Any]] = {}
         self.closed = False
 
     @property

@@ -23,9 +23,10 @@ from .codecs import KVCodec, find_kv_codec
 from .encoding import PageEncoding
 from .errors import StepError
 from .evict import EvictionPolicy, find_policy
-from .identity import Identity, check_secret, check_tenant, prefix_key
+from .identity import Identity, check_secret
 from .placement import FetchRule, Placement, disk_secret, make_tiers
 from .pool import PagePool
+from .select import Selector, find_selector
 from .sequence import Sequence, listed
 from .spec import KVSpec, plan_pages
 from .step import Step, check_rows, fit_ids, make_step
@@ -64,6 +65,7 @@ class KVStore(StoreAccounts):
         codec: how tiers keep pages: "exponent", "int8+zstd", "kivi:bits=4", "int4/int2" (K/V), a `KVCodec`.
         tiers: further tiers by name, slower than those; the store closes them.
         fetch: "sooner": what is computed sooner than fetched is not fetched; "always" fetches.
+        selector: which tokens a step of one row a sequence reads, such as "recent:tokens=512"; default all.
         clock: the time that deadlines are in.
 
     State: one lock around metadata and writes; reads run outside it. Use a sequence from one
@@ -86,9 +88,11 @@ class KVStore(StoreAccounts):
         codec: str | KVCodec = "none",
         tiers: Mapping[str, Tier] | None = None,
         fetch: FetchRule = "sooner",
+        selector: str | Selector | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
+        self.selector = None if selector is None else find_selector(selector)
         policy, chain = find_policy(evict), find_kv_codec(codec)
         given = None if secret is None else check_secret(secret)
         self._identity = replace(identity or Identity(), codec=str(chain)).digest(spec)
@@ -164,21 +168,6 @@ class KVStore(StoreAccounts):
         self._next += 1
         return seq
 
-    def match(self, prompts: Listing[TokenIds], tenant: str | None = None) -> list[int]:
-        """Say what is cached of each prompt, in tokens, in all tiers; nothing is pinned or fetched."""
-        rows, key = [as_token_ids(row) for row in prompts], self._key(tenant)
-        histories = [History(key, row, self.spec.page_tokens) for row in rows]
-        with self._lock:
-            found = [self.cache.match(history) for history in histories]
-        if self.placement is None:
-            return found
-        reach = [self.placement.reach(history) for history in histories]
-        size = self.spec.page_tokens
-        return [
-            max(tokens, (history.indexed + len(keys)) * size)
-            for tokens, history, keys in zip(found, histories, reach, strict=True)
-        ]
-
     def tell(self, seq: Sequence, token_ids: TokenIds) -> None:
         """Say which tokens come after those whose ids are known: generated ones, as they come.
 
@@ -198,9 +187,6 @@ class KVStore(StoreAccounts):
             seq.history = History(self._key(seq.tenant), ids, self.spec.page_tokens)
         else:
             seq.history.tell(ids)
-
-    def _key(self, tenant: str | None) -> bytes:
-        return prefix_key(self._secret, self._identity, check_tenant(tenant))
 
     def close(self, seqs: Sequence | Iterable[Sequence]) -> None:
         """End sequences; pages nobody else holds become free, or cached if their ids are known.
@@ -279,6 +265,7 @@ class KVStore(StoreAccounts):
                 raise ValueError(
                     f"truncate to {length}: sequence {seq.number} has {seq.tokens} tokens"
                 )
+            seq.memory.clear()
             keep = -(-length // self.spec.page_tokens)
             self.cache.release(seq.pages[keep:])
             seq.pages, seq.tokens = seq.pages[:keep].copy(), length

@@ -210,7 +210,7 @@ class HelixLayer:
         cache = self.state.cache
         return cache.store.attend(
             cache.seqs[part.requests], self.number, q, q_indptr=part.indptr, lo=part.lo, hi=part.hi,
-            scale=scale, softcap=softcap, step=cache.write_step,
+            scale=scale, softcap=softcap, step=cache.write_step, interleave=self.state.rule,
         )  # fmt: skip
 
     def _local(

@@ -80,7 +80,7 @@ def keep_duplicates(self, history, pages, length):
 MUTATIONS = {
     "no copy-on-write": ("pool.PagePool.copy", lambda self, source, target: None),
     "pages not shared": ("pool.PagePool.share", lambda self, pages: pages[:0]),
-    "tenants not told apart": ("store.prefix_key", lambda secret, identity, tenant: bytes(64)),
+    "tenants not told apart": ("accounts.prefix_key", lambda secret, identity, tenant: bytes(64)),
     "copies not given up": ("cache.PageCache.record", keep_duplicates),
     "partial pages lost": ("cache.PageCache.record_tail", lambda self, *sequence: None),
     "ids not forgotten": ("tokens.History.truncate", lambda self, length: None),
