@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,25 +162,15 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
             "needs to know which inputs hold the sequence that is to be cut",
             'add "": plait.Sequence(inputs=("ids",), attention=("blocks.*.attn",))',
         )
-    if by_rules and plan.cuts_experts:
+    if plan.tp.sp and rules:
         raise PlanError(
-            f"cp={plan.cp.size} with rules and ep or etp",
-            "is not executed yet",
-            "use ep=1 and etp=1, or cp=1",
-        )
-    if plan.tp.sp and (rules or plan.cuts_experts):
-        raise PlanError(
-            "tp:sp",
-            "is executed for transformers decoders without ep and etp only",
-            "use tp without :sp",
+            "tp:sp", "is executed for transformers decoders only", "use tp without :sp"
         )
 
 
 def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
     """Refuse what is not proved together with pipeline stages."""
     beside = {
-        "kvp": plan.kvp.size > 1,
-        "cp": plan.cp.size > 1,
         "dp:shard,param_dtype": getattr(plan.dp, "param_dtype", "model") != "model",
         "zero-bubble and dp:shard": plan.dp.kind == "shard" and plan.pp.schedule == "zero-bubble",
         "rules": rules is not None,
@@ -189,7 +180,7 @@ def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
             raise PlanError(
                 f"pp={plan.pp.size} with {name}",
                 "is planned but not executed yet",
-                'use pp with tp and dp, e.g. "pp2 dp2 tp2", or pp1',
+                'use pp with tp, cp and dp, e.g. "pp2 dp2 tp2", or pp1',
             )
 
 
@@ -221,50 +212,56 @@ def prepare(
         edits += role.edits(model.get_submodule(path), path, ranks)
     edits += joint_edits(model, ranks, edits)
     edits += load(model, edits, ranks, weights, absent)
-    if ranks.size * ranks.cp > 1 and split is None:
-        edits = binding(model, shape, ranks, store, edits)
-    elif is_transformers(model) and plan.world_size > 1:
-        from .binding import agreement_edits
-
-        edits += agreement_edits(model, ranks)
-    if split is not None and ranks.span is not None:
-        from .sequence import sequence_edits
-
-        edits += sequence_edits(model, ranks, edits, split.runs_of(stage))
+    if is_transformers(model) and plan.world_size > 1:
+        edits = decoder_edits(model, shape, ranks, store, edits, split)
+    elif ranks.size * ranks.cp > 1:
+        edits = own_module_edits(model, ranks, edits)
     edits += data_edits(model, ranks, edits)
     if split is not None:
         edits = [*pipeline_edits(model, split, ranks), *edits]
     return edits, Parallelized(plan, ranks, shape, Edits(), split)
 
 
-def binding(
-    model: nn.Module, shape: ModelShape, ranks: ModelRanks, store: Any, roles: list[Edit]
-) -> list[Edit]:
-    """All edits: those of the model as a whole, and those of its roles in their place among them."""
-    last = stream_edits(model, ranks, roles) if ranks.size > 1 else []
-    if not is_transformers(model):
-        from .modules import module_edits
+def own_module_edits(model: nn.Module, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]:
+    """All edits of a module of the user's own: those of the whole, and those of its roles in their place among them."""
+    from .modules import module_edits
 
-        if ranks.cp > 1:
-            last += gradient_edits(model, ranks.groups.group("cp"), roles)
-        return [*module_edits(model, ranks), *roles, *last]
+    last = gradient_edits(model, ranks.groups.group("cp"), roles) if ranks.cp > 1 else []
+    return [*module_edits(model, ranks), *roles, *last]
+
+
+def decoder_edits(
+    model: nn.Module,
+    shape: ModelShape,
+    ranks: ModelRanks,
+    store: Any,
+    roles: list[Edit],
+    split: Split | None,
+) -> list[Edit]:
+    """All edits of a transformers decoder: those of the model as a whole, and those of its roles in their place."""
     from .attention.binding import CacheBinding
     from .attention.paged import PagedBinding
     from .binding import agreement_edits
     from .context.binding import ContextBinding
     from .sequence import sequence_edits
 
-    edits = agreement_edits(model, ranks)
+    edits, last = agreement_edits(model, ranks), list[Edit]()
+    stage = ranks.groups.folding.coords(ranks.groups.rank)["pp"]
+    alone = ranks.size > 1 and split is None  # what stages do not do yet: pages without kvp, fused sums
+    if alone:
+        last += stream_edits(model, ranks, roles)
     if ranks.cp > 1:
         context = ContextBinding(model, shape, ranks)
         edits += context.edits()
-        last += gradient_edits(model, context.state.group, roles)
-    else:
+        held = (lambda _: True) if split is None else partial(split.holds, stage=stage)
+        last += gradient_edits(model, context.state.group, roles, held)
+    elif ranks.kvp > 1 or alone:
         kind = CacheBinding if ranks.kvp > 1 else PagedBinding
         assert ranks.attention is not None
         edits += kind(model, shape, ranks.attention, store).edits()
     if ranks.span is not None:
-        edits += sequence_edits(model, ranks, roles)
+        runs = () if split is None else split.runs_of(stage)
+        edits += sequence_edits(model, ranks, roles, runs)
     return [*edits, *roles, *last]
 
 

@@ -6,7 +6,7 @@ import inspect
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @lru_cache(maxsize=64)
@@ -25,6 +25,12 @@ def by_name(
             values |= values.pop(name, {})
     values.pop("self", None)
     return values
+
+
+def given_tokens(values: dict[str, Any]) -> Tensor | None:
+    """What a forward is to read: ids, or embeddings in their place."""
+    ids = values.get("input_ids")
+    return values.get("inputs_embeds") if ids is None else ids
 
 
 def named_arguments(

@@ -61,20 +61,14 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
     def save_pretrained(self: Any, directory: Any, **options: Any) -> None:
         """Write the whole model as transformers does.
 
-        Collective: all ranks of the first model copy; an all-gather per cut parameter, under pp also a broadcast from
-        its stage. The first rank writes. Replicas further along dp and cp hold the same and do nothing; shards, and
-        experts spread over them, take part.
+        Collective: all ranks. Those of the first model copy make an all-gather per cut parameter, under pp also a
+        broadcast from its stage, and the first rank writes. Replicas further along dp and cp hold the same and only
+        wait; shards, and experts spread over them, take part. Last one all-gather of 4 KiB.
         """
         at = ranks.groups.folding.coords(ranks.groups.rank)
-        replica = at["dp"] or (ranks.cp > 1 and at["cp"])
-        if replica and not ranks.spread:
-            return
+        replica = bool(at["dp"] or (ranks.cp > 1 and at["cp"]))
         writes = ranks.index == 0 and not replica
-        whole: dict[str, Tensor] = {}
-        for name, tensor in self.state_dict().items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if writes:
-                whole[name] = full
+        whole = {} if replica and not ranks.spread else whole_state(self, keep=writes)
         split = self._plait.split
         if writes and split is not None:
             whole = of_all_stages(whole, split, ranks)
@@ -89,9 +83,22 @@ def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:
         finally:
             self.config = private
         # nobody goes on before the files are there, or knows why they are not
-        agree(ranks.holders if split is None else ranks.inputs, {}, failure)
+        agree(ranks.groups.group("tp", "cp", "dp", "pp"), {}, failure)
 
     return save_pretrained
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Put the state dict of this rank's stage together; empty on ranks that do not keep it.
+
+    Collective: the holders of each cut parameter; one all-gather each.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = full
+    return whole
 
 
 def share_random_state(ranks: ModelRanks) -> None:

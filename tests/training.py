@@ -43,11 +43,17 @@ def token_loss(logits: Tensor, labels: Tensor, vocab_size: int, **given: Any) ->
     return total / ((shifted != ignored).sum() if count is None else count)
 
 
+def labels_of(batch: tuple[Tensor, Tensor], ignored: int = -100) -> Tensor:
+    """Labels of the tokens that are not padding."""
+    ids, mask = batch
+    return ids.masked_fill(mask == 0, ignored)
+
+
 def labelled(model: Any, batch: tuple[Tensor, Tensor], **given: Any) -> Tensor:
     """The model's own loss, of the tokens that are not padding."""
     ids, mask = batch
     model.loss_function = token_loss
-    labels = ids.masked_fill(mask == 0, given.get("ignore_index", -100))
+    labels = labels_of(batch, given.get("ignore_index", -100))
     return model(ids, attention_mask=mask, labels=labels, **given).loss
 
 
@@ -57,12 +63,19 @@ def coordinate(model: Any, axis: str = "dp") -> int:
     return groups.folding.coords(groups.rank)[axis]
 
 
-def backward(pair: Pair, step: int = 0, loss: Loss = loss, batch: int = 2) -> None:
-    """One step's gradients: one process accumulates over the dp batches, the parallel model has its own."""
-    dp = pair.model._plait.plan.dp.size
+def backward(pair: Pair, step: int = 0, loss: Loss = loss, batch: int = 2) -> float:
+    """One step's gradients: one process accumulates over the dp batches, the parallel model has its own.
+
+    Gives the error of this rank's loss.
+    """
+    dp, right = pair.model._plait.plan.dp.size, []
     for d in range(dp):
-        (loss(pair.reference, batch_of(d, step, batch)) / dp).backward()
-    loss(pair.model, batch_of(coordinate(pair.model), step, batch)).backward()
+        right.append(loss(pair.reference, batch_of(d, step, batch)))
+        (right[d] / dp).backward()
+    d = coordinate(pair.model)
+    found = loss(pair.model, batch_of(d, step, batch))
+    found.backward()
+    return far(found, right[d])
 
 
 def parts(pair: Pair, of: Callable[[Any], Tensor | None]) -> dict[str, tuple[Any, Any]]:
@@ -110,14 +123,14 @@ def trained(
     batch: int = 2,
     max_norm: float | None = None,
 ) -> dict[str, float]:
-    """Gradients of the first step, and parameters after some steps of SGD, with or without clipping."""
+    """Losses, gradients of the first step, and parameters after one and more steps of SGD, clipped or not."""
     pair = Pair.of(each)
     rate = 0.05 if max_norm is None else 20.0  # clipped steps are short
     optimizers = [torch.optim.SGD(m.parameters(), lr=rate) for m in (pair.reference, pair.model)]
-    errors: dict[str, float] = {}
+    errors = {"losses": 0.0}
     before = {n: p.detach().clone() for n, p in pair.reference.named_parameters()}
     for step in range(steps):
-        backward(pair, step, loss, batch)
+        errors["losses"] = max(errors["losses"], backward(pair, step, loss, batch))
         if step == 0:
             errors["gradients"] = max(gradient_errors(pair).values())
         if max_norm is not None:
@@ -128,6 +141,8 @@ def trained(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if step == 0:
+            errors["parameters after one"] = max(parameter_errors(pair).values())
     moved = [far(before[n], p) for n, p in pair.reference.named_parameters()]
     assert min(moved) > 1e-6, "the steps must move every parameter"
     return errors | {"parameters": max(parameter_errors(pair).values())}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...collectives import autograd
-from ..arguments import named_arguments
+from ..arguments import given_tokens, named_arguments
 from ..edits import AddHook, Edit, SetAttribute
 from ..labels import ignored_label, item_count, shifted_labels
 from ..ranks import ModelRanks
@@ -68,12 +68,14 @@ class ContextBinding:
     ) -> tuple[Any, dict[str, Any]]:
         """Cut the inputs of the base model along the sequence."""
         values = named_arguments(module, args, kwargs)
-        ids, embeds = values.get("input_ids"), values.get("inputs_embeds")
-        tokens = ids if ids is not None else embeds
+        tokens = given_tokens(values)
         if tokens is None:
             return args, kwargs  # transformers raises its own error
-        refuse_call(values, tokens, self.state.ranks.plan)
-        batch, length = tokens.shape[:2]
+        passing = self.state.passing
+        arrived = None if passing is None else passing.length
+        if arrived is None:
+            refuse_call(values, tokens, self.state.ranks.plan)
+        batch, length = tokens.shape[0], tokens.shape[1] if arrived is None else arrived
         order, rank = self.state.order(length), self.state.rank
         mask, positions = values.get("attention_mask"), values.get("position_ids")
         if positions is None:
@@ -86,11 +88,10 @@ class ContextBinding:
             tokens.device,
             documents, None if mask is None else mask.bool(),
         )  # fmt: skip
-        if ids is not None:
-            values["input_ids"] = order.take(ids, rank)
-        else:
-            assert embeds is not None
-            values["inputs_embeds"] = self.state.enter(embeds)
+        if values.get("input_ids") is not None:
+            values["input_ids"] = order.take(tokens, rank)
+        elif arrived is None:
+            values["inputs_embeds"] = self.state.enter(tokens)
         values["position_ids"] = order.take(positions, rank)
         # A mask of the whole length tells transformers that positions are no documents: that is seen to here.
         whole = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
@@ -104,9 +105,10 @@ class ContextBinding:
             return output
         if getattr(output, "router_logits", None) is not None:
             output["router_logits"] = tuple(self._router(r) for r in output.router_logits)
+        leaves = self.state.passing is not None and self.state.passing.leaves
         if self.gathers != "cut" and getattr(output, "hidden_states", None) is not None:
             output["hidden_states"] = tuple(self.state.gather(h) for h in output.hidden_states)
-        if self.gathers == "states":
+        if self.gathers == "states" and not leaves:
             output["last_hidden_state"] = self.state.gather(output.last_hidden_state)
         return output
 
@@ -116,6 +118,9 @@ class ContextBinding:
         """Shift labels over the whole sequence, then cut them; count the items of the whole batch."""
         values = named_arguments(module, args, kwargs)
         labels, state = values.get("labels"), self.state
+        tokens = given_tokens(values)
+        if tokens is not None and state.ranks.plan.pp.size > 1:  # inside, one stage would refuse alone
+            refuse_call(values, tokens, state.ranks.plan)
         self.gathers = "logits" if labels is None else "cut"
         if labels is None:
             self.keep = values.get("logits_to_keep", 0)

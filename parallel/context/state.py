@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,11 +15,25 @@ from .attention import Spread
 from .order import SequenceOrder
 
 
+@dataclass(frozen=True)
+class Passing:
+    """What a pipeline stage is given and hands on: between stages activations stay cut along the sequence.
+
+    Attributes:
+        length: of the whole sequence whose activations arrive cut; None where the inputs are the whole batch's.
+        leaves: whether the activations go on, cut, to another stage.
+    """
+
+    length: int | None
+    leaves: bool
+
+
 @dataclass
 class ContextState:
     """The ranks of cp, and the forward that runs.
 
-    State: ``spread`` is set when a forward begins and stays until the next one.
+    State: ``spread`` is set when a forward begins and stays until the next one; ``passing`` is set for every run of a
+    pipeline stage.
     """
 
     ranks: ModelRanks
@@ -26,6 +41,7 @@ class ContextState:
     ring: Group
     ulysses: Group
     spread: Spread | None = None
+    passing: Passing | None = None
 
     @classmethod
     def of(cls, ranks: ModelRanks) -> ContextState:
@@ -77,13 +93,19 @@ class ContextState:
         return order.restore(autograd.gather(own, self.group, 1, order.counts))
 
 
-def gradient_edits(model: nn.Module, group: Group, roles: list[Edit]) -> list[Edit]:
-    """Sum every parameter's gradient over cp: each rank has that of its own tokens. Experts have seen them all."""
+def gradient_edits(
+    model: nn.Module, group: Group, roles: list[Edit], held: Callable[[str], bool] = lambda _: True
+) -> list[Edit]:
+    """Sum every parameter's gradient over cp: each rank has that of its own tokens. Experts have seen them all.
+
+    Args:
+        held: says of a module's path whether this rank's pipeline stage has it.
+    """
     summed = {(id(e.module), e.name) for e in roles if isinstance(e, SumGradient) and e.over_dp}
     seen: set[int] = set()
     edits: list[Edit] = []
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items() if held(path) else ():
             if (id(module), name) in summed:
                 continue
             if parameter is not None and id(parameter) not in seen:

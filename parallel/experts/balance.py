@@ -81,9 +81,10 @@ class BiasBalance:
 
 
 def _sees_other_tokens(model: Any) -> Group:
-    """The ranks whose tokens differ from this rank's; under kvp those of a copy hold the same."""
+    """The ranks whose tokens differ from this rank's; those of a copy hold the same, except under tp:sp."""
     done = getattr(model, "_plait", None)
     if done is None:
         return None
     axes = ("dp",) if done.plan.kvp.size > 1 else ("cp", "dp")
+    axes = ("tp", *axes) if done.ranks.span is not None else axes
     return done.ranks.groups.group(*axes)

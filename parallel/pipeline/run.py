@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..arguments import by_name
+from ..arguments import by_name, given_tokens
 from ..axes import Pipeline
+from ..context.state import ContextState, Passing
 from ..errors import PlanError
 from ..labels import item_count
 from ..ranks import ModelRanks
@@ -60,11 +61,15 @@ class PipelinedModel:
 
     def run_chunk(self, chunk: int, hidden: Tensor | None, values: dict[str, Any]) -> Any:
         """Run the model's own forward over the layers of one chunk; the last one with its head."""
-        values = dict(values)
+        values, last = dict(values), chunk == self.split.chunks - 1
+        if self.context is not None:
+            whole = given_tokens(values)
+            length = None if hidden is None or whole is None else whole.shape[1]
+            self.context.passing = Passing(length, not last)
         if hidden is not None:
             values |= {"input_ids": None, "inputs_embeds": hidden}
         with self.only(chunk):
-            if chunk == self.split.chunks - 1:
+            if last:
                 return self.original(**values)
             for name in ONLY_HEAD:
                 values.pop(name, None)
@@ -117,8 +122,7 @@ class PipelinedModel:
                     "generate with schedule gpipe, 1f1b or zero-bubble",
                 )
             values["use_cache"] = False
-        tokens = values.get("input_ids")
-        tokens = values.get("inputs_embeds") if tokens is None else tokens
+        tokens = given_tokens(values)
         if tokens is None:
             raise PlanError("forward", "was given no input_ids and no inputs_embeds", "give one")
         out: Any = None
@@ -141,9 +145,10 @@ class PipelinedModel:
 
     def receive(self, chunk: int, tokens: Tensor) -> Tensor:
         """Receive the activations of a chunk."""
-        hidden = torch.empty(
-            (*tokens.shape[:2], self.width), dtype=self.dtype, device=tokens.device
-        )
+        batch, length = tokens.shape[:2]
+        if self.context is not None:
+            length = self.context.order(length).rows(self.context.rank)
+        hidden = torch.empty((batch, length, self.width), dtype=self.dtype, device=tokens.device)
         dist.recv(hidden, src=self.members[self.split.stage_of(chunk)], group=self.group)
         return hidden
 
@@ -151,6 +156,11 @@ class PipelinedModel:
         """Give every stage what the last one has: the logits, or the loss."""
         source = self.members[self.split.stage_of(self.split.chunks - 1)]
         return share(value, source, self.group, device)
+
+    @property
+    def context(self) -> ContextState | None:
+        """What cuts the sequence, where cp does: stages then hand on their own tokens only."""
+        return getattr(self.model.config, "_plait_context", None)
 
     @property
     def width(self) -> int:

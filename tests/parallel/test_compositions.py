@@ -1,0 +1,131 @@
+"""Compositions of axes train as one process does: losses, gradients, the norm, and ten clipped steps of SGD, in float64.
+
+The whole table is `make test-compositions`; a slice of it, and a few random plans, are in the default suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from exactness import Case, Pair, assert_exact, case, far, measure_all, world_of, worst
+from models import StayFloat64, tokens
+from plait.parallel import Plan, PlanError
+from training import labels_of, trained
+from world import run_calls, run_world
+
+MOST = 0.05  # of the gradients' norm; what one process has is larger
+AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+WINDOWS = {"layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+TWO = [
+    case("pp2 ep1 etp1", "mixtral"),
+    case("tp2:sp ep2", "qwen2_moe", **AUX),
+    case("tp2:sp etp2", "mixtral"),
+    case("cp2 ep2", "gpt_oss"),
+    case("dp2:shard ep2", "qwen3_moe", **AUX),
+    case("kvp2 etp2", "mixtral", **AUX),
+]
+FOUR = [
+    case("pp2 cp2", "llama"),  # tied over stages
+    case("pp2:interleaved,microbatches=4 cp2", "qwen3", layers=4),
+    case("pp2:zero-bubble,microbatches=4 cp2:ulysses", "gemma3"),
+    case("pp2:gpipe,microbatches=3 cp2", "mixtral"),
+    case("pp2 cp2 ep2", "gpt_oss"),
+    case("pp2 kvp2", "llama"),
+    case("pp2:zero-bubble,microbatches=4 kvp2", "qwen3"),
+    case("pp2:interleaved,microbatches=4 kvp2", "phi3", layers=4),
+    case("pp2 kvp2 ep2", "qwen3_moe"),
+    case("pp2 kvp2 cp2", "gemma3"),
+    case("pp2 tp2:sp ep2", "deepseek", layers=3),
+    case("pp2 dp2:shard ep2", "qwen2_moe"),
+    case("pp4 etp1", "gpt_neox", layers=5),
+    case("tp2:sp cp2 ep2", "mixtral", **AUX),
+    case("tp2:sp dp2 ep4", "qwen3_moe", **AUX),
+    case("tp2:sp dp2:shard ep2 etp2", "mixtral"),
+    case("cp2 dp2:shard ep4", "qwen3_moe", **AUX),
+    case("cp4:ring,ulysses=2 ep4", "qwen3_moe"),
+    case("kvp2 dp2 ep4", "mixtral", **AUX),
+    case("kvp2 tp2 ep4 etp1", "qwen2_moe"),
+]
+SIX = [
+    case("pp3 tp2 ep2", "mixtral", layers=3),
+    case("cp3 tp2:sp", "qwen3"),
+    case("dp3 pp2", "llama", layers=3),
+]
+EIGHT = [
+    case("dp2 cp2 pp2 ep2 etp2", "mixtral"),
+    case("dp2:shard cp2 pp2 ep4", "qwen3_moe"),
+    case("tp2 cp2 pp2 ep4", "gpt_oss"),
+    case("tp2:sp cp2 pp2 ep2 etp2", "qwen2_moe"),
+    case("tp2:sp dp2:shard pp2 ep4", "deepseek", layers=3),
+    case("tp2 kvp2 pp2 ep4", "qwen3_moe"),
+    case("dp2 kvp2 pp2 ep2 etp2", "gpt_oss", **WINDOWS),
+    case("tp2 dp2 pp2:interleaved,microbatches=4 etp4", "mixtral", layers=4),
+    case("dp2 cp2 pp2:zero-bubble,microbatches=4 ep4", "mixtral"),
+    case("tp2 dp2 cp2 ep8", "qwen3_moe", **AUX),
+    case("tp2:sp cp2 dp2:shard ep4 etp2", "mixtral", **AUX),
+    case("tp2 dp2:shard cp2:ulysses ep4", "qwen2_moe"),
+    case("dp4:shard pp2 ep4", "mixtral"),
+    case("dp2 kvp2 tp2 ep8", "qwen3_moe"),
+    case("cp4:ring,ulysses=2 pp2 ep2", "qwen3_moe"),
+    case("pp4 cp2 ep2", "mixtral", layers=4),
+    case("pp2 tp2,replicate_kv=true dp2", "qwen3", kv_heads=1),
+    case("pp8", "llama", layers=8),
+]
+SIXTEEN = [
+    case("tp2 cp2 dp2 pp2 ep4 etp2", "mixtral"),
+    case("tp2:sp cp2 dp2:shard pp2 ep8", "qwen3_moe"),
+]
+TABLE = {2: TWO, 4: FOUR, 6: SIX, 8: EIGHT, 16: SIXTEEN}
+SLICE = {
+    4: [FOUR[0], FOUR[8], FOUR[13]],
+    8: EIGHT[:5],
+}  # cases, of three steps, in the default suite
+
+
+def own_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss that the model computes from labels, in float64 throughout: what cp and pp cut is in it."""
+    ids, mask = batch
+    with StayFloat64():
+        return model(ids, attention_mask=mask, labels=labels_of(batch), use_cache=False).loss
+
+
+def composed(each: Case, steps: int) -> dict[str, float]:
+    return trained(each, steps, loss=own_loss, batch=3, max_norm=MOST)
+
+
+def check(ranks: int, cases: Sequence[Case], steps: int) -> None:
+    answers = run_calls(
+        [(composed, each, steps) for each in cases], ranks, timeout=60 + 60 * len(cases)
+    )
+    for i, each in enumerate(cases):
+        print(each.name)
+        assert_exact(worst([answer[i] for answer in answers]))
+
+
+@pytest.mark.parametrize("ranks", SLICE)
+def test_steps_are_those_of_one_process(ranks: int) -> None:
+    check(ranks, SLICE[ranks], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "each", [c for cases in TABLE.values() for c in cases], ids=lambda c: c.name
+)
+def test_ten_steps_are_those_of_one_process(each: Case) -> None:
+    check(world_of(each.plan), [each], 10)
+
+
+def test_the_table_is_large_and_holds_all_axes_at_once() -> None:
+    plans = [Plan.parse(c.plan) for cases in TABLE.values() for c in cases]
+    assert len({str(plan) for plan in plans if plan.world_size <= 8}) >= 40
+    assert any(
+        min(p.dp.size, p.cp.size, p.pp.size, p.ep.size, p.etp) > 1
+        for p in plans
+        if p.world_size == 8
+    )
+    assert any(min(p.size(a) for a in ("tp", "cp", "dp", "pp", "ep", "etp")) > 1 for p in plans)
