@@ -12,7 +12,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-mpi-% test-vllm check lint format wheel wheel-smoke faults bench clean
+.PHONY: help setup demo test test-compositions test-mpi-% test-vllm check lint format wheel wheel-smoke faults bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ demo: $(READY)  ## a language model reads a long text on 4 ranks under a Helix p
 
 test: $(READY)  ## all tests that this machine can run, multi-process and mpirun ones too
 	$(BIN)/python -m pytest
+
+test-compositions: $(READY)  ## every composition of axes in the table, and many random plans, against one process
+	$(BIN)/python -m pytest -m "slow or not slow" tests/parallel/test_compositions.py
 
 test-mpi-%: $(READY)  ## the tests of tests/mpi on % ranks of mpirun
 	$(BIN)/mpirun --oversubscribe -n $* $(BIN)/python -m pytest --with-mpi tests/mpi

@@ -163,9 +163,7 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
             'add "": plait.Sequence(inputs=("ids",), attention=("blocks.*.attn",))',
         )
     if plan.tp.sp and rules:
-        raise PlanError(
-            "tp:sp", "is executed for transformers decoders only", "use tp without :sp"
-        )
+        raise PlanError("tp:sp", "is executed for transformers decoders only", "use tp without :sp")
 
 
 def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
@@ -247,7 +245,9 @@ def decoder_edits(
 
     edits, last = agreement_edits(model, ranks), list[Edit]()
     stage = ranks.groups.folding.coords(ranks.groups.rank)["pp"]
-    alone = ranks.size > 1 and split is None  # what stages do not do yet: pages without kvp, fused sums
+    alone = (
+        ranks.size > 1 and split is None
+    )  # what stages do not do yet: pages without kvp, fused sums
     if alone:
         last += stream_edits(model, ranks, roles)
     if ranks.cp > 1:

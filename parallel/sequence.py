@@ -51,19 +51,7 @@ def sequence_edits(
     def whole_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return whole(_, (output,))[0] if isinstance(output, Tensor) else whole(_, output)
 
-    def whole_routers(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Gather router logits, for balancing losses of all tokens: [batch * seq/tp, experts] -> [batch * seq, experts]."""
-        if getattr(output, "router_logits", None) is None:
-            return
-        sizes, batch = autograd.chunk_sizes(span.length, ranks.size), output[0].shape[0]
-        parts = (r.view(batch, sizes[ranks.index], -1) for r in output.router_logits)
-        output["router_logits"] = tuple(
-            autograd.gather(part, group, 1, sizes).flatten(0, 1) for part in parts
-        )
-
-    # first of the hooks: cp's gathers what tp has put together
-    hook = partial(model.base_model.register_forward_hook, whole_routers, prepend=True)
-    edits: list[Edit] = [AddHook(hook)]
+    edits: list[Edit] = [router_edit(model, ranks)]
     own: list[nn.Module] = []
     for start, stop in chunks or [(0, len(layers))]:
         first, last = layers[start], layers[stop - 1]
@@ -81,3 +69,23 @@ def sequence_edits(
         if parameter is not None and (id(module), name) not in handled
     ]
     return edits
+
+
+def router_edit(model: Any, ranks: ModelRanks) -> Edit:
+    """Gather router logits over tp, for balancing losses of all tokens; before cp gathers them over its ranks.
+
+    Shape: [batch * seq/tp, experts] -> [batch * seq, experts]
+    """
+    span = ranks.span
+    assert span is not None
+
+    def whole(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if getattr(output, "router_logits", None) is None:
+            return
+        sizes, batch = autograd.chunk_sizes(span.length, ranks.size), output[0].shape[0]
+        parts = (r.view(batch, sizes[ranks.index], -1) for r in output.router_logits)
+        output["router_logits"] = tuple(
+            autograd.gather(part, ranks.all, 1, sizes).flatten(0, 1) for part in parts
+        )
+
+    return AddHook(partial(model.base_model.register_forward_hook, whole, prepend=True))

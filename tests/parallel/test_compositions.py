@@ -1,20 +1,21 @@
-"""Compositions of axes train as one process does: losses, gradients, the norm, and ten clipped steps of SGD, in float64.
+"""Compositions of axes train as one process does: losses, gradients, norm, and ten clipped steps of SGD, in float64.
 
 The whole table is `make test-compositions`; a slice of it, and a few random plans, are in the default suite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from exactness import Case, Pair, assert_exact, case, far, measure_all, world_of, worst
-from models import StayFloat64, tokens
-from plait.parallel import Plan, PlanError
-from training import labels_of, trained
+from models import StayFloat64, tiny
+from plait.parallel import Plan, PlanError, parallelize, unparallelize
+from training import assert_as_one_process, batch_of, labels_of, trained
 from world import run_calls, run_world
 
 MOST = 0.05  # of the gradients' norm; what one process has is larger
@@ -98,18 +99,9 @@ def composed(each: Case, steps: int) -> dict[str, float]:
     return trained(each, steps, loss=own_loss, batch=3, max_norm=MOST)
 
 
-def check(ranks: int, cases: Sequence[Case], steps: int) -> None:
-    answers = run_calls(
-        [(composed, each, steps) for each in cases], ranks, timeout=60 + 60 * len(cases)
-    )
-    for i, each in enumerate(cases):
-        print(each.name)
-        assert_exact(worst([answer[i] for answer in answers]))
-
-
 @pytest.mark.parametrize("ranks", SLICE)
 def test_steps_are_those_of_one_process(ranks: int) -> None:
-    check(ranks, SLICE[ranks], 3)
+    assert_as_one_process(composed, [(each, 3) for each in SLICE[ranks]], ranks)
 
 
 @pytest.mark.slow
@@ -117,7 +109,7 @@ def test_steps_are_those_of_one_process(ranks: int) -> None:
     "each", [c for cases in TABLE.values() for c in cases], ids=lambda c: c.name
 )
 def test_ten_steps_are_those_of_one_process(each: Case) -> None:
-    check(world_of(each.plan), [each], 10)
+    assert_as_one_process(composed, [(each, 10)], world_of(each.plan))
 
 
 def test_the_table_is_large_and_holds_all_axes_at_once() -> None:
@@ -129,3 +121,63 @@ def test_the_table_is_large_and_holds_all_axes_at_once() -> None:
         if p.world_size == 8
     )
     assert any(min(p.size(a) for a in ("tp", "cp", "dp", "pp", "ep", "etp")) > 1 for p in plans)
+
+
+# --- what is not training ---------------------------------------------------------------------
+
+
+def staged_logits(plan: str) -> dict[str, float]:
+    """Without labels the logits of all tokens are on every rank; the last ones only, where only they are wanted."""
+    pair, (ids, mask) = Pair.of(case(plan, "llama")), batch_of(0, batch=3)
+    with torch.no_grad():
+        found, right = (m(ids, attention_mask=mask).logits for m in (pair.model, pair.reference))
+        last = pair.model(ids, attention_mask=mask, logits_to_keep=2).logits
+        labels = labels_of((ids, mask))
+        losses = [own_loss(m, (ids, mask)) for m in (pair.model, pair.reference)]
+    real = mask.bool()
+    with pytest.raises(PlanError, match="cannot be cut over cp"):
+        pair.model(ids, attention_mask=mask[:, None, None], labels=labels)
+    return {
+        "logits": far(found[real], right[real]),
+        "last": far(last[0], right[0, -2:]),
+        "loss": far(*losses),
+    }
+
+
+def test_stages_of_a_cut_sequence_give_whole_logits() -> None:
+    for errors in run_world(staged_logits, 4, "pp2 cp2", timeout=200):
+        assert_exact(errors)
+
+
+CACHED = [
+    case("pp2 kvp2,interleave=2", "llama", ("steps", "generate", "undo")),
+    case("pp2 kvp2,interleave=3", "gemma3", ("steps", "generate")),
+    case("pp2 kvp2,interleave=2 cp2 ep2", "gpt_oss", ("steps", "generate", "undo")),
+]
+
+
+def test_stages_decode_under_helix() -> None:
+    for answers in zip(*run_world(measure_all, 4, CACHED, timeout=300), strict=True):
+        crashed = [a for a in answers if isinstance(a, str)]
+        assert not crashed, crashed[0]
+        assert_exact(worst(answers))  # type: ignore[arg-type]
+
+
+def left_early(plan: str, folder: str) -> list[str]:
+    """Whoever returns from save_pretrained, also a copy that wrote nothing, finds the files whole; undo works."""
+    from transformers import AutoModelForCausalLM
+
+    model, right = parallelize(tiny("llama"), plan), tiny("llama").state_dict()
+    model.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict()
+    unparallelize(model)
+    held = model.state_dict()
+    return [
+        n for n in right if not (torch.equal(again[n], right[n]) and torch.equal(held[n], right[n]))
+    ]
+
+
+def test_nobody_leaves_before_the_files_are_whole(tmp_path: Path) -> None:
+    plans = ["dp2 pp2", "cp2 pp2", "dp4", "dp2:shard cp2"]
+    calls = [(left_early, plan, str(tmp_path / plan)) for plan in plans]
+    assert run_calls(calls, 4, timeout=300) == [[[]] * len(plans)] * 4

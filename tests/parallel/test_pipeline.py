@@ -202,8 +202,6 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 REFUSED = [
     ("pp2 tp2", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ("pp2 kvp2", {}, "pp=2 with kvp"),
-    ("pp2 cp2", {}, "pp=2 with cp"),
     ("pp2:zero-bubble dp2:shard", {}, "zero-bubble and dp:shard"),
     ("pp2:interleaved tp2", {}, "cuts 4 runs of layers"),
 ]
