@@ -3,8 +3,11 @@
 from .dense_attention import dense_attention
 from .expert_rows import permute_rows, sort_by_expert, unpermute_rows
 from .merge import merge_states
+from .page_summary import summarise
 from .paged_attention import paged_attention
 from .scores import Interleave, attention_reference
+from .top_k import top_k
+from .unit_scores import unit_scores
 
 __all__ = [
     "Interleave",
@@ -14,5 +17,8 @@ __all__ = [
     "paged_attention",
     "permute_rows",
     "sort_by_expert",
+    "summarise",
+    "top_k",
+    "unit_scores",
     "unpermute_rows",
 ]

@@ -1,0 +1,227 @@
+"""The k greatest of each row, exactly; of equal values the lowest index; with a hint of where they were last time.
+
+Guess-Verify-Refine (arXiv 2604.22312) with its holes closed. Guess a threshold, from the values at the hint and from a
+sample of the row; verify in one pass that at least k and not too many values reach it, keeping them; refine among
+these alone. Whatever was guessed, an answer is given only from candidates that contain it: when the guesses fail, all
+values are candidates. The refinement is a radix select on the values' bits, whose time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .halves import widen
+from .merge import direct
+from .paged_attention import _flat
+from .workers import run_shares
+
+SAMPLE = 1024  # values looked at for a guess
+HINTS = 256  # places of a hint looked at
+SHORT = 4 * SAMPLE  # rows below this are all candidates
+DIGIT = 11  # bits of one round of the radix select
+MIN_SHARE_VALUES = 1 << 15  # per thread
+
+
+def top_k_reference(x: Tensor, k: int) -> Tensor:
+    """Sort whole rows in plain torch; NaN counts as the greatest. Shape: as `top_k`."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(-1).values
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _key(value):
+    """Whole numbers that are ordered as the values are; both zeros are one, NaN is above all."""
+    wide = np.float64(widen(value)) + 0.0
+    if wide != wide:
+        return np.uint64(0xFFFFFFFFFFFFFFFF)
+    bits = np.uint64(np.float64(wide).view(np.uint64))
+    if bits >> np.uint64(63):
+        return np.uint64(~bits)
+    return np.uint64(bits | np.uint64(0x8000000000000000))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _greatest(keys, n, k, counts):
+    """Give the k-th greatest of keys[:n], from the highest digit down; keys are shuffled away."""
+    shift = 64
+    while True:
+        shift = max(0, shift - DIGIT)
+        counts[:] = 0
+        for i in range(n):
+            counts[(keys[i] >> np.uint64(shift)) & np.uint64((1 << DIGIT) - 1)] += 1
+        digit = counts.shape[0] - 1
+        while counts[digit] < k:
+            k -= counts[digit]
+            digit -= 1
+        left = 0
+        for i in range(n):
+            if (keys[i] >> np.uint64(shift)) & np.uint64((1 << DIGIT) - 1) == np.uint64(digit):
+                keys[left] = keys[i]
+                left += 1
+        n = left
+        if n == 1 or shift == 0:
+            return keys[0]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _kth_of(x, where, n, k, keys, counts):
+    """Give where[j] of the k-th greatest of x[where[:n]]."""
+    for j in range(n):
+        keys[j] = _key(x[where[j]])
+    kth = _greatest(keys, n, k, counts)
+    for j in range(n):
+        if _key(x[where[j]]) == kth:
+            return where[j]
+    return where[0]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _guess_from_sample(x, k, where, keys, counts):
+    """Give the place of a value that k others surely reach, by one value of each of SAMPLE runs of the row."""
+    n = x.shape[0]
+    odd = np.int64(12345)
+    for j in range(SAMPLE):
+        first, stop = n * j // SAMPLE, n * (j + 1) // SAMPLE
+        odd = (odd * 1103515245 + 12345) & 0x7FFFFFFF
+        where[j] = first + (odd >> 8) % (stop - first)
+    share = k * SAMPLE / n
+    rank = np.int64(share + 3 * np.sqrt(share) + 2)
+    return _kth_of(x, where, SAMPLE, min(rank, SAMPLE), keys, counts)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _guess_from_hint(x, hint, where, keys, counts):
+    """Give the place of nearly the least value at some places of the hint, or -1; places outside the row do not count."""
+    step = max(1, hint.shape[0] // HINTS)
+    count = 0
+    for j in range(0, hint.shape[0], step):
+        if 0 <= hint[j] < x.shape[0] and count < where.shape[0]:
+            where[count] = hint[j]
+            count += 1
+    if count == 0:
+        return np.int64(-1)
+    return _kth_of(x, where, count, count - count // 64, keys, counts)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _reaching(x, least, k, room, where):
+    """Note where values exceed `least`, and where the first k equal it; stop at more than `room`."""
+    count, equal = 0, 0
+    for j in range(x.shape[0]):
+        wide = widen(x[j])
+        if not (wide < least):
+            if wide == least:
+                if equal == k:
+                    continue
+                equal += 1
+            if count == room:
+                return room + 1
+            where[count] = j
+            count += 1
+    return count
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _candidates(x, k, hint, where, keys, counts):
+    """Fill `where` with a few places that contain the k greatest, ascending; give their number, 0 if none is found."""
+    room = min(max(8 * k, SHORT), x.shape[0])
+    for guess in range(2):
+        if guess == 0:
+            place = _guess_from_hint(x, hint, where, keys, counts)
+        else:
+            place = _guess_from_sample(x, k, where, keys, counts)
+        if place >= 0 and widen(x[place]) == widen(x[place]):  # nothing is less than NaN
+            count = _reaching(x, widen(x[place]), k, room, where)
+            if k <= count <= room:
+                return count
+    return 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _row(x, k, hint, out):
+    n = x.shape[0]
+    counts = np.empty(1 << DIGIT, np.int64)
+    where, keys = np.empty(n, np.int64), np.empty(n, np.uint64)
+    count = 0
+    if n >= SHORT and 4 * k <= n:
+        count = _candidates(x, k, hint, where, keys, counts)
+    if count == 0:
+        count = n
+        for j in range(n):
+            where[j] = j
+    for j in range(count):
+        keys[j] = _key(x[where[j]])
+    kth = _greatest(keys, count, k, counts)
+    ties = k
+    for j in range(count):
+        ties -= _key(x[where[j]]) > kth
+    done = 0
+    for j in range(count):
+        key = _key(x[where[j]])
+        if key > kth or (key == kth and ties > 0):
+            ties -= key == kth
+            out[done] = where[j]
+            done += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _rows(x, k, hint, out, first, stop, width):
+    """Rows `[first, stop)` of x, which lie end to end."""
+    for r in range(first, stop):
+        _row(x[r * width : (r + 1) * width], k, hint[r if hint.shape[0] > 1 else 0], out[r])
+
+
+def _top_k_cpu(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
+    width = x.shape[-1]
+    rows = x.numel() // max(1, width)
+    out = torch.empty(*x.shape[:-1], k, dtype=torch.int64)
+    if k == 0 or rows == 0:
+        return out
+    flat, into = _flat(x.detach().contiguous()), out.view(rows, k).numpy()
+    old = np.empty((1, 0), np.int64)
+    if hint is not None:
+        old = hint.reshape(rows, -1).long().contiguous().numpy()
+    shares = max(1, min(rows, torch.get_num_threads(), x.numel() // MIN_SHARE_VALUES))
+
+    def share(i: int) -> None:
+        _rows(flat, k, old, into, rows * i // shares, rows * (i + 1) // shares, width)
+
+    run_shares(share, shares)
+    return out
+
+
+@torch.library.custom_op("plait::top_k", mutates_args=())
+def top_k_op(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
+    """Run it behind torch's dispatcher: Numba on CPU, a stable sort elsewhere."""
+    return _top_k_cpu(x, k, hint) if x.device.type == "cpu" else top_k_reference(x, k)
+
+
+@top_k_op.register_fake
+def _(x, k, hint):
+    return x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
+
+
+def top_k(x: Tensor, k: int, hint: Tensor | None = None) -> Tensor:
+    """Give the places of the k greatest values of each row, ascending.
+
+    Exact whatever the hint: of equal values the lowest indices are given, -0.0 equals 0.0, NaN is the greatest.
+
+    Args:
+        hint: where the greatest are likely to be, such as the answer for the row before; places may repeat, and those
+            outside the row are passed over.
+
+    Shape: x `[..., n]` float, hint `[..., any]` -> `[..., k]` int64
+
+    Raises:
+        ValueError: if k is negative or greater than n, or the hint has other rows.
+    """
+    if not 0 <= k <= x.shape[-1]:
+        raise ValueError(f"top_k: k={k} of rows of {x.shape[-1]} values; use 0 to {x.shape[-1]}")
+    if hint is not None and hint.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"top_k: hint {list(hint.shape)} must have the rows of x {list(x.shape)}")
+    return (_top_k_cpu if direct(x) else torch.ops.plait.top_k)(x, k, hint)
+
+
+# inlines halves.py 5f21b6c6
