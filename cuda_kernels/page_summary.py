@@ -110,7 +110,8 @@ def summarise(
     """Add a sequence's tokens `[first, stop)` to the summaries of its units, in place.
 
     Token t belongs to unit `(t + shift) // unit`, whose first token starts it anew; tokens before
-    `first` were added before. With `high` summaries are ranges, exact in the keys' dtype, and NaN stays NaN; without they are sums in `low`.
+    `first` were added before. With `high` summaries are ranges, exact in the keys' dtype, and NaN
+    stays NaN; without they are sums in `low`.
 
     Shape:
         keys `[pool pages, page_tokens, kv_heads, head_dim]`, pages `[n]` the sequence's in order,

@@ -375,6 +375,7 @@ class KVStore(StoreAccounts):
             self.cache.release(step.pages)
             for seq in step.seqs:
                 seq.step = None
+                seq.memory.clear()  # a selector may have seen the step's tokens
             step.state = "aborted"
 
     def _step_of(self, step: Step | Sequence) -> Step:

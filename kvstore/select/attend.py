@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...cuda_kernels import paged_attention
-from ..attention import LayerPages, ScoreOptions
+from ..attention import LayerPages, ScoreOptions, attend_pages
 from ..sequence import Sequence
 from ..table import PageTable
 from .selector import KeyView, Selection, Selector
@@ -22,61 +21,67 @@ def attend_selected(
     layer: LayerPages, number: int, layers: int,
     table: PageTable, q: Tensor, lo: Tensor, hi: Tensor, options: ScoreOptions,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Ask the selector for each sequence's one row, and attend to what it chose; None if it wants all of all.
+    """Ask the selector for each sequence's one row, and attend to what it chose; None if that is all of all.
 
-    A row reads of its choice what lies in `[lo, hi)`.
+    A row that may not see the whole sequence (a sliding window) is not asked about and reads what it may.
 
     Shape: q `[seqs, heads, head_dim]` -> o `[seqs, heads, value_dim]`, lse `[seqs, heads]`
     """
-    plans = []
     shards = 1 if options.interleave is None else options.interleave.shards
-    for at, seq in enumerate(seqs):
-        pages = torch.from_numpy(table.pages(at))
+    whole = (lo.cpu().numpy() <= 0) & (hi.cpu().numpy() >= table.lengths)
+    plans: list[Selection | None] = [None] * len(seqs)
+    for at in np.flatnonzero(whole & (table.lengths > 0)):
         view = KeyView(
-            layer.keys, pages, int(table.lengths[at]), number, layers, options.scale, shards,
-            seq.memory.setdefault(number, {}),
+            layer.keys, torch.from_numpy(table.pages(at)), int(table.lengths[at]), number, layers,
+            options.scale, shards, seqs[at].memory,
         )  # fmt: skip
-        plans.append(selector.plan(q[at : at + 1], view) if view.tokens else None)
-    if all(plan is None for plan in plans):
+        plans[at] = selector.plan(q[at], view)
+    few = [at for at, plan in enumerate(plans) if plan is not None]
+    if not few:
         return None
     if options.alibi_slopes is not None:
         raise ValueError("ALiBi counts distances, which a selection has lost; use no selector")
-    heads = layer.keys.shape[2]
-    bounds = np.stack([lo.cpu().numpy(), hi.cpu().numpy()], 1)
-    chosen = [
-        tokens[(tokens >= low) & (tokens < high)]
-        for plan, length, (low, high) in zip(plans, table.lengths, bounds, strict=True)
-        for tokens in tokens_of(plan, int(length), heads)
-    ]
-    return attend_rows(layer, table, chosen, q, options)
+    chosen = [plan for plan in plans if plan is not None]
+    if len(few) == len(seqs):
+        return attend_rows(layer, table, chosen, q, options)
+    o = q.new_empty(*q.shape[:2], layer.value_dim)
+    lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    rest = [at for at, plan in enumerate(plans) if plan is None]
+    few_table, rest_table = (
+        PageTable([table.pages(at) for at in rows], table.lengths[rows], table.page_tokens)
+        for rows in (few, rest)
+    )
+    o[few], lse[few] = attend_rows(layer, few_table, chosen, q[few], options)
+    o[rest], lse[rest] = attend_pages(
+        layer, rest_table, q[rest], np.arange(len(rest) + 1), lo[rest], hi[rest], options
+    )
+    return o, lse
 
 
-def tokens_of(plan: Selection | None, length: int, kv_heads: int) -> list[np.ndarray]:
-    """The tokens that each KV head reads, ascending; all if there is no plan."""
-    if plan is None:
-        return [np.arange(length)] * kv_heads
+def tokens_of(plan: Selection, length: int) -> list[np.ndarray]:
+    """The tokens that each KV head reads, ascending."""
     units = plan.indices.cpu().numpy().astype(np.int64)
+    lists = np.split(units, plan.indptr[1:-1].cpu().numpy())
     if plan.unit > 1:
-        tokens = units[:, None] * plan.unit + np.arange(plan.unit)
-        edges = plan.indptr.cpu().numpy()
-        lists = [tokens[a:b].ravel() for a, b in pairwise(edges)]
-    else:
-        lists = np.split(units, plan.indptr.cpu().numpy()[1:-1])
+        inside = np.arange(plan.unit)
+        lists = [(own[:, None] * plan.unit + inside).ravel() for own in lists]
     return [tokens[tokens < length] for tokens in lists]
 
 
 def attend_rows(
-    layer: LayerPages, table: PageTable, chosen: list[np.ndarray], q: Tensor, options: ScoreOptions
-) -> tuple[Tensor, Tensor]:
+    layer: LayerPages,
+    table: PageTable, plans: Listing[Selection], q: Tensor, options: ScoreOptions,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with one row a sequence to chosen tokens; a KV head's row of a token is a page of one token.
 
-    Shape: chosen `[seqs * kv_heads]` lists of tokens; q `[seqs, heads, head_dim]`
+    Shape: q `[seqs, heads, head_dim]`
     """
     size, heads = layer.keys.shape[1], layer.keys.shape[2]
     rows = []
-    for lane, tokens in enumerate(chosen):
-        pages = table.pages(lane // heads).astype(np.int64)
-        rows.append((pages[tokens // size] * size + tokens % size) * heads + lane % heads)
+    for at, plan in enumerate(plans):
+        pages = table.pages(at).astype(np.int64)
+        for head, tokens in enumerate(tokens_of(plan, int(table.lengths[at]))):
+            rows.append((pages[tokens // size] * size + tokens % size) * heads + head)
     counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     indptr = torch.zeros(len(rows) + 1, dtype=torch.int64)
     indptr[1:] = counts.cumsum(0)

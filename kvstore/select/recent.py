@@ -28,4 +28,4 @@ class Recent(Selector):
         if keep >= view.tokens:
             return None
         newest = torch.arange(view.tokens - keep, view.tokens)
-        return Selection.of(newest.repeat(q.shape[0], view.keys.shape[2], 1), 1)
+        return Selection.of(newest.repeat(view.kv_heads, 1), 1)

@@ -25,7 +25,7 @@ class EveryOther(Selector):
     def plan(self, q: Tensor, view: KeyView) -> Selection | None:
         pages = torch.arange(len(view.pages))
         odd = pages[1::2]
-        view.memory["asked"] = view.memory.get("asked", 0) + 1
+        view.own["asked"] = view.own.get("asked", 0) + 1
         indptr = torch.tensor([0, len(odd), len(odd) + len(pages)])
         return Selection(indptr, torch.cat([odd, pages]).int(), view.keys.shape[1])
 
@@ -54,15 +54,17 @@ def masked(q, k, v, seen):
     return torch.stack(outs)
 
 
-@pytest.mark.parametrize("lo", [None, 6])
-def test_a_step_reads_what_was_chosen(lo) -> None:
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_step_reads_what_was_chosen(windowed) -> None:
     store, seqs, kv, q = filled(EveryOther())
-    low = None if lo is None else torch.tensor([lo, lo])
-    o, _ = store.attend(seqs, 1, q, lo=low)
+    # A row that may not see everything is not asked about.
+    o, _ = store.attend(seqs, 1, q, lo=torch.tensor([0, 6]) if windowed else None)
     start = 0
     for at, seq in enumerate(seqs):
         tokens = torch.arange(seq.length)
-        seen = torch.stack([tokens // 4 % 2 == 1, tokens >= 0]) & (tokens >= (lo or 0))
+        seen = torch.stack([tokens // 4 % 2 == 1, tokens >= 0])
+        if windowed and at == 1:
+            seen = (tokens >= 6).expand(2, -1)
         k, v = (x[1, start : start + seq.length] for x in kv)
         torch.testing.assert_close(o[at], masked(q[at], k, v, seen), rtol=1e-12, atol=1e-12)
         start += seq.length
@@ -97,6 +99,10 @@ def test_prompts_read_everything_and_memory_is_the_sequences_own() -> None:
     twin = store.fork(seqs[0])
     store.truncate(seqs[0], 5)
     assert (seqs[0].memory, twin.memory) == ({}, {})
+    step = store.reserve([twin], 1)
+    store.attend(twin, 0, q[:1], step=step)
+    store.abort(step)
+    assert twin.memory == {}, "what it saw is taken back"
 
 
 def test_bad_choices_are_refused() -> None:
