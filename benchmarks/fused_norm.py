@@ -3,9 +3,10 @@
     python benchmarks/fused_norm.py [--ranks 2] [--rounds 30] [--rows 1 16 64 256] [--hidden 4096] [--realtime]
 
 Contenders take turns in one world. "gloo + torch": `all_reduce` over gloo, then add and norm by torch into tensors that
-were allocated before. "ours unfused": the same `all_reduce` over shm, then our add and norm. "floor": three copies of x
-by memcpy in one process, for what cannot be spared: x to the other ranks, the sum and its norm. Times are us on rank 0,
-min / median / max over rounds of a mean of a few calls; ratios are taken round by round, then the median.
+were allocated before. "x symmetric": x was produced in `symmetric_empty`, which all ranks see. "ours unfused": the same
+`all_reduce` over shm, then our add and norm. "floor": three copies of x by memcpy in one process, for what cannot be
+spared: x to the other ranks, the sum and its norm. Times are us on rank 0, min / median / max over rounds of a mean of
+a few calls; ratios are taken round by round, then the median.
 `--realtime` (root) gives the ranks SCHED_FIFO and a core each, for a machine that others use too.
 """
 
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from contest import heading, launch, launched, ratio, say, spread
 from shm_collectives import hold_core, turn
+from torch import Tensor
 
 EPS = 1e-6
 
@@ -31,6 +33,7 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
     """The same work on float32 tensors, by name."""
     from plait.collectives import fused
     from plait.collectives.shm import fused as kernel
+    from plait.collectives.shm import symmetric_empty
     from plait.cuda_kernels.add_rms_norm import add_rms_norm
 
     x, residual, weight = torch.randn(rows, hidden), torch.randn(rows, hidden), torch.ones(hidden)
@@ -50,11 +53,11 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
         dist.all_reduce(x, group=group)
         add_rms_norm(x, residual, weight, EPS)
 
-    def one_kernel(most: int) -> Callable[[], Any]:
+    def one_kernel(most: int, brought: Tensor) -> Callable[[], Any]:
         def call() -> None:
             kernel.ONE_SHOT_BYTES = {2: most}
             kernel.schedule.cache_clear()
-            fused.all_reduce_rms_norm(x, residual, weight, EPS, group)
+            fused.all_reduce_rms_norm(brought, residual, weight, EPS, group)
 
         return call
 
@@ -64,8 +67,9 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
         square.copy_(x)
 
     return {
-        "one-shot": one_kernel(1 << 40),
-        "two-shot": one_kernel(0),
+        "one-shot": one_kernel(1 << 40, x),
+        "two-shot": one_kernel(0, x),
+        "x symmetric": one_kernel(0, symmetric_empty((rows, hidden), group=group).copy_(x)),
         "ours unfused": unfused,
         "gloo + torch": gloo_and_torch,
         "floor": floor,

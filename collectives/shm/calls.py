@@ -76,25 +76,33 @@ def dtype_of(code: int) -> torch.dtype:
     return _DTYPES[code >> 8 & 255]
 
 
+@lru_cache(maxsize=4096)
 def dense_view(address: int, item: int) -> Any:
-    """Describe contiguous memory to a kernel."""
+    """Describe contiguous memory to a kernel; nobody writes to the answer, which is given again."""
     view = np.zeros(VIEW_WORDS, np.int64)
     view[0], view[2] = address, item
     return view
 
 
+@lru_cache(maxsize=4096)
+def dense_row(address: int, item: int) -> Any:
+    """Describe it as a table of one view."""
+    return dense_view(address, item).reshape(1, VIEW_WORDS)
+
+
 def view_of(x: Tensor) -> Any:
     """Describe a tensor of any strides to a kernel; of no more than MAX_DIMS dims after merging."""
-    item = x.element_size()
+    item = x.itemsize
     try:
-        view = dense_view(x.data_ptr(), item)
+        address = x.data_ptr()
     except RuntimeError as error:  # it has no memory of its own: sparse, or a wrapper
         raise ValueError(
             f"shm: a tensor of layout {x.layout} ({type(x).__name__}) has no memory to send; give it as .to_dense(), "
             "or send its indices and values"
         ) from error
     if x.is_contiguous():
-        return view
+        return dense_view(address, item)
+    view = dense_view(address, item).copy()
     sizes, strides = merged_dims(x)
     if len(sizes) > MAX_DIMS:
         raise ValueError(
@@ -126,7 +134,10 @@ def merged_dims(x: Tensor) -> tuple[list[int], list[int]]:
 def views_of(tensors: list[Tensor]) -> Any:
     """Describe several tensors of one dtype, a row for each."""
     if len(tensors) == 1:
-        return view_of(tensors[0]).reshape(1, VIEW_WORDS)
+        (x,) = tensors
+        if x.layout is torch.strided and x.is_contiguous():
+            return dense_row(x.data_ptr(), x.itemsize)
+        return view_of(x).reshape(1, VIEW_WORDS)
     return np.stack([view_of(x) for x in tensors])
 
 

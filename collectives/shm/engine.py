@@ -17,7 +17,7 @@ from ..trace import listening, tell_traces
 from ..work import Finished
 from .calls import KINDS, code_of, describe, operator, real_of, view_of, views_of
 from .exchange import exchange
-from .fold import SCRATCH_BYTES, fold_address
+from .fold import SCRATCH_BYTES, SUM, fold_address
 from .members import Members
 from .progress import Progress
 from .reductions import all_reduce, all_reduce_symmetric
@@ -157,7 +157,12 @@ class Engine:
         self, kind: str, dtype: torch.dtype, op: Any, root: int = -1
     ) -> tuple[int, int, int]:
         """Look up, or compile once, what reduces a dtype by an operator: function, operator, code."""
-        key = (kind, dtype, op, root)
+        key = (
+            kind,
+            dtype,
+            op.op.value,
+            root,
+        )  # the operator's number: to compare operators costs 1 us
         found = self._reductions.get(key)
         if found is None:
             number = operator(dtype, op)
@@ -172,8 +177,8 @@ class Engine:
         if self.members.ranks == 1:
             return Finished([x])
         count = x.numel()
-        if self._symmetric and root < 0 and x.is_contiguous():
-            place = self._place_of(x)
+        if root < 0:
+            place = self.place_of(x)
             if place is not None:
                 code = code_of(KIND["all_reduce of symmetric tensors"], x.dtype, number)
                 arguments = (*place, x.element_size(), function, count, number)
@@ -185,8 +190,10 @@ class Engine:
         """Take memory that all ranks have mapped as symmetric (see symmetric.py)."""
         self._symmetric.append((segments, bases, size))
 
-    def _place_of(self, x: Tensor) -> tuple[Any, int] | None:
-        """Find where in symmetric memory a tensor lies: the ranks' bases and its offset."""
+    def place_of(self, x: Tensor) -> tuple[Any, int] | None:
+        """Find where in symmetric memory a contiguous tensor lies: the ranks' bases and its offset."""
+        if not self._symmetric or not x.is_contiguous():
+            return None
         address, size = x.data_ptr(), x.numel() * x.element_size()
         for _, bases, room in self._symmetric:
             offset = address - int(bases[self.members.rank])
@@ -208,12 +215,12 @@ class Engine:
         """Move elements between ranks; see `exchange` for the tables."""
         some = sends or receives
         dtype = some[0].dtype if some else torch.uint8
-        code = code_of(KIND[kind], dtype, root=root)
+        code = code_of(KIND[kind], dtype, SUM, root)
         meet = root < 0  # with a root, only those wait who receive
         views = views_of(sends) if sends else self._nothing
         places = views_of(receives) if receives else self._nothing
         arguments = (views, sent, places, received, shared, meet, dtype.itemsize)
-        count = sum(x.numel() for x in sends)
+        count = sends[0].numel() if len(sends) == 1 else sum(x.numel() for x in sends)
         return self.run(exchange, arguments, code, count, receives, wait, sends)
 
     def close(self) -> None:

@@ -52,11 +52,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ONE_SHOT_BYTES = {2: 32 << 10}  # by the least number of ranks: up to these bytes of x
 CHUNK_BYTES = 512 << 10  # of x in a step, so that slots stay in the cache
 STAT_BYTES = 16  # two float64 for each row
+_NOWHERE = np.zeros(1, np.int64)
 _STORED = {None: AS_IS, torch.int8: AS_INT8, torch.float8_e4m3fn: AS_E4M3}
 # words of a call, behind those of the norm
-X, RESIDUAL, NORMED, TOTAL, SCALES, ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT = range(
-    NORM_WORDS, NORM_WORDS + 11
+X, RESIDUAL, NORMED, TOTAL, SCALES, ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT, OFFSET = range(
+    NORM_WORDS, NORM_WORDS + 12
 )
+ELSEWHERE = -1  # the offset of an x that is not in symmetric memory
 
 
 @njit(nogil=True, cache=True)
@@ -108,10 +110,15 @@ def _reduce(state, words, add, scale, done, first, run, shown, stats):
 
 
 @njit(nogil=True, cache=True)
-def all_reduce_norm(state, words, add, scale, stats, code, patience):
-    """Add the ranks' rows to the residual and normalise the sums, a chunk of rows a step."""
+def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
+    """Add the ranks' rows to the residual and normalise the sums, a chunk of rows a step.
+
+    Where x lies in symmetric memory (`bases` of the ranks) it is read there, and nothing is copied in; always two-shot,
+    for a rank that has all sums knows that nobody reads its x any more.
+    """
     rank, world = state[RANK], state[WORLD]
-    row_bytes = words[ROW]
+    row_bytes, offset = words[ROW], words[OFFSET]
+    shape = row_bytes << 40 | (offset + 1)
     while True:
         step, done = state[STEP], state[PLACE]
         rows = min(words[CHUNK], words[ROWS] - done)
@@ -122,8 +129,9 @@ def all_reduce_norm(state, words, add, scale, stats, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            _fill(state, words, slot, words[X] + place, first, run, rows)
-            publish(state, code, words[COUNTED], row_bytes)
+            if offset == ELSEWHERE:
+                _fill(state, words, slot, words[X] + place, first, run, rows)
+            publish(state, code, words[COUNTED], shape)
             state[PHASE] = 1
         if state[PHASE] == 1:
             if not all_came(state, step, 2 * step, patience):
@@ -132,7 +140,9 @@ def all_reduce_norm(state, words, add, scale, stats, code, patience):
                 return MISMATCH
             for r in range(world):
                 state[FIRST_INPUT + r] = slot_of(state, r, step)
-                if header_word(state, r, LARGEST) != row_bytes:
+                if offset != ELSEWHERE:
+                    state[FIRST_INPUT + r] = bases[r] + offset + place
+                if header_word(state, r, LARGEST) != shape:
                     state[STUCK] = r
                     return MISMATCH
             state[FIRST_INPUT + rank] = words[X] + place
@@ -207,20 +217,23 @@ def run(
     """Sum `x` over the ranks, add the residual, normalise; the sum and the normed rows are new tensors."""
     ranks, width, item = engine.members.ranks, x.shape[-1], x.element_size()
     rows, row_bytes = x.numel() // width, width * item
-    total, normed = torch.empty_like(x), torch.empty(x.shape, dtype=stored or x.dtype)
-    scales = torch.empty((*x.shape[:-1], 1) if stored else 0, dtype=torch.float32)
+    total, normed = torch.empty_like(x), torch.empty_like(x, dtype=stored)
+    scales = None if stored is None else torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
     chunk, one_shot = schedule(rows, row_bytes, ranks)
-    addresses = [t.data_ptr() for t in (x, residual, normed, total, scales)]
+    bases, offset = engine.place_of(x) or (_NOWHERE, ELSEWHERE)
+    addresses = [t.data_ptr() for t in (x, residual, normed, total)]
     words = np.array([
         weight.data_ptr(), 0 if bias is None else bias.data_ptr(), _bits(eps), width, item,
         0, bias is not None, _STORED[stored], *addresses,
-        rows, x.numel(), chunk, width * normed.element_size(), row_bytes, one_shot,
+        0 if scales is None else scales.data_ptr(),
+        rows, x.numel(), chunk, width * normed.element_size(), row_bytes,
+        one_shot and offset == ELSEWHERE, offset,
     ], np.int64)  # fmt: skip
     code = code_of(KIND["all_reduce with norm"], x.dtype, SUM)
-    arguments = (words, *row_functions(x.dtype), np.empty(2))
+    arguments = (words, bases, *row_functions(x.dtype), np.empty(2))
     inputs = [x, residual, weight] + ([] if bias is None else [bias])
     engine.run(all_reduce_norm, arguments, code, x.numel(), [normed, total], True, inputs)
-    return normed if stored is None else Quantised(normed, scales), total
+    return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and norms.py 0fc7d392
+# inlines memory.py and steps.py and stores.py and norms.py e07da492

@@ -300,11 +300,12 @@ class ShmGroup(dist.ProcessGroup):
         return np.array([(0, x.numel()) for x in tensors], np.int64)
 
     def _split(self, x: Tensor, rows: list[int]) -> Any:
-        n, length = self.size(), x.shape[0] if x.dim() else 1
+        n, length = self._members.ranks, x.shape[0] if x.dim() else 1
         if not rows:
             if length % n:
                 raise misfit(self, f"{length} rows exchanged without split sizes")
-            return self._runs(x.numel() // n)
+            count = x.numel() // n
+            return even_table(n, count, count)
         if len(rows) != n or sum(rows) != length:
             raise misfit(self, f"{_shapes(x)} with split sizes {list(rows)}")
         counts = np.array(rows) * (x.numel() // max(1, length))

@@ -106,6 +106,19 @@ def _normalise(t, w, b, mean, scale, centred, out):
 
 
 @njit(nogil=True, cache=True)
+def _normalise_and_copy(t, w, b, mean, scale, centred, out, copy):
+    """As `_normalise`; the row itself is read once for both."""
+    if centred:
+        for i in range(t.shape[0]):
+            copy[i] = t[i]
+            out[i] = narrow((widen(t[i]) - mean) * scale * widen(w[i]) + widen(b[i]), out)
+    else:
+        for i in range(t.shape[0]):
+            copy[i] = t[i]
+            out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
+
+
+@njit(nogil=True, cache=True)
 def _quantise(normed, stored, out):
     """One row divided by its largest magnitude over the format's, which is returned."""
     largest = np.float32(0)
@@ -134,15 +147,18 @@ def _scales(like: Any, wide: Any) -> Any:
         row = np.empty(0 if word[STORED] == AS_IS else width, like.dtype)
         for r in range(rows):
             t = carray(at(source + r * row_bytes, like), width)
-            if total != source:
-                memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
-                t = carray(at(total + r * row_bytes, like), width)
+            home = carray(at(total + r * row_bytes, like), width)
             mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
             if word[STORED] == AS_IS:
                 out = carray(at(normed + r * row_bytes, like), width)
-                _normalise(t, w, b, mean, scale, word[CENTRED], out)
+                if total == source:
+                    _normalise(t, w, b, mean, scale, word[CENTRED], out)
+                else:
+                    _normalise_and_copy(t, w, b, mean, scale, word[CENTRED], out, home)
             else:
-                _normalise(t, w, b, mean, scale, word[CENTRED], row)
+                if total != source:
+                    memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
+                _normalise(home, w, b, mean, scale, word[CENTRED], row)
                 values = carray(at(normed + r * width, _U1), width)
                 carray(at(row_scales + 4 * r, _F4), 1)[0] = _quantise(row, word[STORED], values)
 

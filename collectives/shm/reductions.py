@@ -13,6 +13,7 @@ from .steps import (
     INPUTS,
     LARGEST,
     MISMATCH,
+    PAST,
     PEER,
     PHASE,
     PLACE,
@@ -48,11 +49,14 @@ def fold(state, out, first, count, function, op):
 def fold_own(state, result, first, run, function, op, view, done, keep):
     """Reduce the own part, show it as `result` and bring it home, each block while it is in the first cache."""
     item = view[2]
-    block = state[SCRATCH] + BLOCK * 8
     for start in range(0, run, BLOCK):
         n = min(BLOCK, run - start)
+        place = result + start * item
+        past = state[PAST] == 1  # what reduces stores in the ordinary way only
+        block = state[SCRATCH] + BLOCK * 8 if past else place
         fold(state, block, first + start, n, function, op)
-        give(state, result + start * item, block, n * item)
+        if past:
+            give(state, place, block, n * item)
         if keep:
             put(view, done + first + start, n, block)
 

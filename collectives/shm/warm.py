@@ -20,7 +20,7 @@ _WORD, _ROW, _TABLE, _REALS = (
 _SIGNATURES = (
     (all_reduce, (_ROW, _ROW, *[_WORD] * 6)),
     (all_reduce_symmetric, (_ROW, _ROW, *[_WORD] * 7)),
-    (all_reduce_norm, (_ROW, _ROW, _WORD, _WORD, _REALS, _WORD, _WORD)),
+    (all_reduce_norm, (_ROW, _ROW, _ROW, _WORD, _WORD, _REALS, _WORD, _WORD)),
     (reduce_scatter, (_ROW, _TABLE, _ROW, _ROW, *[_WORD] * 5)),
     (exchange, (_ROW, *[_TABLE] * 4, *[_WORD] * 5)),
     (push, (_ROW, _WORD, _ROW, _ROW, *[_WORD] * 4)),

@@ -8,12 +8,13 @@ import pytest
 import torch.distributed as dist
 
 from conformance import CHECKS, GLOO, Abilities, run_all
+from conformance_exchanges import EXCHANGES
 from conformance_users import USERS
 from plait.collectives import shm
 from world import current_rank, run_world
 
 RANKS = 4
-ALL = (*CHECKS, *USERS)
+ALL = (*CHECKS, *EXCHANGES, *USERS)
 
 
 def on_gloo(folder: str) -> list[str]:

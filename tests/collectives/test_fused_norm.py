@@ -125,6 +125,30 @@ def as_unfused() -> None:
         assert torch.equal(total, x + residual)
 
 
+def symmetric(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers in memory that all ranks see, not at its beginning."""
+    wide = shm.symmetric_empty((x.numel() + 24,), x.dtype)
+    return wide[24:].view(x.shape).copy_(x)
+
+
+def reads_x_where_it_lies() -> None:
+    """The bits of an ordinary tensor, and x is free again when the call returns."""
+    for shape, dtype in (((70, 4096), torch.float32), ((3, 64), torch.bfloat16)):
+        x, *others = inputs(shape, dtype)
+        force(1 << 40)
+        expected = norm("rms", x, *others)
+        shared = symmetric(x)
+        for _ in range(5):
+            shared.copy_(x)
+            found = norm("rms", shared, *others)
+            shared.fill_(7)  # a rank that still read it would notice
+            for one, two in zip(found, expected, strict=True):
+                assert torch.equal(one, two)
+        found, _ = norm("layer", shared.copy_(x), *others, quantised=torch.int8)
+        expected, _ = norm("layer", x, *others, quantised=torch.int8)
+        assert torch.equal(found.values, expected.values)
+
+
 def differentiates() -> None:
     for name in ("rms", "layer"):
         brought = [t.requires_grad_() for t in inputs((6, 10), torch.float64)]
@@ -183,7 +207,14 @@ CALLS = [
     (quantises, "one-shot"),
     (quantises, "two-shot"),
 ]
-CALLS += [(schedules_agree,), (as_unfused,), (differentiates,), (refuses,), (mismatch,)]  # type: ignore[list-item]
+CALLS += [
+    (schedules_agree,),
+    (as_unfused,),
+    (reads_x_where_it_lies,),
+    (differentiates,),
+    (refuses,),
+    (mismatch,),
+]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from conformance import CHECKS, Abilities, Check
+from conformance_exchanges import EXCHANGES
 from plait.collectives import CallMismatch, Trace
 from plait.collectives.mpi import register
 from plait.collectives.world import World, init
@@ -54,7 +55,7 @@ def folder(world: World, tmp_path: Path) -> Path:
     return Path(shared[0])
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*CHECKS, *EXCHANGES], ids=lambda check: check.__name__)
 def test_conformance(world: World, check: Check) -> None:
     check(Abilities())
     dist.barrier()
