@@ -12,7 +12,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compositions test-mpi-% test-vllm check lint format wheel wheel-smoke faults bench clean
+.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda check lint format wheel wheel-smoke faults bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,17 @@ $(VLLM_READY): tools/install_vllm.py pyproject.toml
 test-vllm: $(VLLM_READY)  ## the plug-ins for vLLM, in a real engine on this CPU, and SGLang (an environment of its own)
 	.venv-vllm/bin/python -m pytest -o faulthandler_timeout=3600 tests/vllm tests/sglang
 
+CUDA_READY := .venv-cuda/.ready
+$(CUDA_READY): tools/install_cuda.py pyproject.toml
+	$(PYTHON) tools/install_cuda.py
+	@touch $@
+
+check-cuda: $(CUDA_READY)  ## compile every CUDA kernel, without a GPU: registers, spills, accesses (an environment of its own)
+	.venv-cuda/bin/python -m pytest tests/cuda_kernels/test_ptx_table.py
+
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
 lint: $(READY)  ## format, lint, layers, spelling, types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -73,4 +84,4 @@ bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm .venv-cuda build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -13,7 +13,16 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .gpu import ptx
+from .gpu.kernel import Variant, kernel
+from .gpu.ptx import f32, i32, u32, u64
+from .gpu.toolchain import usable
+from .gpu.vectors import VECTORS
+
 NEG_INF = float("-inf")
+MOST_SHARDS = 16  # that one launch merges: as many 16-byte loads are in flight for each thread
+LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
+LOWEST = f32(-3.0e38)  # finite: an all-empty row must not become inf - inf
 MOST_ELEMENTS = 1 << 20  # beyond that torch's threads are worth their dozen passes
 
 
@@ -102,12 +111,111 @@ def merge_plain(
     return merged, merged_lse
 
 
+@kernel(
+    threads=128,
+    table=[
+        {"shards": shards, "vectors": vectors, "dtype": dtype, "sink": sink}
+        for shards, vectors, dtype, sink in (
+            (2, 16, torch.bfloat16, False),
+            (8, 16, torch.bfloat16, True),
+            (8, 64, torch.bfloat16, False),
+            (4, 32, torch.float32, False),
+        )
+    ],
+)
+def merge_rows(shards, vectors, dtype, sink, threads):
+    """Merge rows of `vectors` 16-byte pieces, one thread for each; block y is a head if there are sinks."""
+    width, unpack, pack = VECTORS[dtype]
+    shift = (vectors - 1).bit_length()  # lanes of a row: a power of two, the last may idle
+    rows_a_block, lane_mask = threads >> shift, (1 << shift) - 1
+    words = 4 * shards
+
+    def body(o: u64, lse: u64, sinks: u64, out: u64, out_lse: u64, rows: i32, heads: i32):
+        piece = i32(ptx.thread() & i32(lane_mask))
+        row = i32(ptx.block() * i32(rows_a_block) + (ptx.thread() >> i32(shift)))
+        if row >= rows or piece >= i32(vectors):
+            return
+        head = ptx.block_y()
+        at = u64(u32(row)) * u64(u32(heads)) + u64(u32(head))
+        all_rows = u64(u32(rows)) * u64(u32(heads))
+        place = (at * u64(vectors) + u64(u32(piece))) * u64(16)
+        v, weights = ptx.local(words, u32), ptx.local(shards, f32)
+        for s in range(shards):  # all loads first: shards x 16 bytes in flight
+            first = o + place + u64(s) * all_rows * u64(16 * vectors)
+            v[4 * s], v[4 * s + 1], v[4 * s + 2], v[4 * s + 3] = ptx.ld16_once(first)
+            weights[s] = ptx.ld_f32(lse + (at + u64(s) * all_rows) * u64(4))
+        logit = ptx.ld_f32(sinks + u64(u32(head)) * u64(4)) if sink else f32(-np.inf)
+        top = ptx.larger(LOWEST, logit)
+        for s in range(shards):
+            top = ptx.larger(top, weights[s])
+        total = ptx.exp2(f32(logit - top) * LOG2E)
+        acc, x = ptx.local(width, f32), ptx.local(width, f32)
+        for i in range(width):
+            acc[i] = f32(0)
+        for s in range(shards):
+            weight = ptx.exp2(f32(weights[s] - top) * LOG2E)
+            unpack(v[4 * s], v[4 * s + 1], v[4 * s + 2], v[4 * s + 3], x, 0)
+            total += weight
+            for i in range(width):
+                # what an empty shard holds may be NaN
+                acc[i] += f32(0) if weight == f32(0) else f32(weight * x[i])
+        scale = f32(0) if total == f32(0) else ptx.reciprocal(total)
+        for i in range(width):
+            acc[i] *= scale
+        a, b, c, d = pack(acc, 0)
+        ptx.st16(out + place, a, b, c, d)
+        if piece == i32(0):
+            ptx.st_f32(out_lse + at * u64(4), f32(top + ptx.log2(total) * LN2))
+
+    return body
+
+
 @torch.library.custom_op("plait::merge_states", mutates_args=())
 def merge_states_op(
     o: Tensor, lse: Tensor, sink: Tensor | None, empty: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Merge behind torch's dispatcher, for tracers and compilers."""
     return merge_plain(o, lse, sink, empty)
+
+
+@merge_states_op.register_kernel("cuda")
+def merge_cuda(
+    o: Tensor, lse: Tensor, sink: Tensor | None, empty: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Merge in one launch for each 16 partials; what the kernel does not serve goes to torch."""
+    aligned = o.data_ptr() % 16 == 0 and o.shape[-1] * o.element_size() % 16 == 0
+    fits = o.dtype in VECTORS and lse.dtype == torch.float32 and aligned and o.shape[-1] <= 1024
+    if not fits or o.numel() == 0 or not usable():
+        return merge_plain(o, lse, sink, empty)
+    if empty is not None:
+        lse = lse.masked_fill(empty.unsqueeze(-1) if empty.dim() < lse.dim() else empty, NEG_INF)
+    while o.shape[0] > MOST_SHARDS:
+        parts = [
+            merge_cuda(o[i : i + MOST_SHARDS], lse[i : i + MOST_SHARDS], None, None)
+            for i in range(0, o.shape[0], MOST_SHARDS)
+        ]
+        o, lse = (torch.stack(part) for part in zip(*parts, strict=True))
+    o, lse = o.contiguous(), lse.contiguous()
+    logits = None if sink is None else sink.float().contiguous()
+    merged, merged_lse = o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
+    variant, grid, args = merge_launch(o, lse, logits, merged, merged_lse)
+    variant.launch(grid, *args)
+    return merged, merged_lse
+
+
+def merge_launch(
+    o: Tensor, lse: Tensor, sink: Tensor | None, out: Tensor, out_lse: Tensor
+) -> tuple[Variant, tuple[int, int], tuple[int, ...]]:
+    """Choose the variant, the grid and the arguments for contiguous tensors."""
+    shards, rows, heads, _ = o.shape
+    vectors = o.shape[-1] * o.element_size() // 16
+    variant = merge_rows(shards=shards, vectors=vectors, dtype=o.dtype, sink=sink is not None)
+    if sink is None:
+        rows, heads = rows * heads, 1
+    blocks = -(-rows // (variant.threads >> (vectors - 1).bit_length()))
+    sinks = 0 if sink is None else sink.data_ptr()
+    pointers = (o.data_ptr(), lse.data_ptr(), sinks, out.data_ptr(), out_lse.data_ptr())
+    return variant, (blocks, heads), (*pointers, rows, heads)
 
 
 @merge_states_op.register_fake

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..collectives.errors import LaunchError
 from ..collectives.launch import Launch
+from ..cuda_kernels.gpu import toolchain
 
 OLDEST_TORCH = (2, 11)
 # package -> (what it is for, the line that adds it)
@@ -56,6 +57,7 @@ def examine() -> list[Finding]:
         _torch(),
         *(_package(name, use, line) for name, (use, line) in (PACKAGES | cuda).items()),
         *_devices(),
+        *_cuda_kernels(),
         Finding("cpu threads", f"{torch.get_num_threads()} of torch"),
         _launcher(),
         _backends(),
@@ -107,6 +109,16 @@ def _devices() -> list[Finding]:
             )
         )
     return found
+
+
+def _cuda_kernels() -> list[Finding]:
+    """Whether kernels can be compiled, and loaded; only where there is a GPU or numba-cuda."""
+    if not torch.cuda.is_available():
+        return []
+    problem = toolchain.problem()
+    if problem is None:
+        return [Finding("CUDA kernels", "can be compiled and loaded")]
+    return [Finding("CUDA kernels", problem.what, "absent", problem.remedy)]
 
 
 def _launcher() -> Finding:

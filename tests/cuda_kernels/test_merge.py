@@ -148,3 +148,50 @@ def test_bad_shapes_are_refused_and_meta_works() -> None:
     assert lse.shape == (3, 4)
     o, lse = torch.randn(2, 3, 4, 5).bfloat16(), torch.randn(2, 3, 4)
     assert merge_states(o, lse)[0].dtype == torch.bfloat16
+
+
+# ---- the CUDA kernel, simulated
+
+
+def simulated(o, lse, sink=None):
+    """Merge with the CUDA kernel in the simulator."""
+    from plait.cuda_kernels.merge import merge_launch
+
+    out, out_lse = o.new_full(o.shape[1:], math.nan), lse.new_full(lse.shape[1:], math.nan)
+    variant, grid, args = merge_launch(o, lse, sink, out, out_lse)
+    variant.simulate(grid, *args)
+    return out, out_lse
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    with_sink=st.booleans(),
+)
+def test_cuda_kernel_merges(seed, shape, dtype, with_sink) -> None:
+    g = torch.Generator().manual_seed(seed)
+    shards, rows, heads, pieces = shape
+    o = torch.randn(shards, rows, heads, pieces * 16 // dtype.itemsize, generator=g).to(dtype)
+    lse = torch.randn(shards, rows, heads, generator=g) * 20
+    empty = torch.rand(lse.shape, generator=g) < 0.3
+    lse[empty], o[empty] = -INF, math.nan
+    sink = torch.randn(heads, generator=g) if with_sink else None
+    got, got_lse = simulated(o, lse, sink)
+    want, want_lse = merge_states_reference(o.double(), lse.double(), sink)
+    torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_cuda_kernel_keeps_a_nan_visible_and_fails_when_mutated() -> None:
+    o, lse = torch.randn(3, 2, 2, 8), torch.randn(3, 2, 2)
+    want = merge_states_reference(o, lse)[0]
+    torch.testing.assert_close(simulated(o, lse)[0], want)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(simulated(o, lse * math.log2(math.e))[0], want)
+    lse[1, 0, 0] = math.nan
+    got, got_lse = simulated(o, lse)
+    assert got[0, 0].isnan().all()
+    assert got_lse.isnan().nonzero().tolist() == [[0, 0]]

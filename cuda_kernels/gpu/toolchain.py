@@ -1,0 +1,114 @@
+"""What compiling and running CUDA kernels needs, and the line that adds what is missing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+INSTALL = "pip install 'plait[cuda]'"
+OLDEST_DRIVER = (13, 0)
+REINSTALL = "pip install --force-reinstall 'plait[cuda]'"
+
+
+class CudaToolchainError(RuntimeError):
+    """CUDA kernels cannot be compiled or loaded here; the message says what would do."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and what mends it."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; type: {self.remedy}"
+
+
+def compiler_problem() -> Problem | None:
+    """Look for what compiling needs: numba-cuda itself, libnvvm and NVRTC. Needs no GPU."""
+    try:
+        version("numba-cuda")
+    except PackageNotFoundError:
+        return Problem("numba-cuda is not installed", INSTALL)
+    if getattr(import_module("numba.cuda"), "implementation", "Built-in") != "NVIDIA":
+        return Problem(
+            "numba's built-in CUDA target is in use although numba-cuda is installed (its .pth file runs only in a "
+            "site directory: not with pip --target and PYTHONPATH)",
+            REINSTALL,
+        )
+    parts = (
+        ("libnvvm", import_module("numba.cuda.cudadrv.nvvm").NVVM),
+        ("libnvrtc", import_module("numba.cuda.cudadrv.nvrtc").get_supported_ccs),
+    )
+    for name, touch in parts:
+        try:
+            touch()
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return Problem(f"{name} cannot be loaded ({reason})", f"{INSTALL}, or set CUDA_HOME")
+    return None
+
+
+def driver_problem() -> Problem | None:
+    """Look for a driver that takes what the compiler writes."""
+    try:
+        _, number = import_module("cuda.bindings.driver").cuDriverGetVersion()
+    except Exception as error:
+        return Problem(f"no CUDA driver ({error})", "install NVIDIA's driver 580 or newer")
+    return version_problem((number // 1000, number % 1000 // 10), _nvvm_version())
+
+
+def version_problem(driver: tuple[int, int], compiler: tuple[int, int] | None) -> Problem | None:
+    """A driver takes PTX of its own toolkit's version and older."""
+    told = f"the driver is for CUDA {driver[0]}.{driver[1]}"
+    if driver < OLDEST_DRIVER:
+        return Problem(f"{told}; plait needs 13.0", "install NVIDIA's driver 580 or newer")
+    if compiler is not None and compiler > driver:
+        return Problem(
+            f"libnvvm {compiler[0]}.{compiler[1]} writes PTX that is too new: {told}",
+            "pip install 'nvidia-nvvm==13.0.*'",
+        )
+    return None
+
+
+def _nvvm_version() -> tuple[int, int] | None:
+    """The toolkit version of the libnvvm that pip installed; None: from elsewhere."""
+    try:
+        major, minor = version("nvidia-nvvm").split(".")[:2]
+    except PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+CHECKS: tuple[Callable[[], Problem | None], ...] = (compiler_problem, driver_problem)
+
+
+@lru_cache(maxsize=1)
+def problem() -> Problem | None:
+    """The first thing that stands in the way of CUDA kernels; None: nothing."""
+    return next((found for check in CHECKS if (found := check())), None)
+
+
+def require() -> None:
+    """Go on, or say what is missing.
+
+    Raises:
+        CudaToolchainError: with the line to type.
+    """
+    found = problem()
+    if found is not None:
+        raise CudaToolchainError(f"plait's CUDA kernels cannot be used: {found}")
+
+
+@lru_cache(maxsize=1)
+def usable() -> bool:
+    """Say whether CUDA kernels can be used; when not, warn once: the operators then run torch's operations."""
+    found = problem()
+    if found is not None:
+        warnings.warn(f"plait runs without its CUDA kernels, slower: {found}", stacklevel=3)
+    return found is None
