@@ -3,6 +3,7 @@
 from .dense_attention import dense_attention
 from .expert_rows import permute_rows, sort_by_expert, unpermute_rows
 from .merge import merge_states
+from .page_copy import Regions, copy_pages, write_tokens
 from .page_summary import summarise
 from .paged_attention import paged_attention
 from .scores import Interleave, attention_reference
@@ -11,7 +12,9 @@ from .unit_scores import unit_scores
 
 __all__ = [
     "Interleave",
+    "Regions",
     "attention_reference",
+    "copy_pages",
     "dense_attention",
     "merge_states",
     "paged_attention",
@@ -21,4 +24,5 @@ __all__ = [
     "top_k",
     "unit_scores",
     "unpermute_rows",
+    "write_tokens",
 ]

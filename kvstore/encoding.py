@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..cuda_kernels import Regions
 from .codecs import Codec, CodecError, KVCodec, PageLayout
 from .spec import KVSpec
 from .tiers.form import PageForm
@@ -117,16 +118,14 @@ class Staging:
 
     Without a codec the two are the same memory: nothing is copied but into and out of the pool.
 
-    Shape: bytes `[rows, page_bytes]`; parts: one per stored tensor, `[rows, layers, page_tokens, kv_heads, d]`.
+    Shape: bytes `[rows, page_bytes]`; parts: one per stored tensor, `[rows, layers, page_tokens, kv_heads, d]`;
+        regions: the same, layer by layer.
     """
 
     def __init__(self, encoding: PageEncoding, count: int) -> None:
         self.bytes = aligned_region(count, encoding.page_bytes)
         self.parts = encoding.views(self.bytes) if encoding.plain else encoding.room(count)
-
-    def slices(self, first: int, count: int) -> list[Tensor]:
-        """The pages of some neighbouring rows."""
-        return [part[first : first + count] for part in self.parts]
+        self.regions = Regions([part[:, i] for part in self.parts for i in range(part.shape[1])])
 
     def rows(self, first: int, count: int) -> Listing[np.ndarray]:
         """The bytes of some neighbouring rows."""

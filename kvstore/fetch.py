@@ -141,7 +141,7 @@ class Fetcher:
             if fetch.over:
                 return False
             room = self._make_room(right, fetch.last)
-            self._cache.pool.lay(room, self._stage.slices(base, len(room)))
+            self._cache.pool.lay(room, self._stage.regions, np.arange(base, base + len(room)))
             if len(room):
                 fetch.pages, fetch.last = np.concatenate([fetch.pages, room]), int(room[-1])
                 self.counts["pages_fetched"] += len(room)

@@ -129,7 +129,7 @@ class Outbox:
     def _lift(self, pages: np.ndarray, rows: list[int]) -> None:
         """Copy pages into as many rows, and queue them; under the store's lock."""
         index = self._cache.index
-        self._cache.pool.lift(pages, self._stage.parts, np.array(rows))
+        self._cache.pool.lift(pages, self._stage.regions, np.array(rows))
         keys, ids = index.digests[pages], index.ids[pages]
         self._dirty[pages] = False
         with self._change:

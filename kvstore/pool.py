@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..cuda_kernels import Regions, copy_pages
 from . import extents
 from .errors import IntegrityError, PoolExhausted
 from .page import PageState, move_pages
 from .spec import KVSpec
-from .table import runs
 
 
 @dataclass
@@ -47,6 +46,7 @@ class PagePool:
             if spec.shared_kv
             else [self._region(capacity, spec.v_dim) for _ in range(spec.layers)]
         )
+        self.regions = Regions(self._all)
         self.free_pages = 0
         self.cached_pages = 0
         self.meta = np.zeros((6, 0), np.int32)
@@ -67,6 +67,10 @@ class PagePool:
     @property
     def _groups(self) -> list[list[Tensor]]:
         return [self.keys] if self.spec.shared_kv else [self.keys, self.values]
+
+    @property
+    def _all(self) -> list[Tensor]:
+        return [region for group in self._groups for region in group]
 
     @property
     def capacity(self) -> int:
@@ -176,29 +180,19 @@ class PagePool:
         """Copy whole pages in every layer."""
         if len(source) == 0:
             return
-        a = torch.from_numpy(source.astype(np.int64)).to(self.spec.device)
-        b = torch.from_numpy(target.astype(np.int64)).to(self.spec.device)
-        for group in self._groups:
-            for region in group:
-                region.index_copy_(0, b, region.index_select(0, a))
+        copy_pages(self.regions, target, self.regions, source)
         self.counters.copied += len(source)
 
-    def lift(self, pages: np.ndarray, out: Listing[Tensor], rows: np.ndarray) -> None:
+    def lift(self, pages: np.ndarray, out: Regions, rows: np.ndarray) -> None:
         """Copy whole pages of all layers out, into some rows.
 
-        Shape: pages, rows `[n]`; out: one per stored tensor, `[rows, layers, page_tokens, kv_heads, d]`.
+        Shape: pages, rows `[n]`; out: K of each layer, then V of each, `[rows, page_tokens, kv_heads, d]`.
         """
-        for _, page, row, count in runs(pages, rows):
-            for group, whole in zip(self._groups, out, strict=True):
-                for layer, region in enumerate(group):
-                    whole[row : row + count, layer] = region[page : page + count]
+        copy_pages(out, rows, self.regions, pages)
 
-    def lay(self, pages: np.ndarray, rows: Listing[Tensor]) -> None:
-        """Write whole pages of all layers, as `lift` gives them; the pages are RESERVED."""
-        for at, page, count in runs(pages):
-            for group, whole in zip(self._groups, rows, strict=True):
-                for layer, region in enumerate(group):
-                    region[page : page + count] = whole[at : at + count, layer]
+    def lay(self, pages: np.ndarray, rows_of: Regions, rows: np.ndarray) -> None:
+        """Write whole pages of all layers from some rows, laid out as for `lift`; the pages are RESERVED."""
+        copy_pages(self.regions, pages, rows_of, rows)
 
     def grow(self, capacity: int) -> int:
         """Enlarge the pool to `capacity` pages by copying, one layer at a time; return it.
@@ -213,6 +207,7 @@ class PagePool:
                 new = self._region(capacity, old.shape[-1])
                 new[: self.capacity] = old
                 group[layer] = new
+        self.regions = Regions(self._all)
         self._add_pages(extra)
         self.counters.grown += 1
         return capacity

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ..cuda_kernels import write_tokens
 from .errors import StepError
 from .pool import PagePool
 from .sequence import Sequence
 from .spec import KVSpec
-from .table import PageTable, runs
+from .table import PageTable
 from .tokens import TokenIds, as_token_ids
 
 
@@ -43,7 +43,6 @@ class Step:
         self.fresh = fresh  # new pages per sequence
         self.copied = copied  # per sequence (place, shared page, private copy), or None
         self.slots = table.slots(bases, counts)
-        self.runs = runs(self.slots)
         self.written: set[int] = set()
         self.began = time.perf_counter()
         self.state = "open"
@@ -69,19 +68,11 @@ class Step:
             raise StepError(f"this step is already {self.state}; reserve a new one")
 
     def scatter(self, region: Tensor, rows: Tensor) -> None:
-        """Write the step's rows into one layer's region, by runs where they are long.
+        """Write the step's rows into one layer's region.
 
         Shape: region `[pages, page_tokens, kv_heads, d]`, rows `[tokens, kv_heads, d]`.
         """
-        flat = region.flatten(0, 1)
-        if len(self.runs) == 1:
-            _, slot, count = self.runs[0]
-            flat[slot : slot + count].copy_(rows)
-        elif len(self.runs) <= 4 or len(self.runs) * 8 <= self.num_tokens:
-            for row, slot, count in self.runs:
-                flat[slot : slot + count] = rows[row : row + count]
-        else:
-            flat.index_copy_(0, torch.from_numpy(self.slots).to(rows.device), rows)
+        write_tokens(region, self.slots, rows)
 
     def find(self, seq: Sequence) -> int:
         """Give the place of a sequence in this step.

@@ -70,22 +70,3 @@ class PageTable:
 def consecutive(pages: np.ndarray) -> bool:
     """Say whether page numbers rise by one, so that their memory is one piece."""
     return len(pages) < 2 or bool((pages[1:] - pages[:-1] == 1).all())
-
-
-def runs(*numbers: np.ndarray) -> list[tuple[int, ...]]:
-    """Cut arrays of equal length where one of them does not rise by one.
-
-    Gives for each piece: where it begins, each array's number there, its length.
-    """
-    count = len(numbers[0])
-    if not count:
-        return []
-    cut = np.zeros(count - 1, bool)
-    for array in numbers:
-        cut |= array[1:] - array[:-1] != 1
-    starts = np.concatenate([[0], np.flatnonzero(cut) + 1])
-    stops = np.concatenate([starts[1:], [count]])
-    return [
-        (int(a), *(int(array[a]) for array in numbers), int(b - a))
-        for a, b in zip(starts, stops, strict=True)
-    ]

@@ -1,0 +1,179 @@
+"""Copies of whole pages between lists of regions, and of new tokens' rows into pages.
+
+A region is a tensor `[pages, *page]` whose pages are contiguous; the step from page to page may be larger, as in
+one layer of a row of pages that stand layer after layer. CPU kernel in Numba: one `memmove` a page and region,
+without the GIL, page by page, so that a page of all layers is still in the caches when the next call reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, types
+from torch import Tensor
+
+from .merge import direct
+
+memmove: Any = types.ExternalFunction("memmove", types.intp(types.intp, types.intp, types.intp))
+
+
+class Regions:
+    """Regions whose pages are copied together, with the table that the CPU kernel reads.
+
+    Raises:
+        ValueError: if a page is not contiguous, or the regions are on several devices.
+
+    Attributes:
+        table: address, bytes from page to page, bytes of a page, `[regions, 3]` int64.
+        pages: how many each region has, at least.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        for tensor in self.tensors:
+            if tensor.dim() < 2 or not tensor[:1].is_contiguous():
+                raise ValueError(
+                    f"Regions: pages of {list(tensor.shape)} with strides {tensor.stride()} are not "
+                    "contiguous; make them so"
+                )
+        if len({tensor.device for tensor in self.tensors}) > 1:
+            raise ValueError("Regions: all must be on one device")
+        self.pages = min((tensor.shape[0] for tensor in self.tensors), default=0)
+        self.direct = all(map(direct, self.tensors))
+        self.shapes = [(tensor.shape[1:], tensor.dtype) for tensor in self.tensors]
+        self.table = np.array([_row(t) for t in self.tensors], np.int64).reshape(-1, 3)
+
+
+def _row(tensor: Tensor) -> tuple[int, int, int]:
+    item = tensor.element_size()
+    address = tensor.data_ptr() if direct(tensor) else 0
+    return address, tensor.stride(0) * item, tensor[0].numel() * item if len(tensor) else 0
+
+
+@njit(nogil=True, cache=True)
+def _copy(to, to_pages, of, of_pages):
+    for i in range(len(to_pages)):
+        for r in range(len(to)):
+            memmove(to[r, 0] + to_pages[i] * to[r, 1], of[r, 0] + of_pages[i] * of[r, 1], to[r, 2])
+
+
+def copy_pages_reference(
+    to: Sequence[Tensor], to_pages: Tensor, of: Sequence[Tensor], of_pages: Tensor
+) -> None:
+    """Copy in plain torch, on any device; see `copy_pages`."""
+    for target, source in zip(to, of, strict=True):
+        target.index_copy_(0, to_pages, source.index_select(0, of_pages))
+
+
+@torch.library.custom_op("plait::copy_pages", mutates_args={"to"})
+def copy_pages_op(
+    to: Sequence[Tensor], to_pages: Tensor, of: Sequence[Tensor], of_pages: Tensor
+) -> None:
+    """Copy behind torch's dispatcher: Numba on the CPU, torch elsewhere."""
+    if all(map(direct, (*to, *of))):
+        _copy(Regions(to).table, to_pages.numpy(), Regions(of).table, of_pages.numpy())
+    else:
+        copy_pages_reference(to, to_pages, of, of_pages)
+
+
+@copy_pages_op.register_fake
+def _(to, to_pages, of, of_pages):
+    return None
+
+
+def copy_pages(to: Regions, to_pages: np.ndarray, of: Regions, of_pages: np.ndarray) -> None:
+    """Copy page `of_pages[i]` of each region of `of` over page `to_pages[i]` of the same region of `to`.
+
+    Gather, scatter and copy-on-write in one: it depends on what the regions are. No page that is written may
+    also be read.
+
+    Shape: to_pages, of_pages `[n]` whole numbers.
+
+    Raises:
+        ValueError: if the regions' pages differ in number, shape or dtype, or a page does not exist.
+    """
+    if to.shapes != of.shapes:
+        raise ValueError(f"copy_pages: pages of {of.shapes[:2]}... do not fit {to.shapes[:2]}...")
+    a, b = (np.ascontiguousarray(pages, np.int64) for pages in (to_pages, of_pages))
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"copy_pages: {b.shape} pages cannot go to {a.shape}; give two equal rows")
+    for pages, there in ((a, to.pages), (b, of.pages)):
+        if len(pages) and not 0 <= pages.min() <= pages.max() < there:
+            raise ValueError(f"copy_pages: pages {pages.tolist()[:8]} must be in [0, {there})")
+    if to.direct and of.direct and not torch.compiler.is_compiling():
+        _copy(to.table, a, of.table, b)
+    else:
+        torch.ops.plait.copy_pages(
+            to.tensors, torch.from_numpy(a), of.tensors, torch.from_numpy(b)
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _write(to, slots, of, token_step, heads, head_step, size):
+    """Write rows of `heads` pieces of `size` bytes; neighbours with one call where they are dense."""
+    whole = heads * size
+    dense = token_step == whole and head_step == size
+    first = 0
+    while first < len(slots):
+        stop = first + 1
+        while dense and stop < len(slots) and slots[stop] == slots[stop - 1] + 1:
+            stop += 1
+        if head_step == size:
+            memmove(to + slots[first] * whole, of + first * token_step, (stop - first) * whole)
+        else:
+            for h in range(heads):
+                place = of + first * token_step + h * head_step
+                memmove(to + slots[first] * whole + h * size, place, size)
+        first = stop
+
+
+def write_tokens_reference(region: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Write in plain torch, on any device; see `write_tokens`."""
+    region.view(-1, *region.shape[2:]).index_copy_(0, slots, rows)
+
+
+@torch.library.custom_op("plait::write_tokens", mutates_args={"region"})
+def write_tokens_op(region: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Write behind torch's dispatcher: Numba on the CPU, torch elsewhere."""
+    if direct(region) and direct(rows):
+        _write_direct(region, slots.numpy(), rows)
+    else:
+        write_tokens_reference(region, slots.to(region.device), rows)
+
+
+@write_tokens_op.register_fake
+def _(region, slots, rows):
+    return None
+
+
+def _write_direct(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
+    _, heads, width = rows.shape
+    item = region.element_size()
+    if rows.stride(2) != 1:
+        rows = rows.contiguous()
+    token_step, head_step, _ = rows.stride()
+    if heads == 1:
+        head_step = width
+    _write(
+        region.data_ptr(), slots, rows.data_ptr(), token_step * item, heads, head_step * item, width * item
+    )  # fmt: skip
+
+
+def write_tokens(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
+    """Write the keys or values of new tokens into their places in one layer's region.
+
+    Shape: region `[pages, page_tokens, kv_heads, d]` contiguous, slots `[tokens]` int64 (`page * page_tokens +
+        offset`, the caller's own and in range), rows `[tokens, kv_heads, d]` of the region's dtype, any strides.
+    """
+    if direct(region) and direct(rows):
+        _write_direct(region, slots, rows)
+    else:
+        torch.ops.plait.write_tokens(region, torch.from_numpy(slots), rows)
+
+
+__all__ = [
+    "Regions", "copy_pages", "copy_pages_reference", "write_tokens", "write_tokens_reference",
+]  # fmt: skip
