@@ -93,7 +93,7 @@ def _guess_from_sample(x, k, where, keys, counts):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _guess_from_hint(x, hint, where, keys, counts):
-    """Give the place of nearly the least value at some places of the hint, or -1; what lies outside the row does not count."""
+    """Give the place of nearly the least value at some places of the hint that lie in the row, or -1."""
     step = max(1, hint.shape[0] // HINTS)
     count = 0
     for j in range(0, hint.shape[0], step):

@@ -30,7 +30,7 @@ def attend_selected(
     shards = 1 if options.interleave is None else options.interleave.shards
     whole = (lo.cpu().numpy() <= 0) & (hi.cpu().numpy() >= table.lengths)
     plans: list[Selection | None] = [None] * len(seqs)
-    for at in np.flatnonzero(whole & (table.lengths > 0)):
+    for at in np.flatnonzero(whole & (table.lengths > 0)).tolist():
         view = KeyView(
             layer.keys, torch.from_numpy(table.pages(at)), int(table.lengths[at]), number, layers,
             options.scale, shards, seqs[at].memory,

@@ -1,16 +1,25 @@
-"""Selectors by name: ``recent:tokens=512``."""
+"""Selectors by name: ``quest:budget=0.1``, ``rocket:budget=256``."""
 
 from __future__ import annotations
 
 from ..named import read_named
+from .delta import Delta
+from .exact import Exact
+from .hylra import HyLRA
+from .quest import Quest
 from .recent import Recent
+from .rocket import Rocket
 from .selector import Selector
+from .sparq import SparQ
+from .top_p import TopP
 
-SELECTORS: dict[str, type[Selector]] = {kind.name: kind for kind in (Recent,)}
+SELECTORS: dict[str, type[Selector]] = {
+    kind.name: kind for kind in (Delta, Exact, HyLRA, Quest, Recent, Rocket, SparQ, TopP)
+}
 
 
 def find_selector(given: str | Selector) -> Selector:
-    """Read a selector such as ``recent:tokens=512``, or give the given one.
+    """Read a selector such as ``quest:budget=0.1``, or give the given one.
 
     Raises:
         ValueError: naming the selectors, or the options, that there are.
