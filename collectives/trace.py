@@ -115,7 +115,8 @@ class Trace(TorchDispatchMode):
         # for ops written (output, input) the tensor a rank brings is the second argument
         second = op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1
         seconds = time.perf_counter() - start
-        self.note(_group_of(args), op, tensors[1:2] if second else tensors[:1], seconds, work)
+        group, brought = _group_of(args), tensors[1:2] if second else tensors[:1]
+        self.note(group, op, brought, seconds, work, _share_kept(func, args, group))
 
     def note(
         self,
@@ -124,10 +125,12 @@ class Trace(TorchDispatchMode):
         brought: Sequence[Tensor],
         seconds: float,
         work: dist.Work | None = None,
+        kept: float | None = None,
     ) -> None:
         """Record a call that took so long until now, with the tensors that this rank brought to it.
 
-        ``work`` is given where the call returned before it was complete; its end is recorded when it comes.
+        ``work`` is given where the call returned before it was complete; its end is recorded when it comes. ``kept`` is
+        the share of an uneven exchange that this rank keeps.
         """
         start = time.perf_counter() - seconds
         ranks = group.size() if group is not None else 1
@@ -135,6 +138,8 @@ class Trace(TorchDispatchMode):
         shape, dtype = (tuple(brought[0].shape), brought[0].dtype) if brought else ((), "")
         payload = sum(x.numel() * x.element_size() for x in brought)
         name, sent = str(dtype).removeprefix("torch."), _sent(op, payload, ranks)
+        if kept is not None:
+            sent = round(payload * (1 - kept))
         self.events.append(
             Event(op, axis, ranks, shape, name, payload, sent, seconds, self.scope, start)
         )
@@ -177,6 +182,14 @@ def _work_of(result: Any) -> dist.Work | None:
     """Find the work that an operator of c10d gave back."""
     last = result[-1] if isinstance(result, (tuple, list)) and result else result
     return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
+
+
+def _share_kept(func: Any, args: Any, group: dist.ProcessGroup | None) -> float | None:
+    """The share of its rows that a rank keeps in an exchange of uneven parts; None: even parts, or another call."""
+    for argument, given in zip(func._schema.arguments, args, strict=False):
+        if argument.name == "input_split_sizes" and given and group is not None:
+            return given[group.rank()] / max(sum(given), 1)
+    return None
 
 
 def _returns_before(func: Any, args: Any, kwargs: Any) -> bool:

@@ -8,7 +8,7 @@ from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
 from .context.modules import Sequence
 from .errors import PlanError
-from .experts import BiasBalance, RoutedExperts
+from .experts import BiasBalance, RoutedExperts, Routing, record_routing
 from .plan import Plan
 
 __all__ = [
@@ -23,12 +23,14 @@ __all__ = [
     "Replicate",
     "Ring",
     "RoutedExperts",
+    "Routing",
     "Sequence",
     "Shard",
     "Tensor",
     "Ulysses",
     "clip_grad_norm_",
     "parallelize",
+    "record_routing",
     "track_optimizer",
     "unparallelize",
 ]

@@ -20,6 +20,7 @@ from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
 from .experts import RoutedExperts, joint_edits
+from .experts.placement import digest
 from .families import is_transformers, roles_of
 from .folding import Folding
 from .groups import Groups
@@ -75,12 +76,13 @@ def parallelize(
             is changed.
     """
     failure: Exception | None = None
-    groups, prepared = None, None
+    groups, prepared, placement = None, None, ""
     if isinstance(plan, str):
         plan = automatic(model) if plan == "auto" else Plan.parse(plan)
     try:
         refuse_empty(model, weights)
         groups = open_groups(model, plan, rules)
+        placement = digest(plan.ep.placement)
     except Exception as error:
         failure = error
     world = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
@@ -88,6 +90,7 @@ def parallelize(
         "plan": str(plan),
         "model": model_digest(structure(model)),
         "rules": _rules_text(rules),
+        "placement": placement,
     }
     agree(world, facts, failure)
     assert groups is not None

@@ -295,6 +295,7 @@ class Experts(Choice):
             copy), or ``auto``: sums where it can be.
         capacity: rows of each expert at most, in multiples of an even share; 0: none is ever dropped.
         drop: what a full expert keeps: ``probs``, the largest weights, or ``position``, what comes first.
+        placement: a file that says which rank holds which experts, and copies of which; none: equal runs.
     """
 
     size: int
@@ -302,6 +303,7 @@ class Experts(Choice):
     exchange: str = "auto"
     capacity: float = 0.0
     drop: str = "probs"
+    placement: str = ""
     axis: ClassVar[str] = "ep"
     kind: ClassVar[str] = "experts"
 
@@ -314,6 +316,11 @@ class Experts(Choice):
             asked = f"capacity={self.capacity!r}"
             raise PlanError(asked, "is not a factor of an even share", "use e.g. capacity=1.25")
         object.__setattr__(self, "capacity", float(self.capacity))
+        named = isinstance(self.placement, str)
+        if not named or set(self.placement) & set(" \t\n,:=") or self.placement.isdigit():
+            asked = f"placement={self.placement!r}"
+            because = "is no path that a plan can say: it has spaces, commas, colons or digits only"
+            raise PlanError(asked, because, "use e.g. placement=runs/placement.json")
 
     def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
         copies = plan.size("ffn_tp")
@@ -325,6 +332,8 @@ class Experts(Choice):
             return because, "use exchange=tokens"
         if self.capacity and self.size * plan.etp == 1:
             return f"with capacity={self.capacity} cuts no experts, and drops none", "use ep > 1"
+        if self.placement and self.size == 1:
+            return f"with placement={self.placement} has one place for all experts", "use ep > 1"
         return None
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..kvstore.command import app as kv
+from .experts.command import experts
 from .planner.command import plan
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(kv, name="kv")
 app.command()(plan)
+app.command()(experts)
 
 
 def _print_version(asked: bool) -> None:

@@ -84,12 +84,12 @@ class Share:
         parts = prod(holders.size for _, holders in placed)
         self.copies = plan.world_size // plan.pp.size // parts  # ranks that hold the same part
         self.kept = self.copies // plan.dp.size if isinstance(parameter, DTensor) else self.copies
-        self.cut, holders = placed[0] if len(placed) == 1 else (None, ranks)
-        self.shared = self.cut.shared(holders.index) if self.cut is not None else {}
+        held = [(cut, cut.shared(holders.index)) for cut, holders in placed]
+        self.cut, self.shared = next((each for each in held if each[1]), (None, {}))
 
     def of(self, grad: Tensor) -> Tensor:
         """The sum of squares, divided by the number of ranks that count the same."""
-        if self.cut is None or not self.shared:
+        if self.cut is None:
             return _square(grad.to_local() if isinstance(grad, DTensor) else grad) / self.kept
         whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
         total = _square(whole)

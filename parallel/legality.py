@@ -79,7 +79,7 @@ def check_experts(plan: Plan, shape: ModelShape) -> None:
     if shape.experts == 0:
         asked = " ".join(f"{n}={s}" for n, s in (("ep", plan.ep.size), ("etp", plan.etp)) if s > 1)
         raise PlanError(asked, "cuts experts, and this model has none", "use ep=1 and etp=1")
-    if shape.experts % plan.ep.size:
+    if shape.experts % plan.ep.size and not plan.ep.placement:
         legal = [n for n in divisors(shape.experts) if _folds(plan, n, plan.etp)]
         because = f"does not divide experts={shape.experts}"
         raise PlanError(f"ep={plan.ep.size}", because, f"use ep in {listed(legal or [1])}")

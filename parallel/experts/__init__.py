@@ -3,5 +3,6 @@
 from .balance import BiasBalance
 from .joint import joint_edits
 from .role import RoutedExperts
+from .routing import Routing, record_routing
 
-__all__ = ["BiasBalance", "RoutedExperts", "joint_edits"]
+__all__ = ["BiasBalance", "RoutedExperts", "Routing", "joint_edits", "record_routing"]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .route import numbers
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -34,15 +36,9 @@ class Capacity:
 
         Shape: index, weights [tokens, top_k] -> [tokens, top_k]
         """
-        flat = index.reshape(-1)
-        order = torch.arange(flat.numel(), device=flat.device)
+        flat, order = index.reshape(-1), None
         if self.drop == "probs":
             order = torch.argsort(weights.detach().reshape(-1), descending=True, stable=True)
-        order = order[torch.argsort(flat[order], stable=True)]
-        counts = torch.zeros(experts, dtype=torch.long, device=flat.device)
-        counts = counts.index_add(0, flat, torch.ones_like(flat))
-        number = torch.empty_like(flat)  # of a pair among its expert's
-        starts = counts.cumsum(0) - counts
-        number[order] = torch.arange(flat.numel(), device=flat.device) - starts[flat[order]]
+        number = numbers(flat, experts, order)
         most = self.rows(index.shape[0], index.shape[1], experts)
         return torch.where(number < most, flat, experts).view_as(index)

@@ -115,3 +115,9 @@ class Packed:
         return (
             module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
         )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Say whether a module is laid out, and computes, as transformers' packed experts do."""
+    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    return {up, "down_proj"} <= module._parameters.keys() and hasattr(module, "_apply_gate")

@@ -24,7 +24,7 @@ def by_sums(
 
     Ranks that hold the same experts take different tokens.
 
-    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden], this rank's part of the sum
+    Shape: hidden [tokens, hidden], index (slots), weights [tokens, top_k] -> [tokens, hidden], this rank's part
     Collective: the ranks that bring the same tokens; the caller's all-reduce of the output forward, one of the
         gradients of ``hidden`` and ``weights`` backward. Shapes do not depend on the routing, the host reads this
         rank's counts.
@@ -36,7 +36,7 @@ def by_sums(
     share, shares = place.shares
     sizes = chunk_sizes(tokens, shares)
     start = sum(sizes[:share])
-    mine = Assignment.of(index[start : start + sizes[share]], place.experts)
+    mine = Assignment.of(index[start : start + sizes[share]], place.homes.slots)
     counts = mine.counts.tolist()
     last = place.first + place.held
     pairs = mine.kept(place.first, last, counts) + start * top_k
@@ -53,7 +53,7 @@ def by_tokens(
     Under etp a row is sent to each rank that holds a slice of its expert, and their partial results are summed when
     they are back: the bytes of an exchange over ep and a gather over etp, in one round.
 
-    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden]
+    Shape: hidden [tokens, hidden], index (slots), weights [tokens, top_k] -> [tokens, hidden]
     Collective: the ranks that bring the same tokens first share them out (backward: one all-gather) and gather the
         output; among owners an all-gather of counts, and an all-to-all of rows there and back, each way also backward.
         Sent by each rank, in rows: 2 * tokens * top_k * (etp - 1/ep).
@@ -82,11 +82,12 @@ def meet(place: Place, index: Tensor) -> tuple[TokenExchange, Tensor, Tensor]:
     Returns:
         The exchange; the rows this rank receives, [owners, held experts]; and the pair of every row it sends, in order.
     """
-    mine = Assignment.of(index, place.experts)
+    mine = Assignment.of(index, place.homes.slots)
     every = tell_counts(mine.counts, place.owners.all)
     if index.device.type == "meta":  # a run for its collectives: all ranks are taken to be alike
         every = mine.counts.expand(place.owners.size, -1)
-    by_owner = every.view(place.owners.size, -1, place.held).sum(2).repeat_interleave(place.etp, 1)
+    by_rank = [part.sum(1) for part in every.split(list(place.homes.sizes), 1)]
+    by_owner = torch.stack(by_rank, 1).repeat_interleave(place.etp, 1)
     exchange = counted(place.owners.all, by_owner.tolist())
     received = every[:, place.first : place.first + place.held]
     rows = exchange.send[:: place.etp]

@@ -55,6 +55,7 @@ class ExpertLayer(nn.Module):
         index, weights = (r.reshape(-1, r.shape[-1]) for r in routing)
         if here.capacity is not None:
             index = here.capacity.kept(index, weights, here.place.experts)
+        index = here.place.homes.spread(index, here.place.turn)
 
         def experts(x: Tensor, counts: list[int]) -> Tensor:
             return here.compute.rows(self, x, counts)
@@ -71,7 +72,8 @@ class ExpertLayer(nn.Module):
 
     def extra_repr(self) -> str:
         place = self._plait_experts.place
-        return f"experts {place.first}:{place.first + place.held} of {place.experts}"
+        own = place.homes.ranks[place.along_ep.index]
+        return f"experts {', '.join(map(str, own))} of {place.experts}"
 
 
 @dataclass(frozen=True)

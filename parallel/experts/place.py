@@ -9,6 +9,7 @@ from torch import Tensor
 from ...collectives import autograd
 from ...collectives.primitive import Group
 from ..ranks import Holders, ModelRanks
+from .placement import Placement
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Place:
         owners: both together, etp fastest; rows travel among them.
         alike: the ranks that bring the same tokens; None: each brings its own.
         replicas: the ranks that hold the same experts; their gradients are summed.
-        experts: how many there are in all.
+        homes: which ep rank holds which experts.
     """
 
     along_ep: Holders
@@ -28,10 +29,10 @@ class Place:
     owners: Holders
     alike: Holders | None
     replicas: Group
-    experts: int
+    homes: Placement
 
     @classmethod
-    def of(cls, ranks: ModelRanks, experts: int) -> Place:
+    def of(cls, ranks: ModelRanks, homes: Placement) -> Place:
         """Read this rank's place from the groups of a plan."""
         groups = ranks.groups
         split = (
@@ -43,7 +44,7 @@ class Place:
             owners=Holders.along(groups, "etp", "ep"),
             alike=ranks if split else None,
             replicas=groups.group("edp"),
-            experts=experts,
+            homes=homes,
         )
 
     @property
@@ -52,14 +53,24 @@ class Place:
         return self.along_etp.size
 
     @property
+    def experts(self) -> int:
+        """How many experts there are in all."""
+        return self.homes.experts
+
+    @property
     def held(self) -> int:
         """Number of experts this rank holds."""
-        return self.experts // self.along_ep.size
+        return self.homes.sizes[self.along_ep.index]
 
     @property
     def first(self) -> int:
-        """The first expert this rank holds; owners hold contiguous runs."""
-        return self.held * self.along_ep.index
+        """The first slot of this rank."""
+        return self.homes.first(self.along_ep.index)
+
+    @property
+    def turn(self) -> int:
+        """Which of an expert's copies the tokens here begin with; the same on all ranks that bring these tokens."""
+        return self.along_ep.groups.rank if self.alike is None else self.alike.members[0]
 
     @property
     def shares(self) -> tuple[int, int]:

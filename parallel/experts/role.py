@@ -6,15 +6,17 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from ..axes import Experts
 from ..edits import Edit, SetAttribute, SumGradient, SwapClass
-from ..errors import PlanError
+from ..errors import PlanError, listed
 from ..layout import Cut
 from ..ranks import ModelRanks, Placed
 from ..roles import cut_parameter
 from .capacity import Capacity
-from .compute import Packed
+from .compute import Packed, is_packed
 from .layer import Compute, ExpertLayer, Listed, OwnCode, Route, Routed
 from .place import Place
+from .placement import Placement, read_placements
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class RoutedExperts:
         edits: list[Edit] = []
         for name in per_expert(module, place):
             edits += self._cut(module, name, path, place, cuts.get(name))
-            edits.append(self._gradient(module, name, place))
+            edits += self._gradients(module, name, place)
         if packed.biased and place.etp > 1:
             edits.append(SumGradient(module, "down_proj_bias", among.all))
         packed = replace(packed, adds_bias=among.index == 0)
@@ -97,7 +99,7 @@ class RoutedExperts:
         edits: list[Edit] = []
         for name in per_expert(module, place):
             edits += self._cut(module, name, path, place)
-            edits.append(self._gradient(module, name, place))
+            edits += self._gradients(module, name, place)
         if hasattr(module, self.count):
             edits.append(SetAttribute(module, self.count, place.held))
         return [*edits, *self._swap(module, place, OwnCode(), ranks)]
@@ -108,6 +110,12 @@ class RoutedExperts:
         container = module.get_submodule(inner)
         children = list(container.named_children())
         place = self._whole_matrices(self._place(len(children), path, ranks), path)
+        if not place.homes.plain:
+            raise PlanError(
+                f"placement={ranks.plan.ep.placement}",
+                f"moves experts of {path}, which are modules of their own",
+                "use packed or stacked experts, or no placement",
+            )
         edits: list[Edit] = []
         for number, (name, child) in enumerate(children):
             where = ".".join(part for part in (path, inner, name) if part)
@@ -118,18 +126,11 @@ class RoutedExperts:
                         cut = owned_by(owner, p.shape[0], place.along_ep.size)
                         edits.append(cut_parameter(sub, own, under, Placed(cut, place.along_ep)))
                         if owner == place.along_ep.index:
-                            edits.append(self._gradient(sub, own, place))
+                            edits += self._gradients(sub, own, place)
         return [*edits, *self._swap(module, place, Listed(inner, place.first), ranks)]
 
     def _place(self, experts: int, path: str, ranks: ModelRanks) -> Place:
-        ep = ranks.plan.size("ep")
-        if experts % ep:
-            raise PlanError(
-                f"ep={ep} on {path}",
-                f"does not divide its {experts} experts",
-                f"use a divisor of {experts}",
-            )
-        return Place.of(ranks, experts)
+        return Place.of(ranks, placement_of(experts, path, ranks.plan.ep))
 
     def _whole_matrices(self, place: Place, path: str) -> Place:
         if place.etp > 1:
@@ -145,18 +146,25 @@ class RoutedExperts:
     ) -> list[Edit]:
         cuts: list[Placed] = []
         if place.along_ep.size > 1:
-            order = range(place.along_ep.size)
-            cuts.append(Placed(Cut.chunks(0, place.experts, order), place.along_ep))
+            cuts.append(Placed(place.homes.cut(), place.along_ep))
         if place.etp > 1 and matrix is not None:
             cuts.append(Placed(matrix, place.along_etp))
         return [cut_parameter(module, name, path, *cuts)] if cuts else []
 
-    def _gradient(self, module: nn.Module, name: str, place: Place) -> Edit:
+    def _gradients(self, module: nn.Module, name: str, place: Place) -> list[Edit]:
         """Ranks with the same experts saw other tokens: their gradients add up, and are never averaged by edp.
 
-        With that they hold the tokens of all dp ranks: the mean over dp is a division.
+        With that they hold the tokens of all dp ranks: the mean over dp is a division. Copies of an expert that a
+        placement made are further such ranks.
         """
-        return SumGradient(module, name, place.replicas, over_dp=True)
+        edits: list[Edit] = [SumGradient(module, name, place.replicas, over_dp=True)]
+        among = place.along_ep
+        own = place.homes.ranks[among.index]
+        for holders, parts in sorted(place.homes.cut().shared(among.index).items()):
+            parts = tuple(sorted(parts, key=lambda part: own[part[0]]))  # the same experts' on all
+            group = among.groups.of_ranks(tuple(among.members[j] for j in holders))
+            edits.append(SumGradient(module, name, group, 0, parts, over_dp=True))
+        return edits
 
     def _swap(
         self, module: nn.Module, place: Place, compute: Compute, ranks: ModelRanks
@@ -168,10 +176,36 @@ class RoutedExperts:
         return [SetAttribute(module, "_plait_experts", routed), SwapClass(module, ExpertLayer)]
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Say whether a module is laid out, and computes, as transformers' packed experts do."""
-    up = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    return {up, "down_proj"} <= module._parameters.keys() and hasattr(module, "_apply_gate")
+def placement_of(experts: int, path: str, choice: Experts) -> Placement:
+    """The placement a plan asks for: its file's for this path, or runs of experts.
+
+    Raises:
+        PlanError: the file does not fit the plan or the model, or there is none and ep does not divide the experts.
+    """
+    if choice.placement:
+        found = read_placements(choice.placement)
+        asked = f"placement={choice.placement}"
+        if path not in found:
+            names = listed(list(found)[:3])
+            raise PlanError(
+                asked, f"says nothing of {path}, only of {names}", "make it for this model"
+            )
+        placement = found[path]
+        if (placement.experts, len(placement.ranks)) != (experts, choice.size):
+            raise PlanError(
+                f"{asked} on {path}",
+                f"puts {placement.experts} experts on {len(placement.ranks)} ranks, "
+                f"and there are {experts} on ep={choice.size}",
+                f"make it for ep={choice.size}",
+            )
+        return placement
+    if experts % choice.size:
+        raise PlanError(
+            f"ep={choice.size} on {path}",
+            f"does not divide its {experts} experts",
+            f"use a divisor of {experts}, or give placement=, a file that says who holds which",
+        )
+    return Placement.even(experts, choice.size)
 
 
 def per_expert(module: nn.Module, place: Place) -> list[str]:

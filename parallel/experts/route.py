@@ -48,6 +48,25 @@ def count(experts_of_rows: Tensor, experts: int) -> Tensor:
     return torch.bincount(experts_of_rows, minlength=experts)[:experts]
 
 
+def numbers(experts_of_rows: Tensor, experts: int, order: Tensor | None = None) -> Tensor:
+    """Number each row among those of its expert, from 0, as they stand or as they stand in ``order``.
+
+    Shape: [rows] -> [rows]. The host reads nothing.
+    """
+    flat = experts_of_rows
+    by = (
+        torch.argsort(flat, stable=True)
+        if order is None
+        else order[torch.argsort(flat[order], stable=True)]
+    )
+    counts = torch.zeros(experts, dtype=torch.long, device=flat.device)
+    counts = counts.index_add(0, flat, torch.ones_like(flat))
+    starts = counts.cumsum(0) - counts
+    number = torch.empty_like(flat)
+    number[by] = torch.arange(flat.numel(), device=flat.device) - starts[flat[by]]
+    return number
+
+
 def even(rows: int, experts: int) -> Tensor:
     """Share rows out evenly: what a run without values assumes of the router."""
     return torch.tensor(

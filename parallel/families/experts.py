@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..experts import RoutedExperts
-from ..experts.role import is_packed
+from ..experts.compute import is_packed
 from ..roles import Role
 
 
