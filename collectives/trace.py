@@ -130,7 +130,7 @@ class Trace(TorchDispatchMode):
         """Record a call that took so long until now, with the tensors that this rank brought to it.
 
         ``work`` is given where the call returned before it was complete; its end is recorded when it comes. ``kept`` is
-        the share of an uneven exchange that this rank keeps.
+        the share of an exchange that stays on this rank, where the parts are not even.
         """
         start = time.perf_counter() - seconds
         ranks = group.size() if group is not None else 1
@@ -212,14 +212,15 @@ def tell_traces(
     brought: Sequence[Tensor],
     seconds: float,
     work: dist.Work | None = None,
+    kept: float | None = None,
 ) -> None:
     """Record a call in every Trace that is on: for groups written in Python, which the dispatcher does not see.
 
-    ``work`` is given where the call returned before it was complete.
+    ``work`` is given where the call returned before it was complete, ``kept`` for exchanges, as in `Trace.note`.
     """
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Trace):
-            mode.note(group, op, brought, seconds, work)
+            mode.note(group, op, brought, seconds, work, kept)
 
 
 def span(name: str) -> AbstractContextManager[None]:

@@ -150,7 +150,9 @@ class MPIGroup(dist.ProcessGroup):
         if begin is not None:
             under_way = None if work is self._finished else work
             kind, seconds = _TRACED.get(name, name), time.perf_counter() - begin
-            tell_traces(self, kind, brought, seconds, under_way)
+            apart = kind == "all_to_all" and any(moved[0])
+            kept = moved[0][self._rank] / sum(moved[0]) if apart else None
+            tell_traces(self, kind, brought, seconds, under_way, kept)
         return work
 
     def _run_call(

@@ -83,6 +83,7 @@ class Engine:
         outputs: list[Tensor],
         wait: bool,
         inputs: list[Tensor] | None = None,
+        kept: float | None = None,
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
         begin = time.perf_counter() if listening() else None
@@ -102,18 +103,12 @@ class Engine:
         elif status != DONE:
             progress.wake()
         if begin is not None:
-            under_way = None if wait else work
-            self._tell(
-                code, outputs if inputs is None else inputs, time.perf_counter() - begin, under_way
-            )
+            under_way, brought = None if wait else work, outputs if inputs is None else inputs
+            group, seconds = self._group(), time.perf_counter() - begin
+            if group is not None:
+                op = KINDS[code & 255].split()[0]
+                tell_traces(group, op, brought, seconds, under_way, kept)
         return work
-
-    def _tell(
-        self, code: int, brought: list[Tensor], seconds: float, work: dist.Work | None
-    ) -> None:
-        group = self._group()
-        if group is not None:
-            tell_traces(group, KINDS[code & 255].split()[0], brought, seconds, work)
 
     def _pend(
         self,
@@ -221,7 +216,8 @@ class Engine:
         places = views_of(receives) if receives else self._nothing
         arguments = (views, sent, places, received, shared, meet, dtype.itemsize)
         count = sends[0].numel() if len(sends) == 1 else sum(x.numel() for x in sends)
-        return self.run(exchange, arguments, code, count, receives, wait, sends)
+        kept = sent[self.members.rank, 1] / max(count, 1) if kind == "all_to_all" else None
+        return self.run(exchange, arguments, code, count, receives, wait, sends, kept)
 
     def close(self) -> None:
         """End what is pending, and leave the group."""
