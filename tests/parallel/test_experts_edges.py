@@ -92,7 +92,7 @@ def test_routing_without_work_for_all() -> None:
 def averaged_over_dp() -> Any:
     """Expert gradients are averaged over dp like everybody's, as if its ranks held the same experts."""
     return patch.object(
-        role.RoutedExperts, "_gradient", lambda self, m, n, place: SumGradient(m, n, place.replicas)
+        role.RoutedExperts, "_gradients", lambda self, m, n, p: [SumGradient(m, n, p.replicas)]
     )
 
 
