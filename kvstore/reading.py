@@ -25,7 +25,7 @@ from .attention import (
 from .placement import Placement
 from .pool import PagePool
 from .select import Selector
-from .select.attend import attend_selected
+from .select.attend import attend_selected, show_prompts
 from .sequence import Sequence, listed
 from .spec import KVSpec
 from .step import Step
@@ -146,11 +146,27 @@ class PageReader:
         self, seqs: list[Sequence], layer: int, table: PageTable, q: Tensor, indptr: np.ndarray,
         lo: Tensor, hi: Tensor, options: ScoreOptions,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """Attend by the store's selector if there is one and each sequence has one row."""
-        if self.selector is None or not seqs or (indptr[1:] - indptr[:-1] != 1).any():
+        """Attend by the store's selector if there is one and each sequence has one row; else let it see the rows."""
+        if self.selector is None or not seqs:
             return None
-        state, layers = self._layer(layer), self.spec.layers
-        return attend_selected(self.selector, seqs, state, layer, layers, table, q, lo, hi, options)
+        args = (self.selector, seqs, self._layer(layer), layer, self.spec.layers, table, q)
+        if (indptr[1:] - indptr[:-1] == 1).all():
+            return attend_selected(*args, lo, hi, options)
+        show_prompts(*args, indptr, options)
+        return None
+
+    def observe(self, seqs: Listing[Sequence], layer: int, q: Tensor, step: Step) -> None:
+        """Let the store's selector see a prompt's queries, if attention to them is computed elsewhere.
+
+        Shape: q `[rows, heads, head_dim]`, the rows of a step
+        """
+        if self.selector is None:
+            return
+        table = self.page_table(seqs, step)
+        indptr = row_pointers(len(table.lengths), q, None, step)
+        options = ScoreOptions(self.spec.head_dim**-0.5)
+        state = self._layer(layer)
+        show_prompts(self.selector, seqs, state, layer, self.spec.layers, table, q, indptr, options)
 
     def _layer(self, layer: int) -> LayerPages:
         with self._lock:  # not between the two halves of a growth

@@ -58,6 +58,29 @@ def attend_selected(
     return o, lse
 
 
+def show_prompts(
+    selector: Selector,
+    seqs: Listing[Sequence],
+    layer: LayerPages, number: int, layers: int,
+    table: PageTable, q: Tensor, indptr: np.ndarray, options: ScoreOptions,
+) -> None:  # fmt: skip
+    """Let the selector see the last queries of each sequence that has more than one.
+
+    Shape: q `[rows, heads, head_dim]`, indptr `[seqs + 1]`
+    """
+    shards = 1 if options.interleave is None else options.interleave.shards
+    for at, seq in enumerate(seqs):
+        first, stop = int(indptr[at]), int(indptr[at + 1])
+        tokens = int(table.lengths[at])
+        count = min(selector.queries(tokens), stop - first)
+        if stop - first > 1 and count > 0 and tokens > 0:
+            view = KeyView(
+                layer.keys, torch.from_numpy(table.pages(at)), tokens, number, layers,
+                options.scale, shards, seq.memory,
+            )  # fmt: skip
+            selector.prompt(q[stop - count : stop], view)
+
+
 def tokens_of(plan: Selection, length: int) -> list[np.ndarray]:
     """The tokens that each KV head reads, ascending."""
     units = plan.indices.cpu().numpy().astype(np.int64)

@@ -9,12 +9,13 @@ from .hylra import HyLRA
 from .quest import Quest
 from .recent import Recent
 from .rocket import Rocket
+from .rocket_mt import RocketMT
 from .selector import Selector
 from .sparq import SparQ
 from .top_p import TopP
 
 SELECTORS: dict[str, type[Selector]] = {
-    kind.name: kind for kind in (Delta, Exact, HyLRA, Quest, Recent, Rocket, SparQ, TopP)
+    kind.name: kind for kind in (Delta, Exact, HyLRA, Quest, Recent, Rocket, RocketMT, SparQ, TopP)
 }
 
 

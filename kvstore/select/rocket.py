@@ -1,7 +1,7 @@
 """RocketKV: keep less of the prompt, then read a part of that (arXiv 2502.14051).
 
 Stage one is a scorer, ``snapkv:window=32,kernel=63,pool=max``, with the budget `split` gives; stage two is `Rocket`.
-`RocketMT` is for texts of several turns: nothing is evicted, each prompt filters anew what the decode after it sees.
+`RocketMT` is for texts of several turns.
 """
 
 from __future__ import annotations

@@ -100,6 +100,16 @@ class Selector(Named):
 
     across_layers: ClassVar[bool] = False
 
+    def queries(self, tokens: int) -> int:
+        """How many of the last queries of a prompt of so many tokens it wants to see."""
+        return 0
+
+    def prompt(self, q: Tensor, view: KeyView) -> None:
+        """See the last queries of a prompt, whose keys are cached.
+
+        Shape: q `[queries, heads, head_dim]`
+        """
+
     @abstractmethod
     def plan(self, q: Tensor, view: KeyView) -> Selection | None:
         """Choose for a row that sees the whole sequence; None reads everything.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,25 @@ class Summaries:
     Shape: low, high `[room, kv_heads, head_dim]`, of which `units` are in use; high is None for sums.
     """
 
-    def __init__(self, view: KeyView, unit: int, ranges: bool = True, shift: int = 0) -> None:
-        self.unit, self.shift, self.tokens = unit, shift, max(0, -shift)
+    def __init__(self, view: KeyView, unit: int, ranges: bool = True) -> None:
+        self.unit, self.shift, self.tokens = unit, 0, 0
         kind = view.keys.dtype
         kind = kind if ranges else torch.promote_types(kind, torch.float32)
         self.low = view.keys.new_empty(0, *view.keys.shape[2:], dtype=kind)
         self.high = self.low if ranges else None
+
+    @classmethod
+    def of_rows(cls, view: KeyView, rows: Tensor, unit: int) -> Summaries:
+        """Ranges of some keys in the place of all tokens so far; those that come are added behind them.
+
+        Shape: rows `[n, kv_heads, head_dim]`
+        """
+        count, keys = len(rows), rows[:, None].contiguous()  # pages of one token
+        made = cls(view, unit).extend(
+            replace(view, keys=keys, pages=torch.arange(count), tokens=count)
+        )
+        made.tokens, made.shift = view.tokens, count - view.tokens
+        return made
 
     @property
     def units(self) -> int:

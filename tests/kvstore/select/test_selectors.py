@@ -17,6 +17,7 @@ from plait.kvstore.select.hylra import missed_mass, plan_layers
 from plait.kvstore.select.layers import Layers
 from plait.kvstore.select.registry import SELECTORS
 from plait.kvstore.select.rocket import Rocket, split
+from plait.kvstore.select.rocket_mt import RocketMT
 from plait.kvstore.select.summaries import Summaries
 
 PAGE, HEADS, GROUP, WIDTH = 4, 2, 3, 8
@@ -95,7 +96,7 @@ def test_hylra_reads_what_its_leader_found() -> None:
 
 BUDGETED = {
     "exact": "", "quest": "dense=0,page=2", "sparq": "channels=4,window=1", "rocket": "",
-    "hylra": "full=0+4", "delta": "full=0+4,page=2,newest=1",
+    "rocket-mt": "", "hylra": "full=0+4", "delta": "full=0+4,page=2,newest=1",
 }  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def test_ranks_share_a_budget_of_tokens(name) -> None:
 def test_growing_is_as_being_there_at_once(name) -> None:
     """Summaries and hints are carried from step to step, and change nothing."""
     text = f"{name}:budget=12,{BUDGETED[name]}"
-    text += ",chunk=3,channels=5" if name == "rocket" else ""
+    text += ",chunk=3,channels=5" if "rocket" in name else ""
     whole = view_of()
     for tokens in range(30, 62):
         step = replace(whole, tokens=tokens)
@@ -246,6 +247,51 @@ def test_the_worked_example_of_rocketkv() -> None:
     assert split(131_072, 256, 64, 128).prompt == 1296 - 64
     assert split(200, 256, 0, 128) == (200, 200, 1, 128, 128)
     assert split(131_072, 256, 1000, 128).kept == 2000, "twice what is generated at least"
+
+
+# ---- RocketKV for several turns: a filter of the prompt, then the second stage over what passed
+
+
+def filtered(q: Tensor, k: Tensor, rows: Tensor, count: int) -> list[int]:
+    """SnapKV's votes as RocketKV has them: q `[queries, group, d]` of the last tokens, k `[tokens, d]`."""
+    queries, tokens = len(rows), len(k)
+    votes = torch.zeros(tokens - queries, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        seen = k[: tokens - queries + i + 1]
+        weights = (row @ seen.T / k.shape[-1] ** 0.5).softmax(-1)
+        votes += weights.sum(0)[: len(votes)]
+    pooled = [votes[max(0, t - 31) : t + 32].max() for t in range(len(votes))]
+    kept = paper.best(torch.stack(pooled), count - queries)
+    return kept + list(range(tokens - queries, tokens))
+
+
+def test_a_prompt_filters_and_decoded_tokens_join() -> None:
+    selector = RocketMT(budget=40)
+    view = view_of(300)
+    seen = replace(view, tokens=290)
+    rng = torch.Generator().manual_seed(3)
+    rows = torch.randn(32, HEADS * GROUP, WIDTH, dtype=torch.float64, generator=rng) * 2
+    count = split(290, 40, 0, WIDTH).kept
+    assert 40 < count < 290
+    selector.prompt(rows, seen)
+    keys = in_order(view)
+    q = query(5)
+    for tokens in (291, 297, 300):
+        chosen = selector.plan(q, replace(view, tokens=tokens))
+        assert chosen is not None
+        chunk, channels = view.own["stage"]
+        for head, own in enumerate(chosen.lists()):
+            mine = rows.unflatten(1, (HEADS, GROUP))[:, head]
+            kept = filtered(q, keys[:290, head], mine, count) + list(range(290, tokens))
+            few = paper.rocket(
+                q.unflatten(0, (HEADS, GROUP))[head], keys[kept, head], chunk, channels, 20
+            )
+            assert own.tolist() == [kept[i] for i in few]
+    again = selector.plan(q, replace(view, memory={}))
+    plain = Rocket(budget=40).plan(q, replace(view, memory={}))
+    assert again is not None
+    assert plain is not None
+    assert torch.equal(again.indices, plain.indices), "without a prompt nothing is filtered"
 
 
 # ---- HyLRA's plan against all plans
