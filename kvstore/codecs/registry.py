@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from ..named import read_named
+from .adaquant import AdaQuant
+from .bfp import Bfp
 from .codec import BytesToBytes, Codec, CodecPart, KVCodec, PageToBytes, PageToPage
 from .exponent import Exponent
 from .integers import Int2, Int3, Int4
 from .kivi import Kivi
+from .microexponents import Mx4, Mx6, Mx9
+from .mx import MxFp4, MxFp6, MxFp8, MxInt8
+from .nvfp4 import Nvfp4
 from .plain import CastBf16, Plain
 from .scaled import Fp8, Int8
+from .ternary import Ternary
+from .transforms import Hadamard
+from .turbo import Turbo
+from .vidkv import VidKV
 from .zstd import Zstd
 
 CODECS: dict[str, type[CodecPart]] = {
-    part.name: part for part in (Plain, CastBf16, Fp8, Int8, Int4, Int3, Int2, Kivi, Exponent, Zstd)
+    part.name: part
+    for part in (
+        *(Plain, CastBf16, Hadamard),
+        *(Fp8, Int8, Int4, Int3, Int2, Kivi, AdaQuant, Turbo, Ternary, VidKV),
+        *(MxFp8, MxFp6, MxFp4, MxInt8, Nvfp4, Mx9, Mx6, Mx4, Bfp),
+        *(Exponent, Zstd),
+    )
 }
+CALIBRATED = ("balancer", "ksort", "kvtc")  # hold numbers that no text says
 
 
 def find_codec(text: str) -> Codec:
@@ -24,7 +40,13 @@ def find_codec(text: str) -> Codec:
     Raises:
         ValueError: if a name is unknown (it lists those that are known), an option is, or the order is wrong.
     """
-    parts = [read_named("codec", piece, CODECS) for piece in text.split("+")]
+    pieces = text.split("+")
+    for name in (piece.strip().partition(":")[0] for piece in pieces):
+        if name in CALIBRATED:
+            raise ValueError(
+                f"codec {name!r} is calibrated and has no text form: give a Codec with it"
+            )
+    parts = [read_named("codec", piece, CODECS) for piece in pieces]
     pages = [part for part in parts if isinstance(part, PageToPage)]
     writers = [part for part in parts if isinstance(part, PageToBytes)] or [Plain()]
     packers = [part for part in parts if isinstance(part, BytesToBytes)]

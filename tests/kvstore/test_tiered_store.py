@@ -420,7 +420,7 @@ def test_a_secret_survives_a_flipped_bit(copy, tmp_path) -> None:
 
 def test_bad_input_is_refused_and_holds_no_lock(tmp_path) -> None:
     for error, match, options in (
-        (ValueError, "no codec 'kivi9'; there are bf16, exponent", {"codec": "kivi9"}),
+        (ValueError, "no codec 'kivi9'; there are adaquant, bf16", {"codec": "kivi9"}),
         (ValueError, "known: lru", {"evict": "mru"}),
         (ValueError, "host_bytes=17 holds no page of 4096", {"host_bytes": 17}),
         (ValueError, "is no size", {"host_bytes": "much"}),

@@ -155,7 +155,7 @@ def test_a_frame_that_claims_too_much_is_refused_before_memory_is_taken() -> Non
 
 
 def test_bad_names_and_orders() -> None:
-    with pytest.raises(ValueError, match=r"no codec 'gzip'; there are bf16, exponent, fp8"):
+    with pytest.raises(ValueError, match=r"no codec 'gzip'; there are adaquant, bf16, bfp"):
         find_codec("gzip")
     for chain in ("zstd+fp8", "fp8+int8", "fp8+bf16", ""):
         with pytest.raises(ValueError):

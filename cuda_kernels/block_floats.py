@@ -1,0 +1,207 @@
+"""Blocks of small floats with a shared scale: OCP MX (powers of two) and NVFP4 (e4m3 times a float32).
+
+Source: OCP Microscaling Formats v1.0 section 6.3 and NVFP4 as torchao computes them, bit for bit; blocks lie along the
+last dim and the last one of a row may be shorter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from .bits import pack_into, unpack_into
+from .halves import narrow, widen
+from .minifloats import MINIFLOATS, round_to, table_of
+from .numbers import bits_of
+from .workers import run_rows
+
+ELEMENTS_A_THREAD = 1 << 16
+INFINITE = np.uint32(0x7F800000)
+NAN_SCALE = 255
+MX_BLOCK, NVFP4_BLOCK = 32, 16
+LIFTS = {"floor": 0, "ceil": 0x7FFFFF}
+
+
+def lift_of(rule: str, mantissa_bits: int) -> int:
+    """What to add to the bits of a block's largest element before its exponent is read.
+
+    "floor" may saturate the largest element; "even" rounds it to the element's mantissa first; "ceil" never saturates.
+    """
+    return 1 << (22 - mantissa_bits) if rule == "even" else LIFTS[rule]
+
+
+@njit(nogil=True, cache=True)
+def _largest(row, wide):
+    """Widen a run; give the bits of its largest magnitude, NaN above all."""
+    worst = np.uint32(0)
+    for i in range(row.size):
+        value = np.float32(widen(row[i]))
+        wide[i] = value
+        worst = max(worst, np.uint32(value.view(np.uint32) & np.uint32(0x7FFFFFFF)))
+    return worst
+
+
+@njit(nogil=True, cache=True)
+def _round_run(wide, factor, mantissa_bits, lowest, largest, sign_at, codes):
+    for i in range(wide.size):
+        codes[i] = round_to(wide[i] * factor, mantissa_bits, lowest, largest, sign_at)
+
+
+@njit(nogil=True, cache=True)
+def _quantise_mx(x, size, lift, top, form, largest, scales, codes):
+    """Shape: x, codes `[rows, width]`, scales `[rows, blocks]` uint8: the exponent with bias 127."""
+    mantissa_bits, lowest, sign_at = form
+    rows, width = x.shape
+    wide = np.empty(size, np.float32)
+    for r in range(rows):
+        for b in range(scales.shape[1]):
+            start, stop = b * size, min((b + 1) * size, width)
+            run = wide[: stop - start]
+            worst = _largest(x[r, start:stop], run)
+            if worst > INFINITE:
+                scales[r, b] = NAN_SCALE
+                codes[r, start:stop] = 0
+                continue
+            field = np.int32((worst + np.uint32(lift)) >> np.uint32(23))
+            scale = min(max(field - top, 0), 254)
+            scales[r, b] = scale
+            shift = np.uint32(254 - scale)  # 2 ** (127 - scale), exactly
+            bits = shift << np.uint32(23) if shift > 0 else 0x00400000
+            factor = np.uint32(bits).view(np.float32)
+            _round_run(run, factor, mantissa_bits, lowest, largest, sign_at, codes[r, start:stop])
+
+
+@njit(nogil=True, cache=True)
+def _dequantise_mx(codes, size, table, scales, x):
+    rows, width = codes.shape
+    for r in range(rows):
+        for b in range(scales.shape[1]):
+            start, stop = b * size, min((b + 1) * size, width)
+            field = np.uint32(scales[r, b])
+            scale = np.uint32(field << np.uint32(23)).view(np.float32)
+            if field == np.uint32(NAN_SCALE):
+                scale = np.float32(np.nan)
+            elif field == np.uint32(0):
+                scale = np.uint32(0x00400000).view(np.float32)
+            run, out = codes[r, start:stop], x[r, start:stop]
+            for i in range(run.size):
+                out[i] = narrow(table[run[i]] * scale, x)
+
+
+@njit(nogil=True, cache=True)
+def _misses(wide, factor, table, codes):
+    """Squared error in units of the scale, doubled by its square by whoever compares scales."""
+    total = np.float32(0)
+    for i in range(wide.size):
+        miss = wide[i] * factor - table[codes[i]]
+        total += miss * miss
+    return total
+
+
+@njit(nogil=True, cache=True)
+def _nvfp4_scale(largest, top, whole, byte_table):
+    """A block's scale: as a code of e4m3, and what to multiply its elements by."""
+    wish = np.float32(np.float32(largest / top) / whole)
+    wish = min(max(wish, np.float32(2.0**-6)), np.float32(448))
+    code = round_to(wish, 3, np.int32(121), np.float32(448), 7)
+    return code, np.float32(np.float32(np.float32(1) / whole) / byte_table[code])
+
+
+@njit(nogil=True, cache=True)
+def _quantise_nvfp4(x, size, whole, both, byte_table, table, scales, codes):
+    """Shape: x, codes `[rows, width]`, scales `[rows, blocks]` uint8. `both`: try 4 as the largest element too."""
+    rows, width = x.shape
+    wide, other = np.empty(size, np.float32), np.empty(size, np.uint8)
+    six, low, top = np.float32(6), np.int32(127), np.float32(6)
+    for r in range(rows):
+        for b in range(scales.shape[1]):
+            start, stop = b * size, min((b + 1) * size, width)
+            run, out, alt = wide[: stop - start], codes[r, start:stop], other[: stop - start]
+            largest = np.uint32(_largest(x[r, start:stop], run)).view(np.float32)
+            scale, factor = _nvfp4_scale(largest, six, whole, byte_table)
+            _round_run(run, factor, 1, low, top, 3, out)
+            if both:
+                scale4, factor4 = _nvfp4_scale(largest, np.float32(4), whole, byte_table)
+                _round_run(run, factor4, 1, low, top, 3, alt)
+                here, there = byte_table[scale], byte_table[scale4]
+                worse = _misses(run, factor, table, out) * here * here
+                if _misses(run, factor4, table, alt) * there * there < worse:
+                    out[:], scale = alt, scale4
+            scales[r, b] = scale
+
+
+@njit(nogil=True, cache=True)
+def _dequantise_nvfp4(codes, size, whole, byte_table, table, scales, x):
+    rows, width = codes.shape
+    for r in range(rows):
+        for b in range(scales.shape[1]):
+            start, stop = b * size, min((b + 1) * size, width)
+            scale = byte_table[scales[r, b]] * whole
+            run, out = codes[r, start:stop], x[r, start:stop]
+            for i in range(run.size):
+                out[i] = narrow(table[run[i]] * scale, x)
+
+
+def quantise_mx_into(
+    x: Tensor, form: str, rule: str, scales: np.ndarray, codes: np.ndarray
+) -> None:
+    """Quantise contiguous rows in host memory into packed codes; see `quantise_mx`."""
+    kind, source, size = MINIFLOATS[form], bits_of(x), MX_BLOCK
+    wide = np.empty(x.shape, np.uint8)
+    lift, top = lift_of(rule, kind.mantissa_bits), kind.top_exponent
+    what = (kind.mantissa_bits, np.int32(128 - kind.bias), kind.bits - 1)
+    largest = np.float32(kind.largest)
+
+    def part(a: int, b: int) -> None:
+        _quantise_mx(source[a:b], size, lift, top, what, largest, scales[a:b], wide[a:b])
+
+    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    pack_into(wide, kind.bits, codes)
+
+
+def dequantise_mx_into(scales: np.ndarray, codes: np.ndarray, form: str, x: Tensor) -> None:
+    """Undo `quantise_mx_into`; a block of scale NaN is NaN."""
+    kind, target, size = MINIFLOATS[form], bits_of(x), MX_BLOCK
+    wide, table = np.empty(x.shape, np.uint8), table_of(form)
+    unpack_into(codes, kind.bits, wide)
+
+    def part(a: int, b: int) -> None:
+        _dequantise_mx(wide[a:b], size, table, scales[a:b], target[a:b])
+
+    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+
+
+def nvfp4_whole(x: Tensor) -> float:
+    """The float32 scale of a page: its largest magnitude becomes 448 * 6. Not finite if an element is not."""
+    whole = float(x.detach().float().abs().amax() / (448.0 * 6.0)) if x.numel() else 0.0
+    return 1.0 if whole < 2.0**-126 else whole
+
+
+def quantise_nvfp4_into(
+    x: Tensor, whole: float, both: bool, scales: np.ndarray, codes: np.ndarray
+) -> None:
+    """Quantise contiguous rows in host memory into packed codes; see `quantise_nvfp4`."""
+    source, g, size = bits_of(x), np.float32(whole), NVFP4_BLOCK
+    wide, byte_table, table = np.empty(x.shape, np.uint8), table_of("e4m3"), table_of("e2m1")
+
+    def part(a: int, b: int) -> None:
+        _quantise_nvfp4(source[a:b], size, g, both, byte_table, table, scales[a:b], wide[a:b])
+
+    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    pack_into(wide, 4, codes)
+
+
+def dequantise_nvfp4_into(scales: np.ndarray, codes: np.ndarray, whole: float, x: Tensor) -> None:
+    """Undo `quantise_nvfp4_into`."""
+    target, g, size = bits_of(x), np.float32(whole), NVFP4_BLOCK
+    wide, byte_table, table = np.empty(x.shape, np.uint8), table_of("e4m3"), table_of("e2m1")
+    unpack_into(codes, 4, wide)
+
+    def part(a: int, b: int) -> None:
+        _dequantise_nvfp4(wide[a:b], size, g, byte_table, table, scales[a:b], target[a:b])
+
+    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+
+
+# inlines halves.py and minifloats.py 9a64bf9e

@@ -1,0 +1,74 @@
+"""Floats of four to eight bits: round to nearest even, saturate, and back, bit for bit those of ml_dtypes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+
+class Minifloat(NamedTuple):
+    """A sign, an exponent with subnormals, a mantissa."""
+
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    largest: float
+    infinities: bool = False  # as IEEE has them; else the codes after `largest`, if any, are NaN
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def top_exponent(self) -> int:
+        """Exponent of the largest power of two in it."""
+        return int(np.frexp(self.largest)[1]) - 1
+
+
+MINIFLOATS = {
+    "e4m3": Minifloat(4, 3, 7, 448.0),
+    "e5m2": Minifloat(5, 2, 15, 57344.0, infinities=True),
+    "e3m2": Minifloat(3, 2, 3, 28.0),
+    "e2m3": Minifloat(2, 3, 1, 7.5),
+    "e2m1": Minifloat(2, 1, 1, 6.0),
+}
+
+
+@lru_cache
+def table_of(form: str) -> np.ndarray:
+    """Give the value of every code. Shape: `[2 ** bits]` float32"""
+    kind = MINIFLOATS[form]
+    codes = np.arange(1 << kind.bits)
+    mantissa = codes & ((1 << kind.mantissa_bits) - 1)
+    exponent = codes >> kind.mantissa_bits & ((1 << kind.exponent_bits) - 1)
+    whole = np.where(exponent > 0, mantissa + (1 << kind.mantissa_bits), mantissa)
+    size = np.ldexp(
+        whole.astype(np.float64), np.maximum(exponent, 1) - kind.bias - kind.mantissa_bits
+    )
+    beyond = np.where(kind.infinities & (mantissa == 0), np.inf, np.nan)
+    size = np.where(size > kind.largest, beyond, size)
+    table = np.where(codes >> (kind.bits - 1), -size, size).astype(np.float32)
+    table.flags.writeable = True
+    return table
+
+
+@njit(nogil=True, cache=True)
+def round_to(value, mantissa_bits, lowest, largest, sign_at):
+    """Give the code of a float32 that is not NaN.
+
+    Args:
+        lowest: exponent field of float32 for the format's smallest normal number, `128 - bias`.
+        sign_at: bit of the sign.
+    """
+    bits = np.uint32(np.float32(value).view(np.uint32))
+    size = np.float32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)).view(np.float32), largest))
+    field = max(np.int32(np.float32(size).view(np.uint32) >> np.uint32(23)), lowest)
+    inverse = np.uint32(np.int32(254 + mantissa_bits - field) << 23).view(np.float32)
+    code = np.int32(np.rint(size * inverse)) + np.int32((field - lowest) << mantissa_bits)
+    return np.uint8(
+        np.uint32(code) | np.uint32(np.uint32(bits >> np.uint32(31)) << np.uint32(sign_at))
+    )

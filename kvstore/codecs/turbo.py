@@ -1,0 +1,75 @@
+"""turbo: vectors rotated at random, so that every coordinate looks normal, and coded by the best levels for that.
+
+Nothing is calibrated and no page needs another. It fits what looks normal once rotated: two channels far above all
+others still do not, and kivi is better there.
+
+Source: TurboQuant (arXiv 2504.19874), the variant for least squared error, with Hadamard rotations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cuda_kernels.bits import packed_width
+from ...cuda_kernels.hadamard import dequantise_turbo_into, quantise_turbo_into
+from ...cuda_kernels.numbers import bits_of, half_of
+from .codec import CodecError, PageLayout, PageToBytes, need_floats, need_length, readable
+
+
+@dataclass(frozen=True)
+class Turbo(PageToBytes):
+    """16-bit norms, then packed codes. Real bits per element: `bits + 16 / head_dim`.
+
+    Relative squared error on vectors without structure: 0.36, 0.12, 0.034, 0.0093 with 1, 2, 3, 4 bits.
+    """
+
+    name: ClassVar[str] = "turbo"
+    lossless: ClassVar[bool] = False
+    bits: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 4:
+            raise ValueError(f"turbo: bits={self.bits} must be 1 to 4; int8 needs no rotation")
+
+    def max_bytes(self, layout: PageLayout) -> int:
+        """No page takes fewer."""
+        need_floats(layout, self.name)
+        return layout.vectors * (2 + packed_width(layout.shape[-1], self.bits))
+
+    def _parts(
+        self, data: np.ndarray, layout: PageLayout, dtype: torch.dtype
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows = layout.vectors
+        kind = bits_of(torch.empty(0, dtype=half_of(dtype))).dtype
+        norms = np.require(data[: 2 * rows], requirements="A").view(kind)
+        return norms, data[2 * rows :].reshape(rows, -1)
+
+    def encode(self, page: Tensor) -> np.ndarray:
+        """Rotate and code.
+
+        Raises:
+            CodecError: if an element is infinite, not a number, or a norm beyond its 16 bits.
+        """
+        layout = PageLayout.of(page)
+        data = np.empty(self.max_bytes(layout), np.uint8)
+        x = (page.float() if page.dtype == torch.float64 else page).reshape(-1, page.shape[-1])
+        if not quantise_turbo_into(x, self.bits, self.seed, *self._parts(data, layout, x.dtype)):
+            raise CodecError(
+                "turbo cannot code infinities or NaN, nor norms beyond 16 bits; use none for this page, "
+                "or bf16 before it"
+            )
+        return data
+
+    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+        """Levels times norm, rotated back."""
+        need_length(data, self.max_bytes(layout), self.name)
+        work = torch.float32 if layout.dtype == torch.float64 else layout.dtype
+        x = torch.empty(layout.vectors, layout.shape[-1], dtype=work)
+        dequantise_turbo_into(*self._parts(readable(data), layout, work), self.bits, self.seed, x)
+        return x.to(layout.dtype).reshape(layout.shape)
