@@ -31,7 +31,7 @@ test: $(READY)  ## all tests that this machine can run, multi-process and mpirun
 	$(BIN)/python -m pytest
 
 test-compositions: $(READY)  ## every composition of axes in the table, and many random plans, against one process
-	$(BIN)/python -m pytest -m "slow or not slow" tests/parallel/test_compositions.py
+	$(BIN)/python -m pytest -m "table or not table" tests/parallel/test_compositions.py tests/parallel/test_random_compositions.py
 
 test-mpi-%: $(READY)  ## the tests of tests/mpi on % ranks of mpirun
 	$(BIN)/mpirun --oversubscribe -n $* $(BIN)/python -m pytest --with-mpi tests/mpi

@@ -127,6 +127,16 @@ class Plan:
                 return legality.expert_replicas(self)
         raise unknown("axis", axis, [*AXES, "edp", "ffn_tp"])
 
+    def coords(self, rank: int) -> dict[str, int]:
+        """Return a rank's place along every axis; ``plan.coords(world.rank)["dp"]`` says whose batches it is given.
+
+        >>> Plan.parse("dp2 tp2").coords(2)["dp"]
+        1
+        """
+        from .folding import Folding
+
+        return Folding.of(self).coords(rank)
+
     def validate(self, shape: ModelShape | None = None, world_size: int | None = None) -> None:
         """Raise PlanError unless the plan is legal, for the model and the world where given.
 

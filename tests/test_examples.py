@@ -74,3 +74,23 @@ def test_long_training(tmp_path: Path, size: int, plan: str) -> None:
     assert float(found[1]) < 1e-5
     losses = [float(x) for x in re.findall(r"loss (\d\.\d+)", job.output)]
     assert losses[-1] < losses[0]
+
+
+def test_train_moe(tmp_path: Path) -> None:
+    """Two plans train from each other's checkpoint as one process does, and a third decodes."""
+    script = [
+        str(EXAMPLES / "train_moe.py"),
+        str(tmp_path / "run"),
+        "--steps",
+        "4",
+        "--tokens",
+        "72",
+    ]
+    job = run_job([*torchrun(4), *script], tmp_path / "job")
+    assert job.code == 0, job.output
+    found = re.search(r"of a loss from one process: ([0-9.e+-]+)", job.output)
+    assert found is not None, job.output
+    assert float(found[1]) < 1e-5
+    assert "writes the same: yes" in job.output
+    for picture in ("loss.png", "routers.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from exactness import Case, Pair, assert_exact, far, loss_of, worst
-from models import tokens
+from models import StayFloat64, tokens
 from plait.parallel import clip_grad_norm_
 from world import run_calls
 
@@ -55,6 +55,13 @@ def labelled(model: Any, batch: tuple[Tensor, Tensor], **given: Any) -> Tensor:
     model.loss_function = token_loss
     labels = labels_of(batch, given.get("ignore_index", -100))
     return model(ids, attention_mask=mask, labels=labels, **given).loss
+
+
+def own_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss that the model computes from labels by its own code, in float64: what cp and pp cut is in it."""
+    ids, mask = batch
+    with StayFloat64():
+        return model(ids, attention_mask=mask, labels=labels_of(batch), use_cache=False).loss
 
 
 def coordinate(model: Any, axis: str = "dp") -> int:
@@ -146,6 +153,11 @@ def trained(
     moved = [far(before[n], p) for n, p in pair.reference.named_parameters()]
     assert min(moved) > 1e-6, "the steps must move every parameter"
     return errors | {"parameters": max(parameter_errors(pair).values())}
+
+
+def composed(each: Case, steps: int) -> dict[str, float]:
+    """What `trained` gives for any plan: with the model's own loss, over rows for microbatches, clipped."""
+    return trained(each, steps, loss=own_loss, batch=3, max_norm=0.05)
 
 
 def assert_as_one_process(

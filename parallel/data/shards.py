@@ -13,6 +13,7 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..axes import Shard
 from ..edits import Edit, SetAttribute, SumGradient
@@ -46,6 +47,7 @@ class ShardParameters:
         experts = {e.module.get_parameter(e.name) for e in self.sums if e.over_dp}
         layers = sharding_units(self.model)
         units = [*layers, *(ends_of(self.model, layers) if self.staged else [self.model])]
+        self._handles += [unit.register_forward_hook(own_outputs) for unit in units]
         self._surfaces = [Surface(module) for module in self.model.modules()]
         self._kept = [
             (module, name, p)
@@ -109,6 +111,13 @@ class ShardParameters:
             self._surfaces.pop().clean()
         while self._handles:
             self._handles.pop().remove()
+
+
+def own_outputs(_: nn.Module, args: Any, output: Any) -> Any:
+    """Copy outputs that are views: FSDP2 hooks them, and would lose the hook to a caller's in-place operation."""
+    if not any(isinstance(x, Tensor) and x._is_view() for x in tree_leaves(output)):
+        return None
+    return tree_map_only(Tensor, lambda x: x.clone() if x._is_view() else x, output)
 
 
 class Surface:

@@ -6,19 +6,16 @@ The whole table is `make test-compositions`; a slice of it, and a few random pla
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from exactness import Case, Pair, assert_exact, case, far, measure_all, world_of, worst
-from models import StayFloat64, tiny
+from models import tiny
 from plait.parallel import Plan, PlanError, parallelize, unparallelize
-from training import assert_as_one_process, batch_of, labels_of, trained
+from training import assert_as_one_process, batch_of, composed, labels_of, own_loss
 from world import run_calls, run_world
 
-MOST = 0.05  # of the gradients' norm; what one process has is larger
 AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 WINDOWS = {"layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
@@ -88,23 +85,12 @@ SLICE = {
 }  # cases, of three steps, in the default suite
 
 
-def own_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss that the model computes from labels, in float64 throughout: what cp and pp cut is in it."""
-    ids, mask = batch
-    with StayFloat64():
-        return model(ids, attention_mask=mask, labels=labels_of(batch), use_cache=False).loss
-
-
-def composed(each: Case, steps: int) -> dict[str, float]:
-    return trained(each, steps, loss=own_loss, batch=3, max_norm=MOST)
-
-
 @pytest.mark.parametrize("ranks", SLICE)
 def test_steps_are_those_of_one_process(ranks: int) -> None:
     assert_as_one_process(composed, [(each, 3) for each in SLICE[ranks]], ranks)
 
 
-@pytest.mark.slow
+@pytest.mark.table
 @pytest.mark.parametrize(
     "each", [c for cases in TABLE.values() for c in cases], ids=lambda c: c.name
 )

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from drawing import draw_one
 from hypothesis import strategies as st
 
 from exactness import Case, assert_exact, measure_all, worst
@@ -107,29 +107,9 @@ def drawn(ranks: int, count: int) -> list[Case]:
     """Draw cases, the families in turn; the same in every run unless PLAIT_RANDOM_SEED says otherwise."""
     families, first = sorted(FAMILIES), int(os.environ.get("PLAIT_RANDOM_SEED", "0"))
     return [
-        one(ranks, families[(3 * ranks + i) % len(families)], 1000 * first + i)
+        draw_one(cases(ranks, families[(3 * ranks + i) % len(families)]), 1000 * first + i)
         for i in range(count)
     ]
-
-
-def one(ranks: int, family: str, number: int) -> Case:
-    """Draw one case; the last of a few, because hypothesis begins with the simplest."""
-    found: list[Case] = []
-
-    @seed(number)
-    @settings(
-        max_examples=5,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases(ranks, family))
-    def draw(each: Case) -> None:
-        found.append(each)
-
-    draw()
-    return found[-1]
 
 
 @pytest.mark.parametrize("ranks", SIZES)
