@@ -16,7 +16,7 @@ def build() -> Any:
     torch.manual_seed(0)
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(
         vocab_size=256, hidden_size=96, head_dim=12, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.02, bos_token_id=10,
+        moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.1, bos_token_id=10,
         eos_token_id=None, max_position_embeddings=4096, output_router_logits=True))  # fmt: skip
 
 

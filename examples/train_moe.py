@@ -25,7 +25,9 @@ def train(plan: Plan, rank: int, begin: int, end: int, args: argparse.Namespace)
     """Train from one step's checkpoint to another's; in one process if the plan is of one rank."""
     cut, text, losses = plan.world_size > 1, read_docs(), torch.zeros(begin)
     model = plait.parallelize(build(), plan) if cut else build()
-    optimizer = plait.track_optimizer(model, torch.optim.AdamW(model.parameters(), lr=2e-3))
+    optimizer = plait.track_optimizer(
+        model, torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    )
 
     def state() -> dict[str, object]:
         moments = states.get_optimizer_state_dict(model, optimizer)
