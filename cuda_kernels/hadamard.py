@@ -26,6 +26,7 @@ from .workers import run_rows
 
 LANES = 16  # vectors rotated together: every step is then whole vector registers
 ELEMENTS_A_THREAD = 1 << 16
+SMALLEST = 2.0**-120  # a norm that float32 can divide by
 
 
 @lru_cache(maxsize=64)
@@ -172,6 +173,8 @@ def _quantise_turbo(x, signs, power, bounds, norms, codes):
                 squares[j] += value * value
         for j in range(LANES):
             norm = np.sqrt(squares[j])
+            if norm < SMALLEST:  # nothing but subnormal numbers: zeros
+                norm = 0.0
             if j < rows:
                 norms[first + j] = narrow(np.float32(norm), norms)
                 if not np.isfinite(widen(norms[first + j])):
