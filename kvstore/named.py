@@ -47,8 +47,8 @@ def read_named(what: str, text: str, known: Mapping[str, type[Choice]]) -> Choic
     types = typing.get_type_hints(known[name])
     options = [field.name for field in fields(known[name])]
     given: dict[str, Any] = {}
-    for piece in _pieces(rest):
-        key, _, value = piece.strip().partition("=")
+    for piece in pieces(rest):
+        key, _, value = piece.partition("=")
         if key not in options:
             has = ", ".join(options) or "none"
             raise ValueError(f"{what} {text!r}: {name} has no such option as {key!r}; it has {has}")
@@ -61,16 +61,16 @@ def _text(value: Any) -> str:
     return f"({value})" if nested else str(value)
 
 
-def _pieces(text: str) -> list[str]:
+def pieces(text: str) -> list[str]:
     """Cut at commas outside parentheses."""
-    pieces, depth = [""], 0
+    found, depth = [""], 0
     for char in text:
         depth += (char == "(") - (char == ")")
         if char == "," and depth == 0:
-            pieces.append("")
+            found.append("")
         else:
-            pieces[-1] += char
-    return [piece for piece in pieces if piece]
+            found[-1] += char
+    return [piece.strip() for piece in found if piece.strip()]
 
 
 def _value(where: str, kind: Any, text: str, known: Mapping[str, type[Choice]]) -> Any:

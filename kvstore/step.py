@@ -124,7 +124,9 @@ def make_step(
     return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
 
 
-def check_rows(spec: KVSpec, step: Step, layer: int, k: Tensor, v: Tensor | None) -> list[Tensor]:
+def check_rows(
+    spec: KVSpec, num_tokens: int, layer: int, k: Tensor, v: Tensor | None
+) -> list[Tensor]:
     """Give the tensors to write, or refuse a wrong layer, shape, dtype or device."""
     if not 0 <= layer < spec.layers:
         raise ValueError(f"layer {layer} must be in [0, {spec.layers})")
@@ -135,7 +137,7 @@ def check_rows(spec: KVSpec, step: Step, layer: int, k: Tensor, v: Tensor | None
         )  # fmt: skip
     pieces = [t.detach() if t.requires_grad else t for t in (k, v) if t is not None]
     for name, rows, width in zip("kv", pieces, spec.widths, strict=False):
-        want = (step.num_tokens, spec.kv_heads, width)
+        want = (num_tokens, spec.kv_heads, width)
         if tuple(rows.shape) != want:
             raise ValueError(
                 f"append: {name} {list(rows.shape)} must be [tokens, kv_heads, d] = {list(want)}"

@@ -318,7 +318,7 @@ class KVStore(StoreAccounts):
         if isinstance(step, Sequence):
             step = step.step or self.reserve([step], [k.shape[0]])
         step.require_open()
-        pieces = check_rows(self.spec, step, layer, k, v)
+        pieces = check_rows(self.spec, step.num_tokens, layer, k, v)
         with self._lock:  # a growing pool moves its memory: writes may not cross that
             step.require_open()
             if layer in step.written:

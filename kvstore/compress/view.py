@@ -20,7 +20,12 @@ class LayerView:
         k `[batch, kv_heads, tokens, head_dim]` as cached (rotated), v likewise with value_dim;
         q `[batch, heads, queries, head_dim]`: the last queries, rotated, of the last of the tokens;
         positions `[tokens]`: where each token stood in the text, ascending;
+        received `[batch, kv_heads, tokens]`: attention from all queries so far, the group's mean;
         output `[hidden, heads * value_dim]`: the weight of the output projection.
+
+    Attributes:
+        first_head, all_kv_heads: which KV heads of the layer these are: a rank, or a head that keeps tokens of its
+            own, shows some of them.
     """
 
     k: Tensor
@@ -31,6 +36,13 @@ class LayerView:
     layers: int = 1
     rotary: Rotary | None = None
     output: Tensor | None = None
+    received: Tensor | None = None
+    first_head: int = 0
+    all_kv_heads: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.all_kv_heads:
+            object.__setattr__(self, "all_kv_heads", self.first_head + self.kv_heads)
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ rows and layers with a mask of their own are gathered and go to sdpa.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-if TYPE_CHECKING:
-    from .transformers import PlaitCache
+
+class PageHolder(Protocol):
+    """A cache whose keys and values this attention reads."""
+
+    def attend(
+        self, module: torch.nn.Module, layer: int, query: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Attend in one layer. Shape: `[batch, heads, queries, head_dim]` -> `[batch, queries, heads, value_dim]`"""
+        ...
+
 
 PAGES = "plait_pages"
 
@@ -30,11 +39,11 @@ class InPages(Tensor):
     Any other use is a clear error instead of attention to the wrong tokens.
     """
 
-    cache: PlaitCache
+    cache: PageHolder
     layer: int
 
     @classmethod
-    def of(cls, cache: PlaitCache, layer: int) -> InPages:
+    def of(cls, cache: PageHolder, layer: int) -> InPages:
         """The keys or values of one layer."""
         made = torch.empty(0).as_subclass(cls)
         made.cache, made.layer = cache, layer
@@ -79,7 +88,7 @@ def pages_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Attend to pages in place if each row has one query, else as sdpa; registered as ``plait_pages``.
+    """Attend as the cache says that keeps the pages, else by sdpa; registered as ``plait_pages``.
 
     Shape: query `[batch, heads, queries, head_dim]` -> `[batch, queries, heads, value_dim]`
     """
@@ -87,18 +96,4 @@ def pages_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    cache, layer, window = key.cache, key.layer, kwargs.get("sliding_window")
-    own_mask = attention_mask is not None and window is None
-    if query.shape[2] != 1 or cache.padded or own_mask:
-        k, v = cache.gathered(layer)
-        return sdpa_attention_forward(
-            module, query, k, v, attention_mask, scaling=scaling, **kwargs
-        )
-    assert cache.step is not None
-    lo = None
-    if window is not None:
-        lo = torch.from_numpy(cache.step.table.lengths).to(query.device) - window
-    o, _ = cache.store.attend(
-        cache.seqs, layer, query[:, :, 0], lo=lo, scale=scaling, step=cache.step
-    )
-    return o[:, None], None
+    return key.cache.attend(module, key.layer, query, attention_mask, scaling=scaling, **kwargs)

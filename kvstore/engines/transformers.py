@@ -15,11 +15,12 @@ view of the pages where they follow each other, else a copy. `pages` has one tha
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..identity import Identity
 from ..spec import KVSpec
@@ -44,6 +45,18 @@ def make_store(
     Raises:
         ValueError: if its layers keep something else than keys and values of all tokens.
     """
+    spec, config = spec_of(model, page_tokens)
+    rope = {k: v for k, v in sorted(config.to_dict().items()) if "rope" in k or "window" in k}
+    identity = Identity(weights=weights or weights_digest(model), rope=repr(rope))
+    return KVStore(spec, identity=identity, **options)
+
+
+def spec_of(model: Any, page_tokens: int) -> tuple[KVSpec, Any]:
+    """The shape of what a model's layers keep, and the config it was read from.
+
+    Raises:
+        ValueError: if that is something else than keys and values of all tokens.
+    """
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if getattr(config, "is_encoder_decoder", False) or kinds - _KINDS:
@@ -61,9 +74,7 @@ def make_store(
         dtype=parameter.dtype,
         device=str(parameter.device),
     )
-    rope = {k: v for k, v in sorted(config.to_dict().items()) if "rope" in k or "window" in k}
-    identity = Identity(weights=weights or weights_digest(model), rope=repr(rope))
-    return KVStore(spec, identity=identity, **options)
+    return spec, config
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -76,13 +87,26 @@ def weights_digest(model: nn.Module) -> str:
     return hasher.hexdigest()
 
 
+class LayerWriter(Protocol):
+    """The cache of a `PlaitLayer`."""
+
+    @property
+    def tokens(self) -> int:
+        """Columns of each row so far."""
+        ...
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one layer's new tokens; give what attention shall be given."""
+        ...
+
+
 class PlaitLayer(CacheLayerMixin):
     """One attention layer of a `PlaitCache`."""
 
     is_sliding = False  # windows are the mask's: all tokens are kept
     is_croppable = True
 
-    def __init__(self, cache: PlaitCache, number: int) -> None:
+    def __init__(self, cache: LayerWriter, number: int) -> None:
         super().__init__()
         self.cache = cache
         self.number = number
@@ -190,6 +214,26 @@ class PlaitCache(Cache):
             torch.stack([pair[0] for pair in held]).transpose(1, 2),
             torch.stack([pair[1] for pair in held]).transpose(1, 2),
         )
+
+    def attend(
+        self, module: nn.Module, layer: int, query: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Attend to pages in place if each row has one query, else as sdpa; see `pages_attention`."""
+        window = kwargs.get("sliding_window")
+        own_mask = attention_mask is not None and window is None
+        if query.shape[2] != 1 or self.padded or own_mask:
+            k, v = self.gathered(layer)
+            return sdpa_attention_forward(
+                module, query, k, v, attention_mask, scaling=scaling, **kwargs
+            )
+        assert self.step is not None
+        lo = None
+        if window is not None:
+            lo = torch.from_numpy(self.step.table.lengths).to(query.device) - window
+        q = query[:, :, 0]
+        o, _ = self.store.attend(self.seqs, layer, q, lo=lo, scale=scaling, step=self.step)
+        return o[:, None], None
 
     def commit(self) -> None:
         """Commit the last forward, or drop it if it did not come to its end."""

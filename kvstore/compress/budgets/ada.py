@@ -22,6 +22,8 @@ class Ada(Budget):
 
     floor: float = 0.2
     name: ClassVar[str] = "ada"
+    by_head: ClassVar[bool] = True
+    by_layer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,21 @@ class Budget(Named):
 
     A layer is asked for as soon as it has scores, so that a prompt's full cache never stands in memory at once. No
     head keeps more than there is; ``threshold`` keeps what is worth it, whatever ``keep`` says.
+
+    Attributes:
+        by_head: heads of one layer may get different numbers.
+        by_layer: heads of one layer compete: it must see the scores of all of them.
+        open: it may evict although `keep` would hold all.
     """
+
+    by_head: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
+    open: ClassVar[bool] = False
+
+    @property
+    def newest(self) -> int:
+        """Newest tokens that stay whatever they score."""
+        return 0
 
     @abstractmethod
     def allot(self, score: Tensor, keep: int, layer: int, layers: int) -> Tensor:

@@ -17,6 +17,13 @@ class Threshold(Budget):
     tau: float = 0.0
     window: int = 128
     name: ClassVar[str] = "threshold"
+    by_head: ClassVar[bool] = True
+    open: ClassVar[bool] = True
+
+    @property
+    def newest(self) -> int:
+        """The window."""
+        return self.window
 
     def allot(self, score: Tensor, keep: int, layer: int, layers: int) -> Tensor:
         """Count what is worth it."""

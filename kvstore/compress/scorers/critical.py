@@ -24,9 +24,23 @@ class Critical(Scorer):
     name: ClassVar[str] = "critical"
     private: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.base.joint or not 0 <= self.first <= 1:
+            raise ValueError(
+                f"{self}: first is a share of the budget, 0 to 1; and {self.base.name}, which keeps the same tokens "
+                "in all heads, has no heads to rank apart"
+                if self.base.joint
+                else f"{self}: first must be 0 to 1"
+            )
+
     def queries(self, tokens: int) -> int:
         """The base's."""
         return self.base.queries(tokens)
+
+    @property
+    def prompts_only(self) -> bool:
+        """The base's; a sum of attention is not handed down."""
+        return self.base.prompts_only or self.base.received
 
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Scores in two stages."""

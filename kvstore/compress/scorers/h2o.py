@@ -15,13 +15,15 @@ from .scorer import Scorer, protect
 class H2O(Scorer):
     """Attention summed over all queries of the prompt, in float32; the newest tokens take a share of the budget.
 
-    The sum favours early tokens, which more queries saw; that is the method. It needs every query of the prompt
-    and reads all pairs once more.
+    The sum favours early tokens, which more queries saw; that is the method. It needs every query and reads all
+    pairs once more; while decoding the sum goes on (`LayerView.received`), and what is evicted never returns.
     """
 
     recent: float = 0.5
     name: ClassVar[str] = "h2o"
     private: ClassVar[bool] = True
+    received: ClassVar[bool] = True
+    every: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent <= 1:
@@ -33,5 +35,7 @@ class H2O(Scorer):
 
     def score(self, view: LayerView, keep: int) -> Tensor:
         """The group's mean of the column sums."""
-        columns = attention_columns(view, view.last_queries(view.tokens, self.name)).mean(2)
-        return protect(columns, 0, int(keep * self.recent))
+        columns = view.received
+        if columns is None:
+            columns = attention_columns(view, view.last_queries(view.tokens, self.name)).mean(2)
+        return protect(columns.clone(), 0, int(keep * self.recent))

@@ -19,14 +19,26 @@ KEEP = float("inf")  # the score of a token that must stay
 class Scorer(Named):
     """A frozen value whose options stand in its text form; the higher the score, the sooner a token is kept.
 
-    ``private`` says that scores depend on the request's own queries: pages so chosen serve this request only.
+    Attributes:
+        private: scores depend on the request's own queries: pages so chosen serve this request only.
+        joint: all heads of a layer keep the same tokens.
+        received: it scores by the attention that tokens received so far (`LayerView.received`).
+        every: tokens decoded after which it is usual to score again; 0 if it is made for prompts.
     """
 
     private: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+    received: ClassVar[bool] = False
+    every: ClassVar[int] = 0
 
     def queries(self, tokens: int) -> int:
         """How many of the last queries it must see."""
         return 0
+
+    @property
+    def prompts_only(self) -> bool:
+        """Whether it needs every query of the text, which only a prompt's forward has."""
+        return self.queries(1 << 40) == 1 << 40 and not self.received
 
     @abstractmethod
     def score(self, view: LayerView, keep: int) -> Tensor:

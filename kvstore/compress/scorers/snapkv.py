@@ -19,7 +19,7 @@ class SnapKV(Scorer):
     A question asked after the compression was in no window: expect its answer to be gone.
 
     Args:
-        window: last tokens that vote; they are always kept.
+        window: last tokens that vote; they are always kept. No more than the budget.
         kernel: odd width of the pooling; the edges count zeros beyond, as in the reference.
         pool: ``avg`` (each head, then the group's mean) or ``max`` (the group's sum, then max: RocketKV's).
     """
@@ -46,7 +46,7 @@ class SnapKV(Scorer):
 
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Votes of the window; the window itself stays."""
-        q = view.last_queries(self.window, self.name)
+        q = view.last_queries(min(self.window, max(keep, 1)), self.name)
         before = view.tokens - q.shape[2]
         votes = attention_rows(view, q)[..., :before].mean(3)  # [batch, kv_heads, group, before]
         votes = votes.mean(2) if self.pool == "avg" else votes.sum(2)

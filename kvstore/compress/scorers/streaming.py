@@ -18,6 +18,8 @@ class Streaming(Scorer):
 
     sinks: int = 4
     name: ClassVar[str] = "streaming"
+    joint: ClassVar[bool] = True
+    every: ClassVar[int] = 16
 
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Newer is better."""

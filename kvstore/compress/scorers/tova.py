@@ -17,6 +17,8 @@ class Tova(Scorer):
 
     name: ClassVar[str] = "tova"
     private: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
+    every: ClassVar[int] = 16
 
     def queries(self, tokens: int) -> int:
         """The newest."""

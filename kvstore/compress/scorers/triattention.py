@@ -48,6 +48,7 @@ class TriAttention(Scorer):
     means: tuple[QueryMeans, ...] = ()
     recent: int = 128
     name: ClassVar[str] = "triattention"
+    every: ClassVar[int] = 128
 
     def score(self, view: LayerView, keep: int) -> Tensor:
         """The z-scored sum."""
@@ -55,6 +56,8 @@ class TriAttention(Scorer):
             raise ValueError(
                 "triattention: needs the model's rotary embedding, positions, and calibrated means of every layer"
             )
+        group = self.means[view.layer].mean.shape[0] // view.all_kv_heads
+        heads = slice(view.first_head * group, (view.first_head + view.kv_heads) * group)
         own, rotary = self.means[view.layer], view.rotary
         k = as_complex(rotary.undo(wide(view.k), view.positions), rotary)
         now = int(view.positions[-1]) + 1
@@ -62,7 +65,9 @@ class TriAttention(Scorer):
         distance = (ahead[None] - view.positions[:, None]).double()  # [tokens, distances]
         turns = torch.exp(1j * distance[..., None] * rotary.frequencies.double())
         mean_turn = turns.mean(1).to(k.dtype)  # [tokens, frequencies]
-        mean, size = (grouped(x[None], view.kv_heads) for x in (own.mean.to(k.dtype), own.size))
+        mean, size = (
+            grouped(x[None], view.kv_heads) for x in (own.mean[heads].to(k.dtype), own.size[heads])
+        )
         toward = torch.einsum("bhgf,bhtf,tf->bhgt", mean, k.conj(), mean_turn).real
         spread = torch.einsum("bhgf,bhtf->bhgt", size - mean.abs(), k.abs())
         score = toward + spread

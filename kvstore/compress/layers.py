@@ -1,0 +1,127 @@
+"""What happens to one layer of one sequence once its queries were seen: choose, keep, free the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .choice import Chooser, Heads
+from .compression import Compression
+from .lanes import LanePool
+from .sequence import KeptSequence, KeptStep
+from .view import LayerView, attention_columns
+
+
+class LayerKeeper:
+    """Moves tokens of a layer into pages, as many as its composition keeps.
+
+    Attributes:
+        choices: how often a layer of a sequence was chosen among.
+    """
+
+    def __init__(
+        self, pool: LanePool, what: Listing[Compression | None], chooser: Chooser
+    ) -> None:  # fmt: skip
+        self.pool, self.what, self.chooser, self.shard = pool, what, chooser, chooser.shard
+        self.choices = 0
+
+    def finish(self, step: KeptStep, at: int, layer: int, q: Tensor) -> None:
+        """See the queries of a step's new tokens; choose if it is a prompt.
+
+        Shape: q `[rows, heads, head_dim]`
+        """
+        seq, what = step.seqs[at], self.what[layer]
+        whole = step.whole.pop((at, layer), None)
+        step.done.setdefault(layer, set()).add(at)
+        if what is not None and what.cadence and not what.scorer.received:
+            seq.see(layer, q, what.scorer.queries(1 << 40))
+        if whole is None and len(q) == 1:
+            return
+        text = seq.text + len(q)
+        keep = text if what is None else what.keeps(text)
+        if whole is not None:
+            heads = self._whole(*whole)
+            if what is not None and what.scorer.received:
+                heads = self._heard(self._gathered(heads), q)
+        else:
+            heads = self._held(seq, layer)
+        if what is not None and (keep < text or what.rule.open):
+            self._choose(seq, layer, heads, q, what, keep)
+        elif whole is not None:
+            self._store(seq, layer, heads)
+
+    def again(self, seq: KeptSequence, layer: int) -> None:
+        """Choose among what a layer holds if enough tokens were decoded since it last did."""
+        what = self.what[layer]
+        if what is None or not what.cadence or seq.text - seq.chosen[layer] < what.cadence:
+            return
+        keep = what.keeps(seq.prompt)
+        seq.chosen[layer] = seq.text
+        if keep < seq.text or what.rule.open:
+            q = seq.queries[layer]
+            heads = self._held(seq, layer)
+            empty = torch.empty(0, 1, 1) if q is None else q
+            self._choose(seq, layer, heads, empty, what, keep)
+
+    def _choose(
+        self, seq: KeptSequence, layer: int, heads: Heads, q: Tensor, what: Compression, keep: int
+    ) -> None:
+        heads = self._gathered(heads).squared()
+        if not len(q):  # a scorer of keys alone
+            q = torch.empty(0, len(heads.positions), self.pool.pool.spec.head_dim)
+        kept = self.chooser.choose(heads, q, what, layer, keep)
+        self.choices += 1
+        self._store(seq, layer, heads.take(kept))
+
+    def _store(self, seq: KeptSequence, layer: int, heads: Heads) -> None:
+        """Keep this rank's part of some tokens instead of what the layer held."""
+        old = seq.lanes[layer]
+        own = [torch.from_numpy(np.flatnonzero(self.shard.own(p))) for p in heads.positions]
+        mine = heads.take(own) if self.shard.rule.shards > 1 else heads
+        places = [self.shard.places(positions) for positions in mine.positions]
+        seq.lanes[layer] = self.pool.fill(list(mine.k), list(mine.v), places, mine.received)
+        self.pool.release(old)
+        seq.memory.pop(layer, None)
+
+    def _whole(self, k: Tensor, v: Tensor) -> Heads:
+        """A first prompt's. Shape: k `[tokens, kv_heads, head_dim]`"""
+        positions = self.shard.positions(np.arange(len(k)))
+        return Heads(k.transpose(0, 1), v.transpose(0, 1), [positions] * k.shape[1])
+
+    def _held(self, seq: KeptSequence, layer: int) -> Heads:
+        """What the layer's pages hold."""
+        lanes = seq.lanes[layer]
+        rows = [self.pool.read(lanes, head) for head in range(len(lanes.counts))]
+        heard = [row[3] for row in rows if row[3] is not None]
+        return Heads(
+            [row[0] for row in rows], [row[1] for row in rows],
+            [self.shard.positions(row[2]) for row in rows], heard or None,
+        )  # fmt: skip
+
+    def _gathered(self, heads: Heads) -> Heads:
+        """The tokens of all kvp ranks."""
+        if self.shard.kvp is None or heads.gathered:
+            return heads
+        width = heads.k[0].shape[-1]
+        rows = [torch.cat([k, v], -1) for k, v in zip(heads.k, heads.v, strict=True)]
+        both, positions = self.shard.gather(rows, heads.positions)
+        heard = heads.received
+        if heard is not None:
+            columns = [own[:, None] for own in heard]
+            heard = [own[:, 0] for own in self.shard.gather(columns, heads.positions)[0]]
+        k, v = [own[:, :width] for own in both], [own[:, width:] for own in both]
+        return Heads(k, v, positions, heard, gathered=True)
+
+    def _heard(self, heads: Heads, q: Tensor) -> Heads:
+        """With the attention that a first prompt's tokens received from its queries."""
+        square = heads.squared()
+        assert isinstance(square.k, Tensor)
+        assert isinstance(square.v, Tensor)
+        view = LayerView(square.k[None], square.v[None])
+        columns = attention_columns(view, q.transpose(0, 1)[None]).mean(2)[0]
+        square.received = list(columns.unbind(0))
+        square.gathered = heads.gathered
+        return square

@@ -1,0 +1,260 @@
+"""Hugging Face transformers over a store that keeps what matters: `generate` with less memory.
+
+    store = compressed_store(model, "snapkv:budget=0.25")
+    with CompressedCache(store, ids) as cache:
+        model.generate(ids, past_key_values=cache)
+        print(store.report())
+
+The model is as it was but for its attention: `plait_pages`, which is sdpa with any other cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ..compress import CompressedStore, Compression, KeptSequence, KeptStep, ModelFacts, Rotary
+from .pages import InPages, read_pages_in_place
+from .transformers import PlaitLayer, spec_of
+
+
+def compressed_store(
+    model: Any,
+    scorer: str | Compression,
+    layers: Mapping[int, str | Compression | None] | None = None,
+    page_tokens: int = 16,
+    **options: Any,
+) -> CompressedStore:
+    """Make a compressed store of a model's shape, and let the model read it.
+
+    Args:
+        model: a transformers model for text that attends by sdpa.
+        scorer, layers, options: of `CompressedStore`.
+
+    Raises:
+        ValueError: if its layers keep something else than keys and values of all tokens, or it attends otherwise.
+    """
+    spec, _ = spec_of(model, page_tokens)
+    store = CompressedStore(spec, scorer, layers, **{"facts": facts_of(model), **options})
+    read_pages_in_place(model)
+    return store
+
+
+def facts_of(model: Any) -> ModelFacts:
+    """What scorers may ask of a model: its rotary embedding, if it is of the usual kind, and output projections."""
+    attentions = [m for m in model.modules() if hasattr(m, "o_proj") and hasattr(m, "layer_idx")]
+    outputs = tuple(m.o_proj.weight for m in sorted(attentions, key=lambda m: m.layer_idx))
+    rotaries = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    if len(rotaries) != 1 or not attentions:
+        return ModelFacts(None, outputs)
+    own = Rotary(rotaries[0].inv_freq.cpu(), float(getattr(rotaries[0], "attention_scaling", 1.0)))
+    return ModelFacts(own if _agrees(own, rotaries[0], attentions[0]) else None, outputs)
+
+
+def _agrees(own: Rotary, module: nn.Module, attention: nn.Module) -> bool:
+    """Whether the model rotates a probe as we would."""
+    turn = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    width, places = int(getattr(attention, "head_dim", 0)), torch.tensor([[0, 3, 70]])
+    if turn is None or width < own.width or getattr(module, "rope_type", "default") == "dynamic":
+        return False
+    device = own.frequencies.device
+    probe = torch.linspace(-1, 1, 3 * width, device=device).reshape(1, 1, 3, width)
+    with torch.no_grad():
+        cos, sin = (x.to(device) for x in module(probe, places))
+        theirs, _ = turn(probe, probe, cos, sin)
+    return torch.allclose(theirs, own.rotate(probe, places[0]), atol=1e-4)
+
+
+class CompressedCache(Cache):
+    """A transformers cache of which each head keeps what matters. Padding is not stored.
+
+    A forward of more than one token is a prompt: its attention is the model's own, then the layer chooses. Close it, or
+    use `with`.
+
+    Args:
+        store: see `compressed_store`.
+        input_ids: the prompts, `[batch, tokens]` or one row; what they are does not matter, only how many.
+        attention_mask: as given to `generate`, if rows are padded.
+        repeats: rows that `generate` makes of each prompt: its `num_beams` or `num_return_sequences`.
+
+    State: a forward is a step of the store, committed when the next begins or the cache is closed.
+    """
+
+    def __init__(
+        self,
+        store: CompressedStore,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        repeats: int = 1,
+    ) -> None:
+        super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
+        rows = 1 if input_ids.dim() == 1 else len(input_ids)
+        self.store = store
+        self.seqs: list[KeptSequence] = store.open_batch(rows * repeats)
+        given = None if attention_mask is None else attention_mask.reshape(rows, -1)
+        self.mask = None if given is None else given.repeat_interleave(repeats, 0).bool().cpu()
+        self.columns = 0  # committed ones
+        self.step: KeptStep | None = None
+        self.valid = torch.ones(rows * repeats, 0, dtype=torch.bool)  # of the step's columns
+        self._fresh: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Columns of each row so far, the last forward's included once all its layers ran."""
+        step = self.step
+        done = step is not None and len(step.done) == self.store.spec.layers
+        return self.columns + (self.valid.shape[1] if done else 0)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one layer's new tokens: [batch, kv_heads, new, d]; attention finds the others in the store."""
+        if torch.is_grad_enabled() and k.requires_grad:
+            raise ValueError(
+                "CompressedCache keeps values, not graphs: call the model under torch.no_grad()"
+            )
+        if layer == 0:
+            self._begin(len(k), k.shape[2])
+        assert self.step is not None
+        self.store.append(self.step, layer, self._rows(k), self._rows(v))
+        self._fresh = (k, v)
+        return InPages.of(self, layer), InPages.of(self, layer)
+
+    def _begin(self, batch: int, new: int) -> None:
+        self.commit()
+        if batch != len(self.seqs):
+            raise ValueError(
+                f"the cache holds {len(self.seqs)} rows, the input {batch}; make it from the same ids, with "
+                "repeats=num_beams or num_return_sequences"
+            )
+        columns = torch.arange(self.columns, self.columns + new)
+        self.valid = torch.ones(batch, new, dtype=torch.bool)
+        if self.mask is not None:
+            known = columns < self.mask.shape[1]
+            self.valid[:, known] = self.mask[:, columns[known]]
+        self.step = self.store.reserve(self.seqs, self.valid.sum(1).tolist())
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The valid tokens of all rows, end to end: [batch, heads, new, d] -> [tokens, heads, d]."""
+        whole = x.transpose(1, 2)
+        return whole.flatten(0, 1) if bool(self.valid.all()) else whole[self.valid.to(x.device)]
+
+    def attend(
+        self, module: nn.Module, layer: int, query: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        """Attend in one layer; see `pages.pages_attention`. A first prompt's attention is the model's own."""
+        step, window = self.step, kwargs.get("sliding_window")
+        assert step is not None
+        assert self._fresh is not None
+        self._check_mask(attention_mask, window)
+        q = self._rows(query)
+        if self.columns == 0:
+            o, weights = sdpa_attention_forward(
+                module, query, *self._fresh, attention_mask, scaling=scaling, **kwargs
+            )
+            self.store.finish(step, layer, q, scaling)
+            return o, weights
+        lo = None
+        if window is not None:
+            lo = torch.from_numpy(self._places(step)) - window + 1
+        o, _ = self.store.attend(self.seqs, layer, q, lo=lo, scale=scaling, step=step)
+        batch, new = self.valid.shape
+        whole = o.new_zeros(batch, new, *o.shape[1:])
+        whole[self.valid.to(o.device)] = o
+        return whole, None
+
+    def _places(self, step: KeptStep) -> np.ndarray:
+        """Where the step's tokens stand in the text of their rows."""
+        return np.concatenate(
+            [np.arange(n) + seq.tokens for seq, n in zip(step.seqs, step.counts, strict=True)]
+        )
+
+    def _check_mask(self, mask: Tensor | None, window: int | None) -> None:
+        """Refuse a mask that is not causal with padding: evicted tokens have no column in it.
+
+        Raises:
+            ValueError: saying so.
+        """
+        if mask is None:
+            return
+        new, columns = mask.shape[-2:]
+        before = torch.ones(len(self.seqs), columns, dtype=torch.bool)
+        if self.mask is not None:
+            known = min(columns, self.mask.shape[1])
+            before[:, :known] = self.mask[:, :known]
+        row, column = torch.arange(columns - new, columns)[:, None], torch.arange(columns)
+        causal = (column <= row) & (True if window is None else column > row - window)
+        want = causal & before[:, None]
+        given = (mask if mask.dtype == torch.bool else mask == 0).cpu()[:, 0]
+        seen = self.valid[:, :, None]  # what padding rows see does not matter
+        if not torch.equal(given & seen, (want & seen).expand_as(given)):
+            raise ValueError(
+                "a mask other than causal with the padding this CompressedCache was told of (attention_mask=) cannot "
+                "be: evicted tokens have no column; use a PlaitCache"
+            )
+
+    def commit(self) -> None:
+        """Commit the last forward, or drop it if it did not come to its end."""
+        step, self.step, self._fresh = self.step, None, None
+        if step is not None and len(step.done) == self.store.spec.layers:
+            self.store.commit(step)
+            self.columns += self.valid.shape[1]
+        elif step is not None:
+            self.store.abort(step)
+
+    def close(self) -> None:
+        """End the sequences; their pages are free."""
+        self.commit()
+        self.store.close(self.seqs)
+        self.seqs = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "seqs", None):
+            self.close()
+
+    def _select(self, rows: list[int]) -> None:
+        self.commit()
+        self.seqs = self.store.reorder(self.seqs, rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give each beam what it kept; pages are shared."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row; the copies share their pages."""
+        self._select(torch.arange(len(self.seqs)).repeat_interleave(repeats).tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._select(indices.tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of each row, those since the last choice at most; the number is negative or zero."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
+            )
+        self.commit()
+        for seq in self.seqs:
+            self.store.truncate(seq, max(0, seq.length + tokens_to_remove))
+        self.columns += tokens_to_remove
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.commit()
+        for seq in self.seqs:
+            self.store.truncate(seq, 0)
+        self.columns = 0
