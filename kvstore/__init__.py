@@ -1,5 +1,6 @@
 """The paged KV store: pages, prefixes, sequences, steps; attention in place."""
 
+from .compress import CompressedStore, Compression
 from .errors import IntegrityError, PoolExhausted, SequenceClosed, StepError, StoreError
 from .identity import Identity
 from .page import LEGAL_MOVES, PageState
@@ -12,6 +13,8 @@ from .table import PageTable
 
 __all__ = [
     "LEGAL_MOVES",
+    "CompressedStore",
+    "Compression",
     "Identity",
     "IntegrityError",
     "KVSpec",

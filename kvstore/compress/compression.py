@@ -97,10 +97,11 @@ class Compression:
         """Decoded tokens after which it chooses again; 0: never."""
         return self.every or 0
 
-    def keeps(self, tokens: int) -> int:
-        """Tokens that a head keeps on average of so many."""
-        keep = int(tokens * self.budget) if isinstance(self.budget, float) else self.budget
-        return min(max(keep, 1), tokens)
+    def keeps(self, prompt: int, text: int) -> int:
+        """Tokens that a head keeps on average of a text; of a share, while decoding, as many as of its prompt."""
+        if not isinstance(self.budget, float):
+            return min(self.budget, text)
+        return text if self.budget == 1 else min(max(int(prompt * self.budget), 1), text)
 
 
 def by_layer(

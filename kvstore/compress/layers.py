@@ -41,7 +41,7 @@ class LayerKeeper:
         if whole is None and len(q) == 1:
             return
         text = seq.text + len(q)
-        keep = text if what is None else what.keeps(text)
+        keep = text if what is None else what.keeps(text, text)
         if whole is not None:
             heads = self._whole(*whole)
             if what is not None and what.scorer.received:
@@ -58,7 +58,7 @@ class LayerKeeper:
         what = self.what[layer]
         if what is None or not what.cadence or seq.text - seq.chosen[layer] < what.cadence:
             return
-        keep = what.keeps(seq.prompt)
+        keep = what.keeps(seq.prompt, seq.text)
         seq.chosen[layer] = seq.text
         if keep < seq.text or what.rule.open:
             q = seq.queries[layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from typing import TYPE_CHECKING, Any
 
@@ -135,3 +136,8 @@ class KeptStep:
         """
         if self.state != "open":
             raise StepError(f"this step is already {self.state}; reserve a new one")
+
+
+def listed(seqs: KeptSequence | Iterable[KeptSequence]) -> list[KeptSequence]:
+    """Give one sequence or several as a list."""
+    return [seqs] if isinstance(seqs, KeptSequence) else list(seqs)

@@ -69,7 +69,7 @@ def _agrees(own: Rotary, module: nn.Module, attention: nn.Module) -> bool:
     with torch.no_grad():
         cos, sin = (x.to(device) for x in module(probe, places))
         theirs, _ = turn(probe, probe, cos, sin)
-    return torch.allclose(theirs, own.rotate(probe, places[0]), atol=1e-4)
+    return torch.allclose(theirs.float(), own.rotate(probe, places[0]), atol=1e-4)
 
 
 class CompressedCache(Cache):
