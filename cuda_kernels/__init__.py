@@ -1,7 +1,8 @@
 """Kernels: torch operators under `plait::`, each with a reference, a CPU and a fake implementation."""
 
 from .dense_attention import dense_attention
-from .expert_rows import permute_rows, sort_by_expert, unpermute_rows
+from .expert_order import sort_by_expert
+from .expert_rows import permute_rows, unpermute_rows
 from .merge import merge_states
 from .page_copy import Regions, copy_pages, write_tokens
 from .page_summary import summarise

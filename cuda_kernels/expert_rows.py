@@ -1,6 +1,6 @@
-"""Rows of tokens in the order of their experts, and back: permute, unpermute, and the order itself.
+"""Rows of tokens in the order of their experts, and back.
 
-    order, counts = sort_by_expert(index, experts)        # pairs (token, choice), one expert's after another's
+    order, counts = sort_by_expert(index, experts)        # `expert_order`: pairs (token, choice) of one expert by one
     rows = permute_rows(x, order, top_k)                  # rows[i] = x[order[i] // top_k]
     y = unpermute_rows(rows, order, weights)              # y[t] = sum over rows of t of weight * row
 
@@ -18,23 +18,23 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .expert_gradients import (
+    ELEMENTS_A_THREAD,
+    cpu_serves,
+    cuda_serves,
+    unpermute_rows_gradients_op,
+)
+from .gpu import ptx
+from .gpu.kernel import Variant, kernel
+from .gpu.ptx import f32, i32, u32, u64
+from .gpu.toolchain import usable
+from .gpu.vectors import VECTORS
 from .halves import narrow, widen
 from .merge import direct
-from .workers import run_shares
+from .numbers import bits_of
+from .workers import run_rows
 
-ELEMENTS_A_THREAD = 1 << 16  # a thread's start costs about 30 us
-SERVED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def sort_by_expert_reference(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sort the pairs of tokens and choices by expert, pairs of one expert by number, in plain torch.
-
-    Pairs of expert number ``experts`` are nobody's: they come last and are not counted.
-
-    Shape: index `[tokens, top_k]` (int64) -> order `[tokens * top_k]`, counts `[experts]`
-    """
-    flat = index.reshape(-1)
-    return torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts)[:experts]
+AT_ONCE = 4  # rows of a token that a GPU thread has in flight
 
 
 def permute_rows_reference(x: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -58,25 +58,6 @@ def unpermute_rows_reference(rows: Tensor, order: Tensor, weights: Tensor) -> Te
 
 
 # --- CPU kernels ----------------------------------------------------------------------------------
-
-
-@njit(nogil=True, cache=True)
-def _sort(flat, order, counts):
-    """Sort by counting: two passes over the pairs. A number out of range is told by its place, -1 if there is none."""
-    experts = counts.shape[0] - 1
-    for i in range(flat.shape[0]):
-        if flat[i] < 0 or flat[i] > experts:
-            return i
-        counts[flat[i]] += 1
-    nexts = np.empty(experts + 1, np.int64)
-    total = 0
-    for e in range(experts + 1):
-        nexts[e] = total
-        total += counts[e]
-    for i in range(flat.shape[0]):
-        order[nexts[flat[i]]] = i
-        nexts[flat[i]] += 1
-    return -1
 
 
 @njit(nogil=True, cache=True)
@@ -108,39 +89,11 @@ def _combine(rows, order, weights, top_k, starts, of_token, wide, out, first, la
             out[t, c] = narrow(wide[c], out)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _combine_backward(grad, rows, order, weights, top_k, of_rows, of_weights, start, stop):
-    """Gradients of a range of rows, and of the weight of each row's pair: one for each row, summed by the caller."""
-    width = rows.shape[1]
-    for i in range(start, stop):
-        token, weight, dot = order[i] // top_k, weights[order[i]], weights.dtype.type(0)
-        for c in range(width):
-            part = widen(grad[token, c])
-            dot += part * widen(rows[i, c])
-            of_rows[i, c] = narrow(weight * part, of_rows)
-        of_weights[i] = dot
-
-
-def _array(t: Tensor) -> np.ndarray:
-    """A tensor as a kernel takes it: halves as the words of `halves`."""
-    words = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-    t = t.detach().contiguous()
-    return t.view(words.get(t.dtype, t.dtype)).numpy()
-
-
-def _shares(elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), elements // ELEMENTS_A_THREAD))
-
-
-def _served(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype in SERVED for t in tensors)
-
-
 def _add_rows(
     rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, top_k: int
 ) -> Tensor:
     """Add rows to their tokens, weighed or not."""
-    if not _served(rows, *(() if weights is None else (weights,))):
+    if not cpu_serves(rows, *(() if weights is None else (weights,))):
         ones = rows.new_ones((tokens, top_k)) if weights is None else weights
         return unpermute_rows_reference(rows, order, ones)
     wide = torch.promote_types(torch.float32, rows.dtype if weights is None else weights.dtype)
@@ -149,47 +102,95 @@ def _add_rows(
     scales = (
         (rows.new_empty(0) if weights is None else weights.detach().reshape(-1)).to(wide).numpy()
     )
-    pairs, source, target = order.contiguous().numpy(), _array(rows), _array(out)
+    pairs, source, target = order.contiguous().numpy(), bits_of(rows.contiguous()), bits_of(out)
     starts, of_token = np.zeros(tokens + 1, np.int64), np.empty(len(pairs), np.int64)
     _by_token(pairs, top_k, starts, of_token)
-    shares = _shares(rows.numel())
-    kept = torch.empty((shares, rows.shape[1]), dtype=wide).numpy()
 
-    def share(i: int) -> None:
-        first, last = tokens * i // shares, tokens * (i + 1) // shares
-        _combine(source, pairs, scales, top_k, starts, of_token, kept[i], target, first, last)
+    def part(first: int, last: int) -> None:
+        sums = torch.empty(rows.shape[1], dtype=wide).numpy()
+        _combine(source, pairs, scales, top_k, starts, of_token, sums, target, first, last)
 
-    run_shares(share, shares)
+    run_rows(part, tokens, ELEMENTS_A_THREAD * tokens // max(1, rows.numel()))
     return out
 
 
-def _unpermute_gradients(
-    grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows and of the weights."""
-    top_k = weights.shape[1]
-    if not _served(grad, rows, weights):
-        weighed = grad.index_select(0, order // top_k)
-        of_rows = weights.reshape(-1).index_select(0, order).unsqueeze(-1) * weighed
-        dots = (weighed.to(weights.dtype) * rows.to(weights.dtype)).sum(-1)
-        of_weights = weights.new_zeros(weights.numel()).index_add(0, order, dots)
-        return of_rows.to(rows.dtype), of_weights.view_as(weights)
-    wide = torch.promote_types(torch.promote_types(torch.float32, rows.dtype), weights.dtype)
-    of_rows = rows.new_empty(rows.shape)
-    scales = weights.detach().reshape(-1).to(wide).numpy()
-    pairs, n, shares = order.contiguous().numpy(), order.numel(), _shares(rows.numel())
-    dots = np.empty(n, scales.dtype)
-    given, source, target = (_array(t) for t in (grad, rows, of_rows))
+# --- CUDA kernels ---------------------------------------------------------------------------------
 
-    def share(i: int) -> None:
-        start, stop = n * i // shares, n * (i + 1) // shares
-        _combine_backward(given, source, pairs, scales, top_k, target, dots, start, stop)
 
-    run_shares(share, shares)
-    of_weights = torch.zeros(weights.numel(), dtype=wide).index_add(
-        0, order, torch.from_numpy(dots)
-    )
-    return of_rows, of_weights.view_as(weights).to(weights.dtype)
+@kernel(threads=256, table=[{"dtype": torch.bfloat16}, {"dtype": torch.float32}])
+def combine_rows(dtype, threads):
+    """Weigh and add the rows of a token; a block for each token, its threads share the token's 16-byte pieces."""
+    width, unpack, pack = VECTORS[dtype]
+    loaded = 4 * AT_ONCE
+
+    def body(rows: u64, scales: u64, of_token: u64, starts: u64, out: u64, pieces: i32):
+        begin = u64(u32(ptx.block())) * u64(4)
+        first, last = i32(ptx.ld4(starts + begin)), i32(ptx.ld4(starts + begin + u64(4)))
+        stride = u64(u32(pieces)) * u64(16)
+        piece = ptx.thread()
+        v, weights = ptx.local(loaded, u32), ptx.local(AT_ONCE, f32)
+        acc, x = ptx.local(width, f32), ptx.local(width, f32)
+        while piece < pieces:
+            offset = u64(u32(piece)) * u64(16)
+            for c in range(width):
+                acc[c] = f32(0)
+            at = first
+            while at < last:
+                for j in range(
+                    AT_ONCE
+                ):  # all loads first; beyond the end the first row again, which adds nothing
+                    one = u64(u32(i32(at + j) if i32(at + j) < last else at)) * u64(4)
+                    row = rows + u64(ptx.ld4(of_token + one)) * stride + offset
+                    v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3] = ptx.ld16_once(row)
+                    weights[j] = ptx.ld_f32(scales + one)
+                for j in range(AT_ONCE):
+                    unpack(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3], x, 0)
+                    for c in range(width):
+                        acc[c] += f32(weights[j] * x[c]) if i32(at + j) < last else f32(0)
+                at = i32(at + AT_ONCE)
+            a, b, c4, d = pack(acc, 0)
+            ptx.st16(out + u64(u32(ptx.block())) * stride + offset, a, b, c4, d)
+            piece = i32(piece + threads)
+
+    return body
+
+
+def combine_launch(
+    rows: Tensor, order: Tensor, weights: Tensor | None, out: Tensor, top_k: int
+) -> tuple[Variant, int, tuple[int, ...], tuple[Tensor, ...]]:
+    """Choose the variant, the grid and the arguments for contiguous rows; keep the last while the kernel runs.
+
+    Nothing is read by the host: the rows of each token are found by a sort on the device.
+    """
+    token = order // top_k
+    of_token = torch.argsort(token, stable=True)
+    counts = torch.zeros(out.shape[0] + 1, dtype=torch.int32, device=rows.device)
+    counts = counts.index_add_(0, token + 1, torch.ones_like(token, dtype=torch.int32))
+    starts = counts.cumsum(0, dtype=torch.int32)
+    if weights is None:
+        scales = torch.ones(len(order), device=rows.device)
+    else:
+        scales = weights.reshape(-1).index_select(0, order.index_select(0, of_token))
+    kept = scales, of_token.int(), starts
+    pieces = rows.shape[1] * rows.element_size() // 16
+    pointers = tuple(t.data_ptr() for t in (rows, *kept, out))
+    return combine_rows(dtype=rows.dtype), out.shape[0], (*pointers, pieces), kept
+
+
+def _add_rows_cuda(
+    rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, top_k: int
+) -> Tensor:
+    rows = rows.contiguous()
+    if (
+        not cuda_serves(rows, *(() if weights is None else (weights,)))
+        or not tokens
+        or not usable()
+    ):
+        return _add_rows(rows, order, weights, tokens, top_k)
+    out = rows.new_empty((tokens, rows.shape[1]))
+    variant, grid, args, _kept = combine_launch(rows, order, weights, out, top_k)
+    variant.launch(grid, *args)
+    return out
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -212,6 +213,11 @@ def add_rows_op(rows: Tensor, order: Tensor, tokens: int, top_k: int) -> Tensor:
     return _add_rows(rows, order, None, tokens, top_k)
 
 
+@add_rows_op.register_kernel("cuda")
+def _(rows: Tensor, order: Tensor, tokens: int, top_k: int) -> Tensor:
+    return _add_rows_cuda(rows, order, None, tokens, top_k)
+
+
 @add_rows_op.register_fake
 def _(rows: Tensor, order: Tensor, tokens: int, top_k: int) -> Tensor:
     return rows.new_empty((tokens, rows.shape[1]))
@@ -223,22 +229,14 @@ def unpermute_rows_op(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return _add_rows(rows, order, weights, weights.shape[0], weights.shape[1])
 
 
+@unpermute_rows_op.register_kernel("cuda")
+def _(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    return _add_rows_cuda(rows, order, weights, weights.shape[0], weights.shape[1])
+
+
 @unpermute_rows_op.register_fake
 def _(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return rows.new_empty((weights.shape[0], rows.shape[1]))
-
-
-@torch.library.custom_op("plait::unpermute_rows_gradients", mutates_args=())
-def unpermute_rows_gradients_op(
-    grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `unpermute_rows`."""
-    return _unpermute_gradients(grad, rows, order, weights)
-
-
-@unpermute_rows_gradients_op.register_fake
-def _(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(rows), torch.empty_like(weights)
 
 
 def _keep_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,30 +258,6 @@ permute_rows_op.register_autograd(_permute_backward, setup_context=_keep_order)
 unpermute_rows_op.register_autograd(
     _unpermute_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
-
-
-def sort_by_expert(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sort the pairs of tokens and choices by expert, pairs of one expert by number; count each expert's.
-
-    Pairs of expert number ``experts`` are nobody's: they come last and are not counted.
-
-    Shape: index `[tokens, top_k]` (int64) -> order `[tokens * top_k]`, counts `[experts]`
-
-    Raises:
-        ValueError: an expert below 0 or above ``experts`` (seen on the CPU only).
-    """
-    if not direct(index):
-        return sort_by_expert_reference(index, experts)
-    flat = index.reshape(-1).numpy()
-    order, counts = np.empty(len(flat), np.int64), np.zeros(experts + 1, np.int64)
-    wrong = _sort(flat, order, counts)
-    if wrong >= 0:
-        token, choice = divmod(wrong, index.shape[1])
-        raise ValueError(
-            f"sort_by_expert: token {token} chose expert {flat[wrong]} (choice {choice}), "
-            f"and there are {experts}; was the router's answer finite?"
-        )
-    return torch.from_numpy(order), torch.from_numpy(counts[:experts])
 
 
 def permute_rows(x: Tensor, order: Tensor, top_k: int) -> Tensor:
@@ -316,7 +290,7 @@ def unpermute_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return unpermute_rows_op(rows, order, weights)
 
 
-__all__ = ["permute_rows", "sort_by_expert", "unpermute_rows"]
+__all__ = ["permute_rows", "unpermute_rows"]
 
 
 # inlines halves.py 5f21b6c6

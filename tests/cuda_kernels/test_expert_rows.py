@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plait.cuda_kernels import permute_rows, sort_by_expert, unpermute_rows
+from plait.cuda_kernels.expert_gradients import gradients_launch
+from plait.cuda_kernels.expert_order import sort_by_expert_reference
 from plait.cuda_kernels.expert_rows import (
+    combine_launch,
     permute_rows_reference,
-    sort_by_expert_reference,
     unpermute_rows_reference,
 )
 
@@ -144,3 +146,64 @@ def test_operators_trace_and_refuse() -> None:
         unpermute_rows(x[:5], order, weights)
     meta = permute_rows(x.to("meta"), order.to("meta"), 2)
     assert meta.shape == (12, 4)
+
+
+# --- the CUDA kernels, simulated ------------------------------------------------------------------
+
+
+def simulated(
+    rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, top_k: int
+) -> Tensor:
+    out = torch.full((tokens, rows.shape[1]), float("nan"), dtype=rows.dtype)
+    variant, grid, args, _kept = combine_launch(rows, order, weights, out, top_k)
+    variant.simulate(grid, *args)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_the_cuda_kernel_combines(dtype: torch.dtype, weighed: bool) -> None:
+    x, index, weights = drawn(5, 3, 6, 4, 24, dtype)
+    order = orders(index, 4, 5)
+    rows, given_ = permute_rows(x, order, 6), weights.float() if weighed else torch.ones(3, 6)
+    rows[3, 2] = float("inf")  # what a row adds stays its own
+    found = simulated(rows, order, given_ if weighed else None, 3, 6)
+    right = unpermute_rows_reference(rows.double(), order, given_.double())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), right, rtol=eps, atol=1e-5)
+    wrong = simulated(rows, order.flip(0), given_ if weighed else None, 3, 6)
+    assert not torch.allclose(wrong.double(), right, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_kernel_differentiates(dtype: torch.dtype) -> None:
+    x, index, weights = drawn(6, 3, 2, 4, 16, dtype)
+    order = orders(index, 4, 6)
+    rows, given_ = permute_rows(x, order, 2), weights.float()
+    grad = torch.randn(3, 16).to(dtype)
+    of_rows, dots = torch.empty_like(rows), torch.empty(len(order))
+    variant, grid, args, _kept = gradients_launch(grad, rows, order, given_, of_rows, dots)
+    variant.simulate(grid, *args)
+    wide = [t.double().requires_grad_() for t in (rows, given_)]
+    unpermute_rows_reference(wide[0], order, wide[1]).backward(grad.double())
+    found = torch.zeros(6).index_add(0, order, dots).view(3, 2)
+    eps = torch.finfo(dtype).eps
+    assert wide[0].grad is not None
+    assert wide[1].grad is not None
+    torch.testing.assert_close(of_rows.double(), wide[0].grad, rtol=eps, atol=1e-6)
+    torch.testing.assert_close(found.double(), wide[1].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_device(dtype: torch.dtype) -> None:
+    x, index, weights = (t.cuda() for t in drawn(7, 300, 8, 16, 1024, dtype))
+    order, _ = sort_by_expert(index, 16)
+    found = measured(permute_rows, unpermute_rows, x, order, weights.float())
+    right = measured(
+        permute_rows_reference, unpermute_rows_reference, x.double(), order, weights.double()
+    )
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(
+            a.double(), b, rtol=2e-2 if a.dtype != torch.float32 else 1e-4, atol=1e-2
+        )

@@ -83,6 +83,7 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
     ("kernel", "names"),
     [
         ("cuda_kernels/add_rms_norm.py", ("halves.py",)),
+        ("cuda_kernels/expert_gradients.py", ("halves.py",)),
         ("cuda_kernels/expert_rows.py", ("halves.py",)),
         ("cuda_kernels/paged_attention.py", ("exp.py", "halves.py")),
         ("cuda_kernels/page_summary.py", ("halves.py",)),
