@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -209,3 +211,26 @@ def test_picture() -> None:
     assert "kvp1    2    3" in text
     assert "ep1     2     3" in text
     assert "experts" not in fold("tp2").picture()
+
+
+PEERS = json.loads((Path(__file__).parent / "rank_tables.json").read_text())["tables"]
+
+
+@pytest.mark.parametrize("row", PEERS, ids=lambda row: f"{row['peer']}-{row['plan']}")
+def test_the_groups_are_those_of_peers(row: dict) -> None:
+    """Megatron-Core's and DeepSpeed's own tables (made by peer_rank_tables.py) are ours."""
+    here = fold(row["plan"])
+    for axes, groups in row["groups"].items():
+        assert sorted(here.groups(*axes.split())) == sorted(map(tuple, groups)), axes
+
+
+def test_an_expert_mesh_inside_dp_fails_the_peers_tables() -> None:
+    """Negative control: ep taken out of the dp ranks, as before folding, is not what the peers do."""
+    broken = 0
+    for row in PEERS:
+        here = fold(row["plan"])
+        sizes = here.experts.axes
+        inside = Mesh((*sizes[:1], sizes[2], sizes[1], *sizes[3:]))
+        groups = Folding(plan=here.plan, attention=here.attention, experts=inside).groups("ep")
+        broken += sorted(groups) != sorted(map(tuple, row["groups"]["ep"]))
+    assert broken >= 8
