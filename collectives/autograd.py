@@ -99,6 +99,19 @@ class _AllToAll(Function):
         return primitive.all_to_all(grad, ctx.group, ctx.receive, ctx.send), None, None, None
 
 
+class _Arrived(_AllToAll):
+    """What an exchange that was started before has brought; only its backward is left to do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, send: Any, receive: Any, arrived: Tensor) -> Tensor:  # type: ignore[override]  # fmt: skip
+        ctx.group, ctx.send, ctx.receive = group, send, receive
+        return arrived.view_as(arrived)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_AllToAll.backward(ctx, grad), None)
+
+
 class _EnterRows(Function):
     @staticmethod
     def forward(ctx: Any, group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -210,9 +223,24 @@ def scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def all_to_all(
-    x: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None
+    x: Tensor,
+    group: Group,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Exchange runs of rows of dim 0; backward is the exchange with the counts swapped."""
+    """Exchange runs of rows of dim 0; backward is the exchange with the counts swapped.
+
+    ``meanwhile`` is called while the forward's rows are under way.
+    """
+    if meanwhile is not None:
+        if group is None:
+            meanwhile()
+            return x
+        started = primitive.start_all_to_all(x.detach(), group, send, receive)
+        meanwhile()
+        arrived = started.wait()
+        return _Arrived.apply(x, group, send, receive, arrived) if needs_grad(x) else arrived
     if group is None:
         return x
     if not needs_grad(x):

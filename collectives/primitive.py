@@ -142,17 +142,24 @@ def all_to_all(
     return out
 
 
-def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Started:
-    """Begin an exchange of equal runs of rows of dim 0, and return while it is under way.
+def start_all_to_all(
+    x: Tensor,
+    group: dist.ProcessGroup,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+) -> Started:
+    """Begin an exchange of runs of rows of dim 0, and return while it is under way.
 
     It moves on without its caller: gloo and NCCL by their own threads, shm and mpi by their progress thread.
 
-    Shape: [rows, ...] -> [rows, ...], rows a multiple of the group's size
+    Shape: as ``all_to_all``; without counts the rows are a multiple of the group's size
     Collective: as ``all_to_all``; all ranks start, in one order, what they start.
     """
     x = x.contiguous()
-    out = torch.empty_like(x)
-    work = group.alltoall_base(out, x, [], [], _options(dist.AllToAllOptions, waits=False))
+    rows = x.shape[0] if receive is None else sum(receive)
+    out = x.new_empty((rows, *x.shape[1:]))
+    uneven = ([] if receive is None else list(receive), [] if send is None else list(send))
+    work = group.alltoall_base(out, x, *uneven, _options(dist.AllToAllOptions, waits=False))
     return Started(work, x, out)
 
 

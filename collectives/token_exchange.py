@@ -7,7 +7,7 @@ several ranks need are sent to each of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,15 @@ class TokenExchange:
     send: tuple[int, ...]
     receive: tuple[int, ...]
 
-    def there(self, rows: Tensor) -> Tensor:
+    def there(self, rows: Tensor, meanwhile: Callable[[], None] | None = None) -> Tensor:
         """Send runs of rows to the ranks of the group; backward brings the gradients back. Inverse: `back`.
 
+        Args:
+            meanwhile: what this rank computes while the rows are under way.
         Shape: [sum(send), ...] -> [sum(receive), ...]
         Collective: all ranks of the group; one all-to-all of the rows, and one backward.
         """
-        return autograd.all_to_all(rows, self.group, self.send, self.receive)
+        return autograd.all_to_all(rows, self.group, self.send, self.receive, meanwhile)
 
     def back(self, rows: Tensor) -> Tensor:
         """Return runs of rows to where `there` brought them from.

@@ -8,7 +8,7 @@ from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
 from .context.modules import Sequence
 from .errors import PlanError
-from .experts import BiasBalance, RoutedExperts, Routing, record_routing
+from .experts import BiasBalance, RoutedExperts, RouterZLoss, Routing, record_routing
 from .plan import Plan
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Replicate",
     "Ring",
     "RoutedExperts",
+    "RouterZLoss",
     "Routing",
     "Sequence",
     "Shard",

@@ -19,7 +19,7 @@ from .context.state import gradient_edits
 from .data import data_edits
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
-from .experts import RoutedExperts, joint_edits
+from .experts import RoutedExperts, block_edits
 from .experts.placement import digest
 from .families import is_transformers, roles_of
 from .folding import Folding
@@ -211,7 +211,7 @@ def prepare(
     edits: list[Edit] = []
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
-    edits += joint_edits(model, ranks, edits)
+    edits += block_edits(model, ranks, edits)
     edits += load(model, edits, ranks, weights, absent)
     if is_transformers(model) and plan.world_size > 1:
         edits = decoder_edits(model, shape, ranks, store, edits, split)

@@ -8,80 +8,18 @@ model is checked by `Choice.validate`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import PlanError, listed, suggestion
+from .choice import Choice, Problem, one_of, whole
+from .errors import PlanError, listed
+from .expert_choice import Experts
 
 if TYPE_CHECKING:
     from .plan import Plan
     from .shape import ModelShape
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-Problem = tuple[str, str]  # why it cannot be; what would do ("": some other size, to be computed)
-
-
-def whole(name: str, value: object) -> None:
-    """Refuse anything but a whole number of at least 1 (a bool is not a number here)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        what = f"{name}={value!r}"
-        raise PlanError(what, "is not a whole number", f"use an int such as {name}=2")
-    if value < 1:
-        raise PlanError(f"{name}={value}", "is not positive", f"use {name} >= 1")
-
-
-def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Refuse an option value that is not one of the known words."""
-    if value not in known:
-        raise PlanError(f"{name}={value!s}", "is not known", suggestion(str(value), known))
-
-
-class Choice:
-    """What all choices share: an axis, a size, a text form, and legality.
-
-    ``words`` are the bare words of the text form and the options each sets: ``sp`` in ``tp2:sp``.
-    """
-
-    __slots__ = ()
-    axis: ClassVar[str]
-    kind: ClassVar[str]
-    words: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    size: int
-
-    @property
-    def word(self) -> str:
-        """The bare word to print after the colon, or nothing."""
-        return ""
-
-    def options(self) -> dict[str, Any]:
-        """Return the options that differ from their defaults, in order."""
-        pairs = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
-        return {
-            name: value for name, value, default in pairs if value != default and name != "size"
-        }
-
-    def text(self) -> str:
-        """Print the choice as it stands in a plan, e.g. ``tp8:sp,replicate_kv=true``."""
-        covered = self.words.get(self.word, {})
-        said = f"{self.axis}{self.size}" + (f":{self.word}" if self.word else "")
-        for name, value in self.options().items():
-            if name not in covered:
-                said += f",{name}={str(value).lower() if isinstance(value, bool) else value}"
-        return said
-
-    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
-        """Say why this choice cannot be, or None. Unknown (None) numbers of the shape pass."""
-        return None
-
-    def validate(self, plan: Plan, shape: ModelShape) -> None:
-        """Raise PlanError unless this choice is legal in this plan for this shape."""
-        from .legality import remedy  # which needs the classes below
-
-        found = self.problem(plan, shape)
-        if found is not None:
-            because, instead = found
-            asked = f"{self.axis}={self.size}"
-            raise PlanError(asked, because, instead or remedy(self, plan, shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,58 +220,6 @@ class Tensor(Choice):
             return f"does not divide kv_heads={kv_heads}"
         if self.size % kv_heads:
             return f"with replicate_kv neither divides nor is a multiple of kv_heads={kv_heads}"
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Experts(Choice):
-    """Expert parallelism: experts are shared out over ep. ``ep4``, ``ep4,exchange=tokens``.
-
-    Args:
-        exchange: what crosses the wire: ``tokens`` (rows travel to their experts and back), ``sums`` (every rank works
-            on the tokens that all ranks of its model copy hold, and the results are summed; where ep * etp fits into a
-            copy), or ``auto``: sums where it can be.
-        capacity: rows of each expert at most, in multiples of an even share; 0: none is ever dropped.
-        drop: what a full expert keeps: ``probs``, the largest weights, or ``position``, what comes first.
-        placement: a file that says which rank holds which experts, and copies of which; none: equal runs.
-    """
-
-    size: int
-    _: KW_ONLY
-    exchange: str = "auto"
-    capacity: float = 0.0
-    drop: str = "probs"
-    placement: str = ""
-    axis: ClassVar[str] = "ep"
-    kind: ClassVar[str] = "experts"
-
-    def __post_init__(self) -> None:
-        whole("ep", self.size)
-        one_of("exchange", self.exchange, ("auto", "tokens", "sums"))
-        one_of("drop", self.drop, ("probs", "position"))
-        number = not isinstance(self.capacity, bool) and isinstance(self.capacity, (int, float))
-        if not number or not 0 <= self.capacity < float("inf"):
-            asked = f"capacity={self.capacity!r}"
-            raise PlanError(asked, "is not a factor of an even share", "use e.g. capacity=1.25")
-        object.__setattr__(self, "capacity", float(self.capacity))
-        named = isinstance(self.placement, str)
-        if not named or set(self.placement) & set(" \t\n,:=") or self.placement.isdigit():
-            asked = f"placement={self.placement!r}"
-            because = "is no path that a plan can say: it has spaces, commas, colons or digits only"
-            raise PlanError(asked, because, "use e.g. placement=runs/placement.json")
-
-    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
-        copies = plan.size("ffn_tp")
-        if self.exchange == "sums" and (copies % (self.size * plan.etp) or plan.sequence_parallel):
-            because = (
-                f"with exchange=sums needs ep * etp = {self.size * plan.etp} to divide the {copies} ranks "
-                "(kvp * tp, without sp) that hold the same tokens"
-            )
-            return because, "use exchange=tokens"
-        if self.capacity and self.size * plan.etp == 1:
-            return f"with capacity={self.capacity} cuts no experts, and drops none", "use ep > 1"
-        if self.placement and self.size == 1:
-            return f"with placement={self.placement} has one place for all experts", "use ep > 1"
         return None
 
 

@@ -172,3 +172,20 @@ def assert_as_one_process(
     for i, (each, *_) in enumerate(rows):
         print(each.name)
         assert_exact(worst([answer[i] for answer in answers]))
+
+
+def by_hand(index: Tensor, weights: Tensor, experts: int, most: int, policy: str) -> Tensor:
+    """The pairs of token and expert that a capacity keeps, one after another."""
+    keep = torch.zeros_like(index, dtype=torch.bool)
+    for expert in range(experts):
+        pairs = [
+            (t, k)
+            for t in range(len(index))
+            for k in range(index.shape[1])
+            if index[t, k] == expert
+        ]
+        if policy == "probs":
+            pairs.sort(key=lambda pair: -float(weights[pair]))
+        for pair in pairs[:most]:
+            keep[pair] = True
+    return keep

@@ -1,8 +1,16 @@
 """Experts over ranks: MoE Parallel Folding. Tokens find their experts wherever they are, and come back."""
 
 from .balance import BiasBalance
-from .joint import joint_edits
+from .block import block_edits
 from .role import RoutedExperts
 from .routing import Routing, record_routing
+from .zloss import RouterZLoss
 
-__all__ = ["BiasBalance", "RoutedExperts", "Routing", "joint_edits", "record_routing"]
+__all__ = [
+    "BiasBalance",
+    "RoutedExperts",
+    "RouterZLoss",
+    "Routing",
+    "block_edits",
+    "record_routing",
+]

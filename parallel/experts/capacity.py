@@ -31,8 +31,11 @@ class Capacity:
         """Rows that an expert takes at most."""
         return math.ceil(tokens * top_k / experts * self.factor)
 
-    def kept(self, index: Tensor, weights: Tensor, experts: int) -> Tensor:
+    def kept(self, index: Tensor, weights: Tensor, experts: int, most: int | None = None) -> Tensor:
         """Replace the expert of every dropped pair by ``experts``, which is nobody. The host reads nothing.
+
+        Args:
+            most: rows that an expert takes; default what these tokens allow.
 
         Shape: index, weights [tokens, top_k] -> [tokens, top_k]
         """
@@ -40,5 +43,5 @@ class Capacity:
         if self.drop == "probs":
             order = torch.argsort(weights.detach().reshape(-1), descending=True, stable=True)
         number = numbers(flat, experts, order)
-        most = self.rows(index.shape[0], index.shape[1], experts)
+        most = self.rows(index.shape[0], index.shape[1], experts) if most is None else most
         return torch.where(number < most, flat, experts).view_as(index)

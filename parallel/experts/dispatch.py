@@ -1,4 +1,4 @@
-"""The two ways to bring tokens and experts together: rows travel, or only results do."""
+"""How tokens and experts come together: rows travel, or only results do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .place import Place
 from .route import Assignment, by_expert, inverse
 
 Experts = Callable[[Tensor, list[int]], Tensor]
+Way = Callable[[Place, Experts, Tensor, Tensor, Tensor], Tensor]
 
 
 def by_sums(
@@ -45,7 +46,29 @@ def by_sums(
 
 
 def by_tokens(
-    place: Place, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
+    place: Place, way: Way, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
+) -> Tensor:
+    """Share the tokens out over the ranks that bring the same, send each rank's own some way, and gather the output.
+
+    Shape: hidden [tokens, hidden], index, weights [tokens, top_k] -> [tokens, hidden]
+    Collective: those ranks; one all-gather of the output forward and one of the gradients of ``hidden`` and ``weights``
+        backward; and what the way says.
+    """
+    if place.alike is None:
+        return way(place, experts, hidden, index, weights)
+    group, sizes = place.alike.all, chunk_sizes(hidden.shape[0], place.alike.size)
+    index = autograd.own_part(index, group, 0, sizes)
+    hidden, weights = autograd.split_rows(group, hidden, weights)
+    return autograd.gather(way(place, experts, hidden, index, weights), group, 0, sizes)
+
+
+def to_owners(
+    place: Place,
+    experts: Experts,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """Send every token to the ranks of its experts and bring the results back; weights are applied where it came from.
 
@@ -53,27 +76,19 @@ def by_tokens(
     Under etp a row is sent to each rank that holds a slice of its expert, and their partial results are summed when
     they are back: the bytes of an exchange over ep and a gather over etp, in one round.
 
+    Args:
+        meanwhile: what to compute while rows are on their way there.
     Shape: hidden [tokens, hidden], index (slots), weights [tokens, top_k] -> [tokens, hidden]
-    Collective: the ranks that bring the same tokens first share them out (backward: one all-gather) and gather the
-        output; among owners an all-gather of counts, and an all-to-all of rows there and back, each way also backward.
+    Collective: among owners an all-gather of counts, and an all-to-all of rows there and back, each way also backward.
         Sent by each rank, in rows: 2 * tokens * top_k * (etp - 1/ep).
     Source: MoE Parallel Folding (arXiv 2504.14960) section 3.3.
     """
-    everyone = hidden.shape[0]
-    if place.alike is not None:
-        sizes = chunk_sizes(everyone, place.alike.size)
-        index = autograd.own_part(index, place.alike.all, 0, sizes)
-        hidden, weights = autograd.split_rows(place.alike.all, hidden, weights)
     exchange, received, sent = meet(place, index)
-    top_k = index.shape[1]
-    rows = exchange.there(permute_rows(hidden, sent, top_k))
+    rows = exchange.there(permute_rows(hidden, sent, index.shape[1]), meanwhile)
     order = by_expert(received).to(rows.device)
     out = experts(rows.index_select(0, order), received.sum(0).tolist())
     returned = exchange.back(out.index_select(0, inverse(order)))
-    out = unpermute_rows(returned, sent, weights).to(hidden.dtype)
-    if place.alike is not None:
-        out = autograd.gather(out, place.alike.all, 0, chunk_sizes(everyone, place.alike.size))
-    return out
+    return unpermute_rows(returned, sent, weights).to(hidden.dtype)
 
 
 def meet(place: Place, index: Tensor) -> tuple[TokenExchange, Tensor, Tensor]:

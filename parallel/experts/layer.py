@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .capacity import Capacity
-from .dispatch import by_sums, by_tokens
+from .dispatch import Experts, by_sums, by_tokens, to_owners
+from .nodes import Nodes, to_nodes
 from .place import Place
+from .static import to_slots
 
 if TYPE_CHECKING:
+    from .beside import Beside
     from .joint import JointSum
 
 Route = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
@@ -36,14 +40,43 @@ class Routed:
     sums: bool
     route: Route | None = None
     capacity: Capacity | None = None
+    pad: bool = False
+    nodes: Nodes | None = None
     joint: JointSum | None = None
+    beside: Beside | None = None
+
+    def send(self, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Bring tokens and experts together as the plan says.
+
+        Shape: hidden [tokens, hidden], index (experts), weights [tokens, top_k] -> [tokens, hidden]
+        """
+        place, capacity = self.place, self.capacity
+        if capacity is not None and self.pad:
+            ranks = 1 if place.alike is None else place.alike.size
+            most = -(-len(hidden) // ranks)
+            way = partial(to_slots, capacity=capacity, most=most)
+            return by_tokens(place, way, experts, hidden, index, weights)
+        if capacity is not None:
+            index = capacity.kept(index, weights, place.experts)
+        slots = place.homes.spread(index, place.turn)
+        if self.sums:
+            out = by_sums(place, experts, hidden, slots, weights)
+            return place.sum(out) if self.joint is None else self.joint.leave(out)
+        if self.nodes is not None:
+            nodes = self.nodes
+            return by_tokens(
+                place, lambda _, *x: to_nodes(nodes, *x), experts, hidden, slots, weights
+            )
+        meanwhile = None if self.beside is None else self.beside.work()
+        way = partial(to_owners, meanwhile=meanwhile)
+        return by_tokens(place, way, experts, hidden, slots, weights)
 
 
 class ExpertLayer(nn.Module):
     """Routed experts of which this rank holds some.
 
     Shape: hidden [tokens, hidden], index and weights [tokens, top_k] -> [tokens, hidden]
-    Collective: see `by_sums` and `by_tokens`.
+    Collective: see `by_sums`, `to_owners`, `to_slots` and `to_nodes`.
     """
 
     _plait_experts: Routed
@@ -53,18 +86,11 @@ class ExpertLayer(nn.Module):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = here.route(self, flat) if here.route is not None else [*args, *kwargs.values()]
         index, weights = (r.reshape(-1, r.shape[-1]) for r in routing)
-        if here.capacity is not None:
-            index = here.capacity.kept(index, weights, here.place.experts)
-        index = here.place.homes.spread(index, here.place.turn)
 
         def experts(x: Tensor, counts: list[int]) -> Tensor:
             return here.compute.rows(self, x, counts)
 
-        exchange = by_sums if here.sums else by_tokens
-        out = exchange(here.place, experts, flat, index, weights)
-        if here.sums:
-            out = here.place.sum(out) if here.joint is None else here.joint.leave(out)
-        return out.view_as(hidden_states)
+        return here.send(experts, flat, index, weights).view_as(hidden_states)
 
     def own_forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The module's own code, on this rank's experts."""

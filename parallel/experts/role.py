@@ -15,6 +15,7 @@ from ..roles import cut_parameter
 from .capacity import Capacity
 from .compute import Packed, is_packed
 from .layer import Compute, ExpertLayer, Listed, OwnCode, Route, Routed
+from .nodes import Nodes
 from .place import Place
 from .placement import Placement, read_placements
 
@@ -170,9 +171,16 @@ class RoutedExperts:
         self, module: nn.Module, place: Place, compute: Compute, ranks: ModelRanks
     ) -> list[Edit]:
         choice = ranks.plan.ep
-        sums = place.sums and choice.exchange != "tokens"
+        sums = place.sums and choice.exchange != "tokens" and not choice.pad and choice.nodes == 1
         capacity = Capacity(choice.capacity, choice.drop) if choice.capacity else None
-        routed = Routed(place, compute, sums, self.route, capacity)
+        nodes = Nodes.of(place, choice.nodes) if choice.nodes > 1 else None
+        if choice.pad and len(set(place.homes.sizes)) > 1:
+            raise PlanError(
+                "pad=true",
+                f"needs equally many experts on all ranks, and {choice.placement} puts {place.homes.sizes} there",
+                "use pad=false, or a placement of equal numbers",
+            )
+        routed = Routed(place, compute, sums, self.route, capacity, choice.pad, nodes)
         return [SetAttribute(module, "_plait_experts", routed), SwapClass(module, ExpertLayer)]
 
 

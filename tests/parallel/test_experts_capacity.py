@@ -10,25 +10,8 @@ from torch import Tensor
 
 from exactness import EXACT, Pair, case, worst
 from plait.parallel.experts.capacity import Capacity
-from training import backward, gradient_errors
+from training import backward, by_hand, gradient_errors
 from world import run_calls
-
-
-def by_hand(index: Tensor, weights: Tensor, experts: int, most: int, policy: str) -> Tensor:
-    """The pairs that are kept, one after another."""
-    keep = torch.zeros_like(index, dtype=torch.bool)
-    for expert in range(experts):
-        pairs = [
-            (t, k)
-            for t in range(len(index))
-            for k in range(index.shape[1])
-            if index[t, k] == expert
-        ]
-        if policy == "probs":
-            pairs.sort(key=lambda pair: -float(weights[pair]))
-        for pair in pairs[:most]:
-            keep[pair] = True
-    return keep
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
