@@ -7,10 +7,11 @@ last dim and the last one of a row may be shorter.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_into, unpack_into
+from .bits import pack_into, packed_width, unpack_into
 from .halves import narrow, widen
 from .minifloats import MINIFLOATS, round_to, table_of
 from .numbers import bits_of
@@ -202,6 +203,84 @@ def dequantise_nvfp4_into(scales: np.ndarray, codes: np.ndarray, whole: float, x
         _dequantise_nvfp4(wide[a:b], size, g, byte_table, table, scales[a:b], target[a:b])
 
     run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+
+
+@torch.library.custom_op("plait::quantise_mx", mutates_args=())
+def quantise_mx(x: Tensor, form: str, rule: str) -> tuple[Tensor, Tensor]:
+    """Quantise rows to OCP MX floats: scales (exponents, bias 127; 255 is NaN) and packed codes.
+
+    Args:
+        form: one of `MINIFLOATS`.
+        rule: how the scale is chosen: "floor", "even" or "ceil"; see `lift_of`.
+
+    Shape: x `[rows, width]` -> scales `[rows, ceil(width / 32)]`, codes `[rows, packed_width]` uint8
+    """
+    scales, codes = (t.cpu() for t in _rooms(x, MX_BLOCK, MINIFLOATS[form].bits))
+    quantise_mx_into(x.cpu().contiguous(), form, rule, scales.numpy(), codes.numpy())
+    return scales.to(x.device), codes.to(x.device)
+
+
+@quantise_mx.register_fake
+def _(x: Tensor, form: str, rule: str) -> tuple[Tensor, Tensor]:
+    return _rooms(x, MX_BLOCK, MINIFLOATS[form].bits)
+
+
+@torch.library.custom_op("plait::dequantise_mx", mutates_args=())
+def dequantise_mx(
+    scales: Tensor, codes: Tensor, form: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    """Undo `quantise_mx`. Shape: -> `[rows, width]` of the dtype."""
+    x = torch.empty(codes.shape[0], width, dtype=dtype)
+    parts = [t.cpu().contiguous().numpy() for t in (scales, codes)]
+    dequantise_mx_into(*parts, form, x)
+    return x.to(codes.device)
+
+
+@dequantise_mx.register_fake
+def _(scales: Tensor, codes: Tensor, form: str, width: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], width, dtype=dtype)
+
+
+@torch.library.custom_op("plait::quantise_nvfp4", mutates_args=())
+def quantise_nvfp4(x: Tensor, whole: float, both: bool) -> tuple[Tensor, Tensor]:
+    """Quantise rows to NVFP4 under a given scale of all: scales (e4m3) and packed codes.
+
+    Args:
+        whole: float32 scale of everything; `nvfp4_whole(x)` or a calibrated one.
+        both: try 4 as a block's largest element as well as 6.
+
+    Shape: x `[rows, width]` -> scales `[rows, ceil(width / 16)]`, codes `[rows, packed_width]` uint8
+    """
+    scales, codes = (t.cpu() for t in _rooms(x, NVFP4_BLOCK, 4))
+    quantise_nvfp4_into(x.cpu().contiguous(), whole, both, scales.numpy(), codes.numpy())
+    return scales.to(x.device), codes.to(x.device)
+
+
+@quantise_nvfp4.register_fake
+def _(x: Tensor, whole: float, both: bool) -> tuple[Tensor, Tensor]:
+    return _rooms(x, NVFP4_BLOCK, 4)
+
+
+@torch.library.custom_op("plait::dequantise_nvfp4", mutates_args=())
+def dequantise_nvfp4(
+    scales: Tensor, codes: Tensor, whole: float, width: int, dtype: torch.dtype
+) -> Tensor:
+    """Undo `quantise_nvfp4`. Shape: -> `[rows, width]` of the dtype."""
+    x = torch.empty(codes.shape[0], width, dtype=dtype)
+    parts = [t.cpu().contiguous().numpy() for t in (scales, codes)]
+    dequantise_nvfp4_into(*parts, whole, x)
+    return x.to(codes.device)
+
+
+@dequantise_nvfp4.register_fake
+def _(scales: Tensor, codes: Tensor, whole: float, width: int, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], width, dtype=dtype)
+
+
+def _rooms(x: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    scales = x.new_empty(rows, -(-width // block), dtype=torch.uint8)
+    return scales, x.new_empty(rows, packed_width(width, bits), dtype=torch.uint8)
 
 
 # inlines halves.py and minifloats.py 9a64bf9e
