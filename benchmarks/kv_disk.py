@@ -35,6 +35,7 @@ from plait.kvstore.tiers.memory import aligned_region
 from plait.kvstore.tiers.moves import Moves
 
 GROUP_BYTES = 32 << 20  # what is synced together
+CALL_BYTES = 8 << 20  # of the raw loop: with 2 MiB a call the disk was not full
 
 
 class Raw:
@@ -42,30 +43,32 @@ class Raw:
 
     def __init__(self, folder: Path, pages: np.ndarray, pool: ThreadPoolExecutor) -> None:
         self.pages, self.pool, self.size = pages, pool, pages.shape[1]
-        self.group = max(1, GROUP_BYTES // self.size)
+        self.group, self.run = (max(1, n // self.size) for n in (GROUP_BYTES, CALL_BYTES))
         self.file = os.open(folder / "raw", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
         os.posix_fallocate(self.file, 0, pages.size)
         self.folder = folder
 
     def write(self, synced: bool = False) -> None:
         """Store all pages."""
-        for begin in range(0, len(self.pages), self.group if synced else len(self.pages)):
-            part = (
-                range(begin, min(begin + self.group, len(self.pages)))
-                if synced
-                else range(len(self.pages))
-            )
-            list(
-                self.pool.map(lambda i: os.pwritev(self.file, [self.pages[i]], i * self.size), part)
-            )
+        group = self.group if synced else len(self.pages)
+        for begin in range(0, len(self.pages), group):
+            stop = min(begin + group, len(self.pages))
+
+            def call(i: int, stop: int = stop) -> int:
+                pages = self.pages[i : min(i + self.run, stop)]
+                return os.pwritev(self.file, [pages], i * self.size)
+
+            list(self.pool.map(call, range(begin, stop, self.run)))
             if synced:
                 os.fdatasync(self.file)
 
     def read(self, out: np.ndarray) -> None:
         """Load all pages."""
-        list(
-            self.pool.map(lambda i: os.preadv(self.file, [out[i]], i * self.size), range(len(out)))
-        )
+
+        def call(i: int) -> int:
+            return os.preadv(self.file, [out[i : i + self.run]], i * self.size)
+
+        list(self.pool.map(call, range(0, len(out), self.run)))
 
     def files(self) -> None:
         """Store a file a page, as serving engines do."""

@@ -65,7 +65,7 @@ def direct(x: Tensor) -> bool:
 
     Only with a plain CPU tensor and nothing being compiled: tracers need the operator.
     """
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
 @njit(nogil=True, cache=True)  # no fast math: -inf and NaN mean something here

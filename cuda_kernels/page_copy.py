@@ -151,10 +151,11 @@ def _(region, slots, rows):
 
 def _write_direct(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
     _, heads, width = rows.shape
-    item = region.element_size()
-    if rows.stride(2) != 1:
+    token_step, head_step, step = rows.stride()
+    if step != 1:
         rows = rows.contiguous()
-    token_step, head_step, _ = rows.stride()
+        token_step, head_step, _ = rows.stride()
+    item = rows.itemsize
     if heads == 1:
         head_step = width
     _write(
@@ -168,7 +169,7 @@ def write_tokens(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
     Shape: region `[pages, page_tokens, kv_heads, d]` contiguous, slots `[tokens]` int64 (`page * page_tokens +
         offset`, the caller's own and in range), rows `[tokens, kv_heads, d]` of the region's dtype, any strides.
     """
-    if direct(region) and direct(rows):
+    if direct(rows) and region.is_cpu:
         _write_direct(region, slots, rows)
     else:
         torch.ops.plait.write_tokens(region, torch.from_numpy(slots), rows)

@@ -15,8 +15,9 @@ from .errors import PoolExhausted
 from .tiers import Move, Moves, TierStack
 
 _LOG = logging.getLogger(__name__)
-WINDOW_BYTES = 16 << 20  # read and checked together; two windows are under way
+WINDOW_BYTES = 8 << 20  # read and checked together
 WINDOW_PAGES = 64
+WINDOWS = 6  # under way: four keep a disk busy while the others are checked
 
 
 class Fetch:
@@ -55,8 +56,8 @@ class Fetcher:
     ) -> None:
         self._cache, self._lock, self._encoding = cache, lock, encoding
         self._stack, self._moves, self._clock = stack, moves, clock
-        self._window = max(1, min(WINDOW_PAGES, WINDOW_BYTES // encoding.page_bytes))
-        self._stage = encoding.staging(2 * self._window)
+        self._window = min(WINDOW_PAGES, -(-WINDOW_BYTES // encoding.page_bytes))
+        self._stage = encoding.staging(WINDOWS * self._window)
         self._queue: deque[Fetch] = deque()
         self._change = threading.Condition()
         self._closed = False
@@ -106,19 +107,19 @@ class Fetcher:
                 fetch.done.set()
 
     def _carry(self, fetch: Fetch) -> None:
-        count, first, half = len(fetch.keys), 0, 0
+        count, first, turn = len(fetch.keys), 0, 0
         loads: deque[tuple[Move, int, int, int]] = deque()
         try:
             while not fetch.over and not self._closed and (loads or first < count):
-                while len(loads) < 2 and first < count:
-                    stop, base = min(first + self._window, count), half * self._window
+                while len(loads) < WINDOWS and first < count:
+                    stop, base = min(first + self._window, count), turn * self._window
                     left = fetch.until - self._clock()
                     rows = self._stage.rows(base, stop - first)
                     move = self._moves.load(
                         fetch.keys[first:stop], rows, left if left < float("inf") else None
                     )
                     loads.append((move, first, stop, base))
-                    first, half = stop, 1 - half
+                    first, turn = stop, (turn + 1) % WINDOWS
                 if not self._land(fetch, *loads.popleft()):
                     return
         finally:

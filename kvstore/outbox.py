@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,22 +13,24 @@ import numpy as np
 from .cache import PageCache
 from .encoding import PageEncoding
 from .evict.leaves import longer
-from .tiers import Move, Moves
+from .tiers import Move, Moves, TierClosed
 
-BATCH_BYTES = 16 << 20  # copied in one hold of the store's lock
-BATCH_PAGES = 64
-STAGE_BYTES = 64 << 20  # memory for pages under way; half of it is stored and synced together
+BATCH_BYTES = 2 << 20  # copied in one hold of the store's lock, and still in the caches when sealed
+GROUP_BYTES = 8 << 20  # stored with one call
+BATCH_PAGES = 64  # the most of either
+STAGE_BYTES = 64 << 20  # memory for pages under way
 STAGE_PAGES = 512
 PATIENCE = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parcel:
-    """One page under way: its key, its token ids and the row that its copy stands in."""
+    """One page under way: its key, its token ids, the row that its copy stands in, and its bytes once it is sealed."""
 
     key: bytes
     ids: np.ndarray
     row: int
+    data: np.ndarray | None = None
 
 
 class Outbox:
@@ -36,9 +39,9 @@ class Outbox:
     A page that must make room before its turn is copied at once; when all memory for pages under way is taken, its
     eviction waits, `patience` seconds at most, and then the page is lost to the tiers.
 
-    Two threads: one copies pages out under the store's lock, a few at a time, one seals them and hands them to `moves`.
+    One thread copies pages out under the store's lock, a few at a time, seals them and hands them to `moves`.
 
-    State: `admitted`, `losing` and `known` are called under the store's lock, which the sending thread never takes.
+    State: `admitted`, `losing` and `known` are called under the store's lock. Whoever has both takes that one first.
 
     Args:
         lock: the store's.
@@ -56,25 +59,20 @@ class Outbox:
         self._cache, self._lock, self._encoding, self._moves = cache, lock, encoding, moves
         self._patience = patience
         self._batch = max(1, min(BATCH_PAGES, BATCH_BYTES // encoding.page_bytes))
-        rows = min(STAGE_PAGES, max(4 * self._batch, STAGE_BYTES // encoding.page_bytes))
+        self._group = min(BATCH_PAGES, -(-GROUP_BYTES // encoding.page_bytes))
+        rows = min(STAGE_PAGES, max(4 * self._group, STAGE_BYTES // encoding.page_bytes))
         self._stage = encoding.staging(rows)
-        self._group = rows // 2
         self._rows = list(range(rows))[::-1]
-        self._filled: deque[Parcel] = deque()
-        self._sending = 0  # parcels that left `_filled` and are not yet stored
-        self._lifting = 0  # rows that the copying thread has in hand
+        self._evicted: list[Parcel] = []  # copied by who evicted them, to be sealed
+        self._under_way = 0  # pages that were copied and are not yet stored
         self._dirty = np.zeros(0, bool)
         self._change = threading.Condition()
         self._closed = False
         self.counts: Counter[str] = Counter(
             dict.fromkeys(("pages_written", "pages_refused", "pages_dropped", "write_waits"), 0)
         )
-        self._threads = [
-            threading.Thread(target=work, name=f"plait-outbox-{work.__name__}", daemon=True)
-            for work in (self._copy, self._send)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._work, name="plait-outbox", daemon=True)
+        self._thread.start()
 
     # -- what the store tells ----------------------------------------------------------------
 
@@ -107,7 +105,10 @@ class Outbox:
                 self.counts["pages_dropped"] += len(pages)
                 self._dirty[pages] = False
                 return
-            self._lift(pages[: len(rows)], rows)
+            parcels = self._lift(pages[: len(rows)], rows)
+            with self._change:
+                self._evicted += parcels
+                self._change.notify_all()
             pages = pages[len(rows) :]
 
     # -- copying -----------------------------------------------------------------------------
@@ -126,74 +127,70 @@ class Outbox:
         """Give rows back; the lowest are taken first, so that pages are copied in runs."""
         self._rows = sorted([*self._rows, *rows], reverse=True)
 
-    def _lift(self, pages: np.ndarray, rows: list[int]) -> None:
-        """Copy pages into as many rows, and queue them; under the store's lock."""
+    def _lift(self, pages: np.ndarray, rows: list[int]) -> list[Parcel]:
+        """Copy pages into as many rows; under the store's lock."""
         index = self._cache.index
-        self._cache.pool.lift(pages, self._stage.regions, np.array(rows))
+        self._cache.pool.lift(pages, self._stage.regions, np.array(rows, np.int64))
         keys, ids = index.digests[pages], index.ids[pages]
+        with self._change:  # before they count as clean: `flush` must see them as one or the other
+            self._under_way += len(rows)
         self._dirty[pages] = False
-        with self._change:
-            self._filled += [Parcel(keys[i].tobytes(), ids[i], row) for i, row in enumerate(rows)]
-            self._change.notify_all()
-
-    def _copy(self) -> None:
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closed or (self._rows and self._dirty.any()))
-                if self._closed:
-                    return
-                rows = sorted(self._rows[-self._batch :])
-                del self._rows[-self._batch :]
-                self._lifting = len(rows)
-            with self._lock:
-                pages = np.flatnonzero(self._dirty)[: len(rows)].astype(np.int32)
-                self._lift(pages, rows[: len(pages)])
-            with self._change:
-                self._free(rows[len(pages) :])
-                self._lifting = 0
-                self._change.notify_all()
+        return [Parcel(keys[i].tobytes(), ids[i], row) for i, row in enumerate(rows)]
 
     # -- sending -----------------------------------------------------------------------------
 
-    def _send(self) -> None:
-        under_way: deque[tuple[Move | None, list[Parcel]]] = deque()
-        while True:
-            with self._change:
-                if not under_way:
-                    self._change.wait_for(lambda: self._filled or self._closed)
-                count = min(len(self._filled), self._group)
-                parcels = [self._filled.popleft() for _ in range(count)]
-                self._sending += count
-                if not parcels and not under_way:
-                    return
-            if parcels:
-                under_way.append((self._begin(parcels), parcels))
-            if len(under_way) > 1 or not parcels:
-                self._end(*under_way.popleft())
+    def _work(self) -> None:
+        ready: list[Parcel] = []
+        while not self._closed or self._evicted:
+            parcels = self._next(wait=not ready)
+            for parcel in parcels:
+                self._seal(parcel)
+            ready += parcels
+            if ready and (not parcels or len(ready) >= self._group):
+                self._send(ready)
+                ready = []
+        if ready:
+            self._send(ready)
 
-    def _begin(self, parcels: list[Parcel]) -> Move | None:
+    def _next(self, wait: bool) -> list[Parcel]:
+        """Give pages that were evicted, else copy some out; none if there is nothing to do now."""
+        with self._change:
+            if wait:
+                self._change.wait_for(
+                    lambda: self._closed or self._evicted or (self._rows and self._dirty.any())
+                )
+            parcels, self._evicted = self._evicted, []
+            if parcels or self._closed:
+                return parcels
+            rows = sorted(self._rows[-self._batch :])
+            del self._rows[-self._batch :]
+        with self._lock:
+            pages = np.flatnonzero(self._dirty)[: len(rows)].astype(np.int32)
+            parcels = self._lift(pages, rows[: len(pages)])
+        with self._change:
+            self._free(rows[len(pages) :])
+            self._change.notify_all()
+        return parcels
+
+    def _seal(self, parcel: Parcel) -> None:
+        with contextlib.suppress(Exception):  # a codec that refuses a page: so do the tiers
+            parcel.data = self._encoding.seal(parcel.key, parcel.ids, self._stage, parcel.row)
+
+    def _send(self, parcels: list[Parcel]) -> None:
+        sealed = [(parcel.key, parcel.data) for parcel in parcels if parcel.data is not None]
+        keys, pages = [key for key, _ in sealed], [data for _, data in sealed]
         try:
-            pages = [
-                self._encoding.seal(parcel.key, parcel.ids, self._stage, parcel.row)
-                for parcel in parcels
-            ]
-            return self._moves.store([parcel.key for parcel in parcels], pages)
-        except Exception:  # a codec that refuses, or moves that are closed: the pages are refused
-            return None
+            self._moves.store(keys, pages, then=lambda move: self._stored(parcels, move))
+        except TierClosed:
+            self._stored(parcels)
 
-    def _end(self, move: Move | None, parcels: list[Parcel]) -> None:
-        held = 0
-        if move is not None:
-            try:
-                move.wait()
-                held = sum(move.held)
-            except Exception:  # a failed commit: what may be lost is not held
-                held = 0
+    def _stored(self, parcels: list[Parcel], move: Move | None = None) -> None:
+        held = 0 if move is None else sum(move.held)
         with self._change:
             self.counts["pages_written"] += held
             self.counts["pages_refused"] += len(parcels) - held
             self._free([parcel.row for parcel in parcels])
-            self._sending -= len(parcels)
+            self._under_way -= len(parcels)
             self._change.notify_all()
 
     # -- the end -----------------------------------------------------------------------------
@@ -202,17 +199,12 @@ class Outbox:
         """Wait until all that can be is written down and durable; say whether that was in time."""
         with self._change:
             return self._change.wait_for(
-                lambda: (
-                    self._closed
-                    or not (self._dirty.any() or self._lifting or self._filled or self._sending)
-                ),
-                seconds,
+                lambda: self._closed or not (self._dirty.any() or self._under_way), seconds
             )
 
     def close(self) -> None:
-        """End the threads, once what is copied is stored."""
+        """End the thread, once what is copied is stored."""
         with self._change:
             self._closed = True
             self._change.notify_all()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()

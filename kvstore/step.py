@@ -30,6 +30,7 @@ class Step:
         counts: new tokens of each sequence, `[seqs]`.
         bases: committed length of each before the step, `[seqs]`.
         table: pages of the sequences including this step's, lengths including its tokens.
+        slots: where each token goes, `[num_tokens]`.
     """
 
     def __init__(
@@ -43,14 +44,10 @@ class Step:
         self.fresh = fresh  # new pages per sequence
         self.copied = copied  # per sequence (place, shared page, private copy), or None
         self.slots = table.slots(bases, counts)
+        self.num_tokens = len(self.slots)
         self.written: set[int] = set()
         self.began = time.perf_counter()
         self.state = "open"
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences in this step."""
-        return len(self.slots)
 
     @property
     def pages(self) -> np.ndarray:

@@ -14,8 +14,9 @@ from .choice import Meter
 from .errors import TierClosed
 from .tier import Page, Tier, byte_views
 
-CHUNK_BYTES = 2 << 20  # what a thread does before it looks whether the move is still wanted
+CHUNK_BYTES = 8 << 20  # what a thread does before it looks whether the move is still wanted
 QUEUE_BYTES = 1 << 30
+COMMIT_BYTES = 32 << 20  # a sync waits for the writes under way: fewer is faster
 
 
 class Move:
@@ -26,9 +27,15 @@ class Move:
     """
 
     def __init__(
-        self, keys: Sequence[bytes], views: list[np.ndarray], store: bool, until: float
+        self,
+        keys: Sequence[bytes],
+        views: list[np.ndarray],
+        store: bool,
+        until: float,
+        then: Callable[[Move], None] | None = None,
     ) -> None:
         self.keys, self.views, self.store, self.until = list(keys), views, store, until
+        self._then = then
         self.held = [False] * len(views)
         self._left = len(views)
         self._wanted = True
@@ -38,6 +45,11 @@ class Move:
     def cancel(self) -> None:
         """Begin no more of it. What has begun still ends: wait before using the memory."""
         self._wanted = False
+
+    def _end(self) -> None:
+        self._done.set()
+        if self._then is not None:
+            self._then(self)
 
     @property
     def done(self) -> bool:
@@ -57,11 +69,12 @@ class Move:
 
 
 class Moves:
-    """A few threads that store to and load from one tier.
+    """A few threads that store to and load from one tier, and one that commits.
 
-    Loads go before stores, each in the order given. A store is committed as a whole, and moves that end together
-    share a commit. Memory is bounded: nothing is copied but through the tier's own staging, and at most
-    `queue_bytes` of the caller's pages wait; who brings more waits for room.
+    Loads go before stores, each in the order given. A store is committed as a whole: when no other one is under way,
+    or with those that ended before once they are many bytes; no transfer waits for a commit. Memory is bounded:
+    nothing is copied but through the tier's own staging, and at most `queue_bytes` of the caller's pages wait; who
+    brings more waits for room.
 
     Args:
         threads: transfers at a time; four keep a disk busy.
@@ -83,25 +96,35 @@ class Moves:
         self.loading, self.storing = Meter(), Meter()
         self._loads: deque[tuple[Move, range]] = deque()
         self._stores: deque[tuple[Move, range]] = deque()
+        self._written: list[Move] = []  # to be committed
+        self._storing = 0  # chunks of stores that are queued or under way
         self._change = threading.Condition()
         self._queued_bytes = 0
-        self._closed = False
+        self._closed = self._idle = False
         self._threads = [
             threading.Thread(target=self._work, name=f"plait-moves-{i}", daemon=True)
             for i in range(threads)
         ]
-        for thread in self._threads:
+        self._committer = threading.Thread(
+            target=self._commit, name="plait-moves-commit", daemon=True
+        )
+        for thread in (*self._threads, self._committer):
             thread.start()
 
     def store(
-        self, keys: Sequence[bytes], pages: Sequence[Page], seconds: float | None = None
+        self,
+        keys: Sequence[bytes],
+        pages: Sequence[Page],
+        seconds: float | None = None,
+        then: Callable[[Move], None] | None = None,
     ) -> Move:
         """Put pages and commit them.
 
         Args:
             seconds: begin nothing later than this from now; the rest counts as cancelled.
+            then: called with the move when nothing of it is under way any more, in a thread of ours or in this one.
         """
-        return self._submit(Move(keys, byte_views(keys, pages), True, self._until(seconds)))
+        return self._submit(Move(keys, byte_views(keys, pages), True, self._until(seconds), then))
 
     def load(
         self, keys: Sequence[bytes], out: Sequence[Page], seconds: float | None = None
@@ -128,13 +151,14 @@ class Moves:
                 self._change.wait(min(left, 1.0))
             if self._closed:
                 raise TierClosed("these Moves are closed; make new ones")
-            if not move.views or move.until <= self._clock():
-                move._done.set()
+            if move.views and move.until > self._clock():
+                self._queued_bytes += size
+                chunks = [(move, chunk) for chunk in _chunks(move.views)]
+                (self._stores if move.store else self._loads).extend(chunks)
+                self._storing += len(chunks) if move.store else 0
+                self._change.notify_all()
                 return move
-            self._queued_bytes += size
-            queue = self._stores if move.store else self._loads
-            queue.extend((move, chunk) for chunk in _chunks(move.views))
-            self._change.notify_all()
+        move._end()
         return move
 
     def _work(self) -> None:
@@ -166,23 +190,48 @@ class Moves:
     def _finish(self, move: Move, chunk: range) -> None:
         with self._change:
             move._left -= len(chunk)
+            self._storing -= move.store
             last = not move._left
+            commit = last and move.store and any(move.held)
+            if commit:
+                self._written.append(move)
             self._queued_bytes -= sum(move.views[i].size for i in chunk)
             self._change.notify_all()
-        if not last:
-            return
-        try:
-            if move.store and any(move.held):
+        if last and not commit:
+            move._end()
+
+    def _commit(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(self._to_commit)
+                moves, self._written = self._written, []
+            if not moves:
+                return
+            error = None
+            try:
                 self._tier.commit()
-        except BaseException as error:
-            move._error = error
-        if move.store and any(
-            move.held
-        ):  # another move's commit may have failed with our pages in it
-            with_error = move._error is not None
-            held = [False] * len(move.held) if with_error else self._tier.contains(move.keys)
-            move.held = [a and b for a, b in zip(move.held, held, strict=True)]
-        move._done.set()
+            except BaseException as raised:
+                error = raised
+            for move in moves:
+                self._settle(move, error)
+
+    def _to_commit(self) -> bool:
+        if not self._written:
+            return self._idle
+        size = sum(view.size for move in self._written for view in move.views)
+        return not self._storing or size >= COMMIT_BYTES
+
+    def _settle(self, move: Move, error: BaseException | None) -> None:
+        """End a move whose pages were committed, or not."""
+        try:
+            move._error = error or move._error
+            durable = [False] * len(move.held)
+            if move._error is None:  # another move's commit may have failed with our pages in it
+                durable = self._tier.contains(move.keys)
+            move.held = [a and b for a, b in zip(move.held, durable, strict=True)]
+        except BaseException as raised:
+            move._error, move.held = raised, [False] * len(move.held)
+        move._end()
 
     def close(self) -> None:
         """Finish what is queued, and end the threads. The tier stays open."""
@@ -191,6 +240,10 @@ class Moves:
             self._change.notify_all()
         for thread in self._threads:
             thread.join()
+        with self._change:
+            self._idle = True
+            self._change.notify_all()
+        self._committer.join()
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +256,7 @@ def _chunks(views: list[np.ndarray]) -> list[range]:
     """Cut a batch into pieces of about `CHUNK_BYTES`, at least a page each."""
     chunks, begin, size = [], 0, 0
     for i, view in enumerate(views):
-        if size and size + view.size > CHUNK_BYTES:
+        if size and size + view.size // 2 > CHUNK_BYTES:
             chunks.append(range(begin, i))
             begin, size = i, 0
         size += view.size

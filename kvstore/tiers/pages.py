@@ -22,7 +22,9 @@ from .form import (
 from .memory import ALIGNMENT, round_up
 from .slabs import Slabs, Staging
 
-RUN_BYTES = 2 << 20  # neighbours are moved together up to this size
+RUN_BYTES = (
+    8 << 20
+)  # neighbours are moved together up to about this size: disks like few and long calls
 RUN_PAGES = 64
 
 
@@ -53,7 +55,7 @@ class PageIo:
         self._slabs = slabs
         self._slot_bytes = slabs.geometry.slot_bytes
         self._page_bytes = slabs.geometry.page_bytes
-        self._run_pages = max(1, min(RUN_PAGES, RUN_BYTES // self._slot_bytes))
+        self._run_pages = min(RUN_PAGES, -(-RUN_BYTES // self._slot_bytes))
         self._staging = Staging(staging, self._run_pages * self._slot_bytes)
 
     def runs(self, pieces: list[Piece]) -> Iterator[list[Piece]]:

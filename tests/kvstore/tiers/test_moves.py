@@ -160,12 +160,43 @@ def test_errors_come_out_of_wait() -> None:
         Moves(MemoryTier(1, 1), threads=0)
 
 
+def test_stores_that_end_while_a_commit_runs_share_the_next() -> None:
+    """And transfers go on meanwhile: a slow sync stops nobody."""
+    syncing, go_on = threading.Semaphore(0), threading.Event()
+
+    class SlowSync(TierWrapper):
+        commits = 0
+
+        def commit(self) -> None:
+            self.commits += 1
+            syncing.release()
+            assert go_on.wait(30)
+            super().commit()
+
+    tier, ended = SlowSync(MemoryTier(40, 4096)), []
+    with Moves(tier, threads=2) as moves:
+        first = moves.store(*batch(1), then=ended.append)
+        assert syncing.acquire(timeout=30)
+        others = [moves.store(*batch(2, first=2 * i), then=ended.append) for i in range(1, 8)]
+        load = moves.load(*batch(1))
+        assert load.wait(30)
+        while moves.waiting_bytes:
+            time.sleep(0.001)
+        assert not ended
+        assert not any(move.wait(0) for move in (first, *others))
+        go_on.set()
+        assert all(move.wait(30) and all(move.held) for move in (first, *others))
+    assert tier.commits == 2
+    assert ended[0] is first
+    assert set(ended) == {first, *others}
+
+
 def test_threads_are_few() -> None:
     gc.collect()  # the threads of other tests' stores
     before = threading.active_count()
     with Moves(MemoryTier(100, 4096), threads=3) as moves:
         done = [moves.store(*batch(10, first=10 * i)) for i in range(10)]
-        assert threading.active_count() <= before + 3
+        assert threading.active_count() == before + 4
         assert all(move.wait(30) for move in done)
     assert threading.active_count() == before
 
