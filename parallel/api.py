@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..kvstore import KVStore
+from ..kvstore import CompressedStore, KVStore
 from .agreement import agree, model_digest, structure
 from .attention.helix import HelixState
 from .checkpoint.weights import load
@@ -54,7 +54,7 @@ def parallelize(
     *,
     rules: Rules | None = None,
     weights: Any = None,
-    store: KVStore | None = None,
+    store: KVStore | CompressedStore | None = None,
 ) -> nn.Module:
     """Cut a model over the ranks of a plan, in place, and return it.
 
@@ -251,6 +251,11 @@ def decoder_edits(
     alone = (
         ranks.size > 1 and split is None
     )  # what stages do not do yet: pages without kvp, fused sums
+    if isinstance(store, CompressedStore) and (ranks.cp > 1 or not (ranks.kvp > 1 or alone)):
+        raise PlanError(
+            f"a CompressedStore under {ranks.plan}", "is read by no layer of this plan",
+            "use kvp or tp without cp and pp; on one rank, plait.kvstore.engines.compressed.CompressedCache",
+        )  # fmt: skip
     if alone:
         last += stream_edits(model, ranks, roles)
     if ranks.cp > 1:

@@ -116,9 +116,11 @@ class Chooser:
         rows = q.transpose(0, 1)[None]  # [1, heads, queries, head_dim]
 
         def view(some: slice, k: Tensor, v: Tensor, heard: Tensor | None) -> LayerView:
-            own = slice(some.start * group, some.stop * group)
-            width = v.shape[-1]
-            columns = slice(own.start * width, own.stop * width)
+            own, width = slice(some.start * group, some.stop * group), v.shape[-1]
+            columns = own
+            if output is not None and output.shape[1] == total * group * width:  # of all tp ranks
+                columns = slice(own.start + first * group, own.stop + first * group)
+            columns = slice(columns.start * width, columns.stop * width)
             return LayerView(
                 k[None], v[None], rows[:, own], torch.from_numpy(heads.positions[some.start]),
                 layer, self.layers, self.facts.rotary, None if output is None else output[:, columns],

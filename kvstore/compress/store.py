@@ -67,6 +67,20 @@ class CompressedStore(KeptReader):
         self._sequences: dict[int, KeptSequence] = {}
         self._next = 0
 
+    def join(self, shard: Shard) -> None:
+        """Keep a part of sequences that other ranks share; `parallelize` says which.
+
+        Raises:
+            StepError: if there are sequences already.
+        """
+        with self._lock:
+            if self._sequences:
+                raise StepError(f"{len(self._sequences)} sequences are open; join before the first")
+            self.shard = shard
+            self.keeper = LayerKeeper(
+                self.pool, self.what, replace(self.keeper.chooser, shard=shard)
+            )
+
     # -- sequences ---------------------------------------------------------------------------
 
     def open(self) -> KeptSequence:

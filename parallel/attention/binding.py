@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from ...kvstore import KVSpec, KVStore
+from ...kvstore import CompressedStore, KVSpec, KVStore
+from ...kvstore.compress import Shard
 from ..arguments import forward_signature, named_arguments
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
@@ -33,7 +34,11 @@ class CacheBinding:
     hands_down = True  # recomputation in backward must find the step of its own forward
 
     def __init__(
-        self, model: Any, shape: ModelShape, state: HelixState, store: KVStore | None
+        self,
+        model: Any,
+        shape: ModelShape,
+        state: HelixState,
+        store: KVStore | CompressedStore | None,
     ) -> None:
         self.model, self.shape, self.state = model, shape, state
         self.base = model.base_model
@@ -102,6 +107,8 @@ class CacheBinding:
         """Refuse a given store that cannot hold this rank's keys and values."""
         if self.store is None:
             return
+        if isinstance(self.store, CompressedStore):
+            self._join(self.store)
         need, have = self.spec(), self.store.spec
         if replace(have, page_tokens=need.page_tokens) != need:
             raise PlanError(
@@ -109,6 +116,16 @@ class CacheBinding:
                 f"does not fit this rank, which keeps {need}",
                 "make the store with that KVSpec",
             )
+
+    def _join(self, store: CompressedStore) -> None:
+        """Let a compressed store keep on this rank what one process would keep of it."""
+        ranks = self.state.ranks
+        if ranks.plan.cp.size > 1:
+            raise PlanError(
+                "a CompressedStore with cp", "chooses right after a prompt's attention, which cp computes elsewhere",
+                "use kvp or tp alone",
+            )  # fmt: skip
+        store.join(Shard(self.state.rule, ranks.kvp_group, ranks.groups.group("tp")))
 
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

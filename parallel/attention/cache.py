@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from ...kvstore import KVStore
+from ...kvstore import CompressedStore, KVStore
 from ..errors import PlanError
 from .helix import HelixLayer, HelixState
 
@@ -65,7 +65,7 @@ class PagedCache(Cache):
     def __init__(
         self,
         state: HelixState,
-        store: KVStore,
+        store: KVStore | CompressedStore,
         windows: Sequence[int | None],
         layers: Sequence[HelixLayer | None],
     ) -> None:
@@ -95,6 +95,8 @@ class PagedCache(Cache):
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that this rank holds in the store for these requests."""
+        if isinstance(self.store, CompressedStore):
+            return int(self.store.report()["held_bytes"])
         return sum(seq.length for seq in self.seqs) * self.store.spec.bytes_per_token
 
     def begin(self, batch: int, length: int, mask: np.ndarray | None, device: torch.device) -> None:
@@ -114,7 +116,10 @@ class PagedCache(Cache):
         new = self._new_columns(batch, length, mask)
         self.state.begin(batch, length, self.lengths, new, self, device)
         step = self.state.running()
-        self.write_step = self.store.reserve(self.seqs, step.own_counts)
+        if isinstance(self.store, CompressedStore):
+            self.write_step = self.store.reserve(self.seqs, step.own_counts, step.counts)
+        else:
+            self.write_step = self.store.reserve(self.seqs, step.own_counts)
         self._new = np.ones((batch, length), dtype=bool) if new is None else new
 
     def _new_columns(self, batch: int, length: int, mask: np.ndarray | None) -> np.ndarray | None:
@@ -131,6 +136,14 @@ class PagedCache(Cache):
             )
         new = mask[:, self.columns :]
         return None if new.all() else new
+
+    def attended(self, layer: int, q: Tensor, scale: float | None) -> None:
+        """Say that a prompt's attention was computed elsewhere: a compressed store chooses now.
+
+        Shape: q `[rows, heads/tp, head_dim]`
+        """
+        if isinstance(self.store, CompressedStore):
+            self.store.finish(self.write_step, layer, q, scale)
 
     def end(self) -> None:
         """Commit the step of a forward that returned."""

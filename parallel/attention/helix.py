@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...collectives.trace import span
 from ...cuda_kernels.dense_attention import dense_attention
 from ...cuda_kernels.scores import Interleave
+from ...kvstore import CompressedStore
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
 from ..layout import Cut
@@ -65,7 +66,8 @@ class HelixState:
         self, batch: int, length: int, past: list[int], valid: Any, cache: Any, device: torch.device
     ) -> None:
         """Start a step: choose what to exchange and work out who owns which token."""
-        mode = self.ranks.plan.kvp.exchange if self.ranks.kvp > 1 else "partials"
+        kept = cache is not None and isinstance(cache.store, CompressedStore)
+        mode = self.ranks.plan.kvp.exchange if self.ranks.kvp > 1 and not kept else "partials"
         if mode == "auto":
             rows = batch * length if valid is None else int(valid.sum())
             mode = self.layers[0].cheaper(rows, rows + sum(past))
@@ -74,6 +76,8 @@ class HelixState:
             # A module cannot reshape zero rows into heads; few rows are the case for partials anyway.
             step = make_step(batch, length, past, valid, "partials", self.rule, device)
         self.step, self.cache, self.parts = step, cache, ()
+        if kept and max(step.counts, default=0) > 1:
+            return  # prompts choose what they keep, with exchanges of their own
         if cache is not None and step.mode == "partials" and not torch.is_grad_enabled():
             self.parts = step.parts(self.pace.chunks(step, device))
 

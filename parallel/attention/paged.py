@@ -102,4 +102,8 @@ def paged_attention(
     if step is not None and (step.rows is not None or any(step.past)):
         return helix_attention(module, query, key, value, None, **kwargs)
     original = ALL_ATTENTION_FUNCTIONS[module.config._plait_attention]  # type: ignore[union-attr]
-    return original(module, query, key, value, attention_mask, **kwargs)
+    o = original(module, query, key, value, attention_mask, **kwargs)
+    if step is not None and layer.state.cache is not None:
+        rows = query.transpose(1, 2).flatten(0, 1)
+        layer.state.cache.attended(layer.number, rows, kwargs.get("scaling"))
+    return o
