@@ -149,7 +149,8 @@ class PageReader:
         """Attend by the store's selector if there is one and each sequence has one row; else let it see the rows."""
         if self.selector is None or not seqs:
             return None
-        args = (self.selector, seqs, self._layer(layer), layer, self.spec.layers, table, q)
+        memories = [seq.memory for seq in seqs]
+        args = (self.selector, memories, self._layer(layer), layer, self.spec.layers, table, q)
         if (indptr[1:] - indptr[:-1] == 1).all():
             return attend_selected(*args, lo, hi, options)
         show_prompts(*args, indptr, options)
@@ -166,7 +167,10 @@ class PageReader:
         indptr = row_pointers(len(table.lengths), q, None, step)
         options = ScoreOptions(self.spec.head_dim**-0.5)
         state = self._layer(layer)
-        show_prompts(self.selector, seqs, state, layer, self.spec.layers, table, q, indptr, options)
+        show_prompts(
+            self.selector, [seq.memory for seq in seqs], state, layer, self.spec.layers, table, q,
+            indptr, options,
+        )  # fmt: skip
 
     def _layer(self, layer: int) -> LayerPages:
         with self._lock:  # not between the two halves of a growth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from ...cuda_kernels import Interleave
 from ..attention import ScoreOptions, causal_bounds, past_end, row_pointers, with_sink
+from ..select.attend import attend_selected
+from ..select.selector import Selector
 from ..spec import KVSpec
 from .compression import Compression
 from .lanes import LanePool
 from .layers import LayerKeeper
-from .reading import attend_lanes, attend_whole, by_sequence, hear, lane_rows
+from .reading import LaneRows, attend_lanes, attend_whole, by_sequence, hear, lane_rows, regions
 from .report import check_lanes, report
 from .sequence import KeptSequence, KeptStep, listed
 from .shard import Shard
@@ -32,6 +35,7 @@ class KeptReader:
     what: tuple[Compression | None, ...]
     pool: LanePool
     keeper: LayerKeeper
+    selector: Selector | None
     _lock: Any  # a threading.RLock, which is no class
     _sequences: dict[int, KeptSequence]
 
@@ -105,13 +109,28 @@ class KeptReader:
                 self.pool, [seqs[i].lanes[layer] for i in paged], lengths[paged], q[at],
                 rows[paged], lo[index], hi[index],
             )  # fmt: skip
-            parts = attend_lanes(self.pool, asked, options)
+            parts = self._attend_selected([seqs[i] for i in paged], layer, asked, options)
+            parts = parts or attend_lanes(self.pool, asked, options)
             what = self.what[layer]
             if step is not None and what is not None and what.scorer.received:
                 hear(self.pool, asked, parts[1], options.scale, self.shard)
             heads = self.spec.kv_heads
             o[at], lse[at] = (by_sequence(part, rows[paged], heads) for part in parts)
         return o, lse
+
+    def _attend_selected(
+        self, seqs: list[KeptSequence], layer: int, asked: LaneRows, options: ScoreOptions
+    ) -> tuple[Tensor, Tensor] | None:
+        """Attend by the selector, which sees a lane as a sequence of one KV head; None if there is none, or prompts."""
+        if self.selector is None or (asked.indptr[1:] - asked.indptr[:-1] != 1).any():
+            return None
+        held = [seq.memory.setdefault(layer, {}) for seq in seqs]
+        heads = range(self.spec.kv_heads)
+        memories = [{layer: own.setdefault(head, {})} for own in held for head in heads]
+        return attend_selected(
+            self.selector, memories, regions(self.pool), layer, self.spec.layers, asked.table,
+            asked.q, asked.lo, asked.hi, replace(options, interleave=self.shard.rule),
+        )  # fmt: skip
 
     def finish(
         self,

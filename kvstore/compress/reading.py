@@ -76,10 +76,14 @@ def attend_lanes(
     pool: LanePool, asked: LaneRows, options: ScoreOptions
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend to exact pages. Shape: -> `[lane rows, group, value_dim]`, `[lane rows, group]`"""
-    regions = LayerPages(pool.pool.keys[0], pool.pool.values[0], pool.pool.spec.v_dim)
     return attend_pages(
-        regions, asked.table, asked.q, asked.indptr, asked.lo, asked.hi, options
+        regions(pool), asked.table, asked.q, asked.indptr, asked.lo, asked.hi, options
     )  # fmt: skip
+
+
+def regions(pool: LanePool) -> LayerPages:
+    """The memory of all lanes."""
+    return LayerPages(pool.pool.keys[0], pool.pool.values[0], pool.pool.spec.v_dim)
 
 
 def attend_whole(

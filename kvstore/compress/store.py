@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import StepError
+from ..select.selector import Selector
 from ..spec import KVSpec, plan_pages
 from ..step import check_rows
 from .choice import Chooser, ModelFacts
@@ -18,6 +19,7 @@ from .compression import Compression, CompressionError, by_layer
 from .lanes import LanePool, Lanes
 from .layers import LayerKeeper
 from .reader import KeptReader
+from .scorers import Scorer
 from .sequence import KeptSequence, KeptStep, listed
 from .shard import Shard
 
@@ -36,6 +38,7 @@ class CompressedStore(KeptReader):
         device_bytes, num_pages: the most the pages may take, and pages to begin with.
         facts: what scorers such as `expected`, `triattention` and `critical` know of the model.
         shard: the ranks that hold parts of the same sequences.
+        selector: which of the kept tokens a step of one row a sequence reads, such as "rocket:budget=256"; default all.
 
     State: one lock around all calls.
     """
@@ -49,6 +52,7 @@ class CompressedStore(KeptReader):
         num_pages: int | None = None,
         facts: ModelFacts | None = None,
         shard: Shard | None = None,
+        selector: str | Selector | None = None,
     ) -> None:
         if spec.shared_kv:
             raise CompressionError(
@@ -57,6 +61,7 @@ class CompressedStore(KeptReader):
         self.spec, self.shard = spec, shard or Shard()
         self.what = by_layer(spec.layers, scorer, layers)
         kinds = [what.scorer for what in self.what if what is not None]
+        self.selector = None if selector is None else _selector(selector, kinds)
         self.private = any(kind.private for kind in kinds)
         one = replace(spec, layers=1, kv_heads=1)
         first, most = plan_pages(one, device_bytes, num_pages, grow=True)
@@ -267,6 +272,7 @@ class CompressedStore(KeptReader):
                 elif step.rows[at] > 1 and any(at in done for done in step.done.values()):
                     seq.broken = True
                 else:
+                    seq.memory.clear()  # a selector may have seen the step's tokens
                     for lanes in seq.lanes:
                         self.pool.cut(lanes, seq.tokens)
             step.whole.clear()
@@ -291,3 +297,32 @@ class CompressedStore(KeptReader):
 
 def _busy(seq: KeptSequence) -> StepError:
     return StepError(f"sequence {seq.number} has an open step; commit or abort it first")
+
+
+def _selector(given: str | Selector, kinds: list[Scorer]) -> Selector:
+    """Read a selector, or refuse one that does not go with what evicts.
+
+    Raises:
+        CompressionError: saying why.
+    """
+    # Not at the top of the file: one of the selectors scores prompts by a scorer of ours.
+    from ..select.registry import find_selector
+
+    selector = find_selector(given)
+    if selector.across_layers:
+        raise CompressionError(
+            f"selector={selector} lets layers read what another layer chose, and layers that evict do "
+            "not hold the same tokens; use a selector of single layers such as rocket or quest, or a KVStore"
+        )
+    if selector.queries(1 << 40):
+        raise CompressionError(
+            f"selector={selector} filters prompts that are kept whole; with a scorer use "
+            "selector=rocket, or use a KVStore"
+        )
+    heard = [kind for kind in kinds if kind.received]
+    if heard:
+        raise CompressionError(
+            f"selector={selector} with {heard[0]}: it counts the attention that every token receives, and a "
+            "selector reads only some; use another scorer, or no selector"
+        )
+    return selector

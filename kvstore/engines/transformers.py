@@ -147,7 +147,8 @@ class PlaitCache(Cache):
         attention_mask: as given to `generate`, if rows are padded.
         tenant: whose prompts these are.
         repeats: rows that `generate` makes of each prompt: its `num_beams` or `num_return_sequences`.
-        in_place: decode from the pages where they lie, by a model prepared with `pages.read_pages_in_place`.
+        in_place: decode from the pages where they lie, by a model prepared with `pages.read_pages_in_place`. A store
+            with a selector needs it; steps of padded rows or with a mask of their own read everything.
 
     State: a forward is a step of the store, committed when the next begins or the cache is closed.
     """
@@ -161,6 +162,11 @@ class PlaitCache(Cache):
         repeats: int = 1,
         in_place: bool = False,
     ) -> None:
+        if store.selector is not None and not in_place:
+            raise ValueError(
+                f"the store's selector={store.selector} chooses what is read in the pages: give in_place=True, and "
+                "call read_pages_in_place(model)"
+            )
         super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
         self.store = store
         rows = input_ids[None] if input_ids.dim() == 1 else input_ids
@@ -223,6 +229,9 @@ class PlaitCache(Cache):
         window = kwargs.get("sliding_window")
         own_mask = attention_mask is not None and window is None
         if query.shape[2] != 1 or self.padded or own_mask:
+            if not own_mask and self.step is not None:
+                rows = query.transpose(1, 2).flatten(0, 1)
+                self.store.observe(self.seqs, layer, rows, self.step)
             k, v = self.gathered(layer)
             return sdpa_attention_forward(
                 module, query, k, v, attention_mask, scaling=scaling, **kwargs

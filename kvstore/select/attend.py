@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +11,13 @@ from torch import Tensor
 
 from ...cuda_kernels import paged_attention
 from ..attention import LayerPages, ScoreOptions, attend_pages
-from ..sequence import Sequence
 from ..table import PageTable
 from .selector import KeyView, Selection, Selector
 
 
 def attend_selected(
     selector: Selector,
-    seqs: Listing[Sequence],
+    memories: Listing[dict[int, dict[str, Any]]],
     layer: LayerPages, number: int, layers: int,
     table: PageTable, q: Tensor, lo: Tensor, hi: Tensor, options: ScoreOptions,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
@@ -29,11 +29,11 @@ def attend_selected(
     """
     shards = 1 if options.interleave is None else options.interleave.shards
     whole = (lo.cpu().numpy() <= 0) & (hi.cpu().numpy() >= table.lengths)
-    plans: list[Selection | None] = [None] * len(seqs)
+    plans: list[Selection | None] = [None] * len(memories)
     for at in np.flatnonzero(whole & (table.lengths > 0)).tolist():
         view = KeyView(
             layer.keys, torch.from_numpy(table.pages(at)), int(table.lengths[at]), number, layers,
-            options.scale, shards, seqs[at].memory,
+            options.scale, shards, memories[at],
         )  # fmt: skip
         plans[at] = selector.plan(q[at], view)
     few = [at for at, plan in enumerate(plans) if plan is not None]
@@ -42,7 +42,7 @@ def attend_selected(
     if options.alibi_slopes is not None:
         raise ValueError("ALiBi counts distances, which a selection has lost; use no selector")
     chosen = [plan for plan in plans if plan is not None]
-    if len(few) == len(seqs):
+    if len(few) == len(memories):
         return attend_rows(layer, table, chosen, q, options)
     o = q.new_empty(*q.shape[:2], layer.value_dim)
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -60,7 +60,7 @@ def attend_selected(
 
 def show_prompts(
     selector: Selector,
-    seqs: Listing[Sequence],
+    memories: Listing[dict[int, dict[str, Any]]],
     layer: LayerPages, number: int, layers: int,
     table: PageTable, q: Tensor, indptr: np.ndarray, options: ScoreOptions,
 ) -> None:  # fmt: skip
@@ -69,14 +69,14 @@ def show_prompts(
     Shape: q `[rows, heads, head_dim]`, indptr `[seqs + 1]`
     """
     shards = 1 if options.interleave is None else options.interleave.shards
-    for at, seq in enumerate(seqs):
+    for at, memory in enumerate(memories):
         first, stop = int(indptr[at]), int(indptr[at + 1])
         tokens = int(table.lengths[at])
         count = min(selector.queries(tokens), stop - first)
         if stop - first > 1 and count > 0 and tokens > 0:
             view = KeyView(
                 layer.keys, torch.from_numpy(table.pages(at)), tokens, number, layers,
-                options.scale, shards, seq.memory,
+                options.scale, shards, memory,
             )  # fmt: skip
             selector.prompt(q[stop - count : stop], view)
 

@@ -13,12 +13,9 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from ...cuda_kernels import top_k
-from ..compress.scorers import SnapKV
 from .selector import Budgeted, KeyView, Selection
 from .sparq import loudest, temper
 from .summaries import Summaries, ranges
-
-STAGE_ONE = SnapKV(window=32, kernel=63, pool="max")
 
 
 class Split(NamedTuple):

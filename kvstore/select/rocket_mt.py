@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ...cuda_kernels import top_k
-from ..compress import LayerView, keep_best
-from .rocket import STAGE_ONE, Rocket, chunk_weights, split
+from ..compress.choose import keep_best
+from ..compress.scorers.snapkv import SnapKV
+from ..compress.view import LayerView
+from .rocket import Rocket, chunk_weights, split
 from .selector import KeyView, Selection
 from .summaries import Summaries
+
+STAGE_ONE = SnapKV(window=32, kernel=63, pool="max")
 
 
 @dataclass(frozen=True)
