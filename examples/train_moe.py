@@ -16,18 +16,16 @@ from rich.progress import track
 from torch.distributed.checkpoint import state_dict as states
 
 import plait
-from plait import Plan
 
 PLANS = ["dp2:shard cp2 ep4", "tp2:sp cp2 ep2 etp2", "kvp2 tp2 ep4 etp1"]
 
 
-def train(plan: Plan, rank: int, begin: int, end: int, args: argparse.Namespace):
+def train(plan: plait.Plan, rank: int, begin: int, end: int, args: argparse.Namespace):
     """Train from one step's checkpoint to another's; in one process if the plan is of one rank."""
     cut, text, losses = plan.world_size > 1, read_docs(), torch.zeros(begin)
     model = plait.parallelize(build(), plan) if cut else build()
-    optimizer = plait.track_optimizer(
-        model, torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    plait.track_optimizer(model, optimizer)
 
     def state() -> dict[str, object]:
         moments = states.get_optimizer_state_dict(model, optimizer)
@@ -62,8 +60,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=256)
     args = parser.parse_args()
-    rank, half, last = plait.init().rank, args.steps // 2, args.folder / f"step-{args.steps}"
-    first, then, decode = map(Plan.parse, args.plans)
+    (first, then, decode), rank = map(plait.Plan.parse, args.plans), plait.init().rank
+    half, last = args.steps // 2, args.folder / f"step-{args.steps}"
     train(first, rank, 0, half, args)  # this model is forgotten: what goes on is its checkpoint
     losses = train(then, rank, half, args.steps, args)[1]
     model = plait.parallelize(build(), decode)
@@ -72,7 +70,7 @@ if __name__ == "__main__":
     probe = read_docs()[None, : args.tokens]
     written, loads = model.generate(probe[:, :64], max_new_tokens=64), router_load(model, probe)
     if rank == 0:
-        one, alone = train(Plan(), 0, 0, args.steps, args)
+        one, alone = train(plait.Plan(), 0, 0, args.steps, args)
         draw_losses(args.folder / "loss.png", alone, losses, half, args.plans)
         draw_routers(args.folder / "routers.png", router_load(build(), probe), loads)
         same = torch.equal(one.generate(probe[:, :64], max_new_tokens=64), written)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from exactness import Case, Pair, assert_exact, case, far, measure_all, world_of, worst
+from jobs import mpirun, run_job
 from models import tiny
+from plait.collectives import shm
 from plait.parallel import Plan, PlanError, parallelize, unparallelize
 from training import assert_as_one_process, batch_of, composed, labels_of, own_loss
-from world import run_calls, run_world
+from world import current_rank, run_calls, run_world
 
 AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 WINDOWS = {"layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -167,3 +170,34 @@ def test_nobody_leaves_before_the_files_are_whole(tmp_path: Path) -> None:
     plans = ["dp2 pp2", "cp2 pp2", "dp4", "dp2:shard cp2"]
     calls = [(left_early, plan, str(tmp_path / plan)) for plan in plans]
     assert run_calls(calls, 4, timeout=300) == [[[]] * len(plans)] * 4
+
+
+# --- other backends ---------------------------------------------------------------------------
+
+
+ELSEWHERE = ["pp2 cp2", "tp2:sp dp2 ep4", "dp2:shard cp2 ep4", "pp2 kvp2 ep2"]
+
+
+def over_shared_memory(plans: list[str], folder: str) -> list[dict[str, float]]:
+    shm.register()
+    store = dist.FileStore(f"{folder}/store", 4)
+    dist.init_process_group("shm", store=store, rank=current_rank(), world_size=4)
+    found = [composed(case(plan, "mixtral"), 2) for plan in plans]
+    dist.destroy_process_group()
+    return found
+
+
+def test_steps_over_shared_memory(tmp_path: Path) -> None:
+    answers = run_world(over_shared_memory, 4, ELSEWHERE, str(tmp_path), backend=None, timeout=300)
+    for errors in zip(*answers, strict=True):
+        assert_exact(worst(errors))
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("backend", ["mpi", "shm", "gloo"], ids="over {}".format)
+def test_steps_under_mpirun(backend: str, tmp_path: Path) -> None:
+    script = str(Path(__file__).parents[1] / "compositions_job.py")
+    ended = run_job([*mpirun(4), script, backend, *ELSEWHERE], tmp_path, OMP_NUM_THREADS="1")
+    assert ended.code == 0, ended.output
+    for plan in ELSEWHERE:
+        assert_exact(worst([said[plan] for said in ended.reports.values()]))
