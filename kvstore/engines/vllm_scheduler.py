@@ -35,12 +35,7 @@ class PageIndex:
 
     def drop(self, rank: int, keys: Iterable[bytes]) -> None:
         """A rank holds them no more."""
-        for key in keys:
-            left = self._held.get(key, 0) & ~(1 << rank)
-            if left:
-                self._held[key] = left
-            else:
-                self._held.pop(key, None)
+        _unmark(self._held, rank, keys)
 
     def begin_save(self, key: bytes) -> None:
         """All ranks are asked to save a page."""
@@ -48,12 +43,7 @@ class PageIndex:
 
     def end_save(self, rank: int, keys: Iterable[bytes]) -> None:
         """A rank saved them, or did not."""
-        for key in keys:
-            left = self._saving.get(key, 0) & ~(1 << rank)
-            if left:
-                self._saving[key] = left
-            else:
-                self._saving.pop(key, None)
+        _unmark(self._saving, rank, keys)
 
     def saving(self, key: bytes) -> bool:
         """Whether a page is on its way to disk."""
@@ -63,6 +53,14 @@ class PageIndex:
     def num_saving(self) -> int:
         """Pages on their way to disk."""
         return len(self._saving)
+
+
+def _unmark(marks: dict[bytes, int], rank: int, keys: Iterable[bytes]) -> None:
+    """Take a rank's bit from each key; one without bits is forgotten."""
+    for key in keys:
+        left = marks.pop(key, 0) & ~(1 << rank)
+        if left:
+            marks[key] = left
 
 
 @dataclass(eq=False)

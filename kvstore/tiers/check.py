@@ -22,7 +22,7 @@ from .index import NAME
 from .memory import aligned_region
 from .moves import Moves
 from .order import Lru
-from .pages import PageIo, Piece
+from .pages import RUN_BYTES, PageIo, Piece
 from .recovery import Opened, open_to_read, open_to_write
 from .slabs import OURS, slab_name
 
@@ -198,8 +198,13 @@ def bandwidth(path: Path, page_bytes: int, total_bytes: int, rounds: int = 3) ->
         with ThreadPoolExecutor(4) as pool, tier, Moves(tier) as moves:
             keys: list[bytes] = []
 
+            run = max(1, RUN_BYTES // page_bytes)
+
             def raw(call: Callable[..., int], memory: np.ndarray) -> None:
-                list(pool.map(lambda i: call(file, [memory[i]], i * page_bytes), range(count)))
+                def some(i: int) -> int:
+                    return call(file, [memory[i : i + run]], i * page_bytes)
+
+                list(pool.map(some, range(0, count, run)))
 
             def store() -> None:
                 keys[:] = [os.urandom(16) for _ in range(count)]

@@ -14,7 +14,7 @@ class TierClosed(StoreError, ValueError):
 
 
 class TierReadOnly(StoreError, PermissionError):
-    """A tier that was opened for reading was asked to change something."""
+    """A tier that was opened for reading was asked to change something, or its directory cannot be written."""
 
 
 class TierLocked(StoreError, BlockingIOError):

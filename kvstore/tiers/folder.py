@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import TierLocked, TierRefused
+from .errors import TierLocked, TierReadOnly, TierRefused
 
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a fifo in our place must not hang the open
 _sync = getattr(os, "fdatasync", os.fsync)
@@ -75,8 +75,17 @@ class Folder:
 
         Raises:
             TierLocked: if another process is.
+            TierReadOnly: if this user may not write here, or nobody may.
         """
-        fd = self._open(name, os.O_RDWR | os.O_CREAT)
+        try:
+            fd = self._open(name, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise TierReadOnly(
+                f"{self.path} cannot be written ({error.strerror}); let this user write it, name another "
+                "directory, or open it with mode='read' to use what it holds"
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

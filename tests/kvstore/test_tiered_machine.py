@@ -13,15 +13,29 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 
 from plait.kvstore import KVSpec, KVStore
 from plait.kvstore.testing import PROMPTS, TENANTS, StoreMachine
-from plait.kvstore.tiers import DiskTier, FailTier, MemoryTier, TierError
+from plait.kvstore.tiers import DiskTier, FailTier, MemoryTier, Tier, TierError, TierWrapper
 from plait.kvstore.tiers.faults import FaultyDisk, FaultyFolder
 
 SECRET = bytes(range(32))
 PAGE = 4096
 OPERATIONS = ("read", "write", "sync", "sync_names", "create", "rename", "preallocate")
 COUNTS = dict.fromkeys(
-    ("flips", "faults", "cuts", "kills", "jumps", "given up", "promises kept"), 0
-)
+    ("flips", "faults", "cuts", "kills", "jumps", "given up", "files deleted", "slow calls", "promises kept"), 0
+)  # fmt: skip
+
+
+class Slow(TierWrapper):
+    """A tier that is slow at times: other moves overtake."""
+
+    def __init__(self, inner: Tier, seed: int) -> None:
+        super().__init__(inner)
+        self._draw = random.Random(seed)
+
+    def around(self, name, pages, call, count):
+        if self._draw.random() < 0.1:
+            COUNTS["slow calls"] += 1
+            time.sleep(0.002)
+        return call()
 
 
 class TieredMachine(StoreMachine):
@@ -41,7 +55,8 @@ class TieredMachine(StoreMachine):
     def make_store(self, spec: KVSpec) -> KVStore:
         self.seed += 1
         host = FailTier(MemoryTier(6, PAGE), self.seed, misses=0.1, refusals=0.2, flips=0.1)
-        disk = DiskTier(FaultyFolder(self.disk), page_bytes=PAGE, max_bytes=2 << 20)
+        tier = DiskTier(FaultyFolder(self.disk), page_bytes=PAGE, max_bytes=2 << 20)
+        disk = Slow(tier, self.seed)
         return KVStore(
             spec, num_pages=2, device_bytes=24 * spec.bytes_per_page, evict=self.policy, fetch="always",
             secret=SECRET, tiers={"host": host, "disk": disk}, clock=lambda: time.monotonic() + self.jump,
@@ -130,7 +145,7 @@ class TieredMachine(StoreMachine):
         COUNTS["faults"] += 1
         self.disk.armed[operation] = after, kind if operation in ("read", "write") else "EIO"
 
-    @precondition(lambda self: self.harmful)
+    @precondition(lambda self: self.harmful and self.disk.names)
     @rule(data=st.data())
     def flip(self, data) -> None:
         """A bit on the disk turns over."""
@@ -140,6 +155,14 @@ class TieredMachine(StoreMachine):
             self._harm()
             COUNTS["flips"] += 1
             self.disk.flip(name, data.draw(st.integers(0, 8 * size - 1)))
+
+    @precondition(lambda self: self.harmful and self.disk.names)
+    @rule(data=st.data())
+    def delete(self, data) -> None:
+        """Somebody deletes a file under the open store."""
+        self._harm()
+        COUNTS["files deleted"] += 1
+        self.disk.delete(data.draw(st.sampled_from(sorted(self.disk.names))))
 
     def teardown(self) -> None:
         """Also: everything was said to the tiers, and every row and page given back."""

@@ -11,9 +11,11 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +299,67 @@ def test_modes_are_private(tmp_path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "c").iterdir()} == {0o600}
 
 
+def as_nobody(call: Callable[[], object]) -> str:
+    """Run a call in a child without root's rights; say what it raised, or else gave."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            said = repr(call())
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def test_a_directory_that_may_not_be_written_can_still_be_read() -> None:
+    with tempfile.TemporaryDirectory() as home:
+        place = Path(home) / "c"
+        tier, made = filled(place)
+        tier.close()
+        Path(home).chmod(0o755)
+        for path in (place, *place.iterdir()):
+            if os.geteuid() == 0:
+                os.chown(path, 65534, 65534)
+            path.chmod(0o500 if path == place else 0o400)
+
+        def read() -> list[bool]:
+            with DiskTier(place, mode="read") as reader:
+                return right(reader, made)
+
+        said = as_nobody(lambda: DiskTier(place, **SIZE))
+        assert said.startswith("TierReadOnly: ")
+        assert "cannot be written (Permission denied); let this user" in said
+        assert as_nobody(read) == repr([True] * 5)
+        assert "Permission denied" in as_nobody(lambda: DiskTier(place / "new", **SIZE))
+        place.chmod(0o700)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_read_only_file_system_is_named(code, tmp_path, monkeypatch) -> None:
+    filled(tmp_path / "c")[0].close()
+    real = os.open
+
+    def refuse(path, flags, *more, **named) -> int:
+        if flags & (os.O_RDWR | os.O_CREAT):
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(TierReadOnly, match=rf"{os.strerror(code)}.*mode='read'"):
+        DiskTier(tmp_path / "c")
+    with DiskTier(tmp_path / "c", mode="read") as reader:
+        assert reader.counters()["pages"] == 5
+
+
 def test_links_and_strangers_are_refused(tmp_path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("do not touch")
@@ -564,7 +627,8 @@ def test_a_full_disk_evicts_instead_of_growing(monkeypatch) -> None:
 
 
 def test_no_decision_looks_at_the_clock_on_the_wall() -> None:
-    for path in Path(plait.kvstore.tiers.__file__).parent.glob("*.py"):
+    """So two hosts whose clocks differ, or one that is set back, change nothing."""
+    for path in Path(plait.kvstore.tiers.__file__).parents[1].rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in {("time", "time"), ("time", "time_ns")}, (
