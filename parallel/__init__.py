@@ -3,19 +3,21 @@
 from .api import parallelize, unparallelize
 from .attention.mla import Mla
 from .attention.role import Attention
-from .axes import Experts, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
+from .axes import Experts, Fssdp, Helix, Pipeline, Replicate, Ring, Shard, Tensor, Ulysses
 from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
 from .context.modules import Sequence
 from .errors import PlanError
-from .experts import BiasBalance, RoutedExperts, RouterZLoss, Routing, record_routing
+from .experts import BiasBalance, LocalExperts, RoutedExperts, RouterZLoss, Routing, record_routing
 from .plan import Plan
 
 __all__ = [
     "Attention",
     "BiasBalance",
     "Experts",
+    "Fssdp",
     "Helix",
+    "LocalExperts",
     "Mla",
     "Pipeline",
     "Plan",

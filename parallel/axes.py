@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .choice import Choice, Problem, one_of, whole
 from .errors import PlanError, listed
-from .expert_choice import Experts
+from .expert_choice import Experts, Fssdp
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -266,7 +266,7 @@ AXES: Mapping[str, tuple[type[Choice], ...]] = {
     "cp": (Ring, Ulysses),
     "kvp": (Helix,),
     "tp": (Tensor,),
-    "ep": (Experts,),
+    "ep": (Experts, Fssdp),
     "etp": (),
     "pp": (Pipeline,),
 }

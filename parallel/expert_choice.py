@@ -86,5 +86,39 @@ class Experts(Choice):
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Fssdp(Experts):
+    """Expert parallelism whose popular experts are copied for each step. ``ep4:fssdp,spare=2``.
+
+    Args:
+        spare: experts of others that a rank holds at most, one layer at a time.
+    """
+
+    _: KW_ONLY
+    spare: int = 1
+    kind: ClassVar[str] = "fssdp"
+
+    def __post_init__(self) -> None:
+        Experts.__post_init__(self)
+        whole("spare", self.spare)
+
+    @property
+    def word(self) -> str:
+        return "fssdp"
+
+    def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
+        others = self.exchange == "sums" or self.pad or self.nodes > 1 or self.placement
+        if others or plan.etp > 1 or self.size == 1:
+            because = "(fssdp) copies whole experts to the ranks of ep, and sends tokens to the nearest copy"
+            return because, "use ep > 1 and etp=1, without exchange=sums, pad, nodes and placement"
+        if shape.experts and self.spare > shape.experts - shape.experts // self.size:
+            most = shape.experts - shape.experts // self.size
+            return (
+                f"with spare={self.spare} has only {most} experts elsewhere",
+                f"use spare <= {most}",
+            )
+        return Experts.problem(self, plan, shape)
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]

@@ -2,12 +2,14 @@
 
 from .balance import BiasBalance
 from .block import block_edits
+from .local import LocalExperts
 from .role import RoutedExperts
 from .routing import Routing, record_routing
 from .zloss import RouterZLoss
 
 __all__ = [
     "BiasBalance",
+    "LocalExperts",
     "RoutedExperts",
     "RouterZLoss",
     "Routing",

@@ -84,7 +84,7 @@ def beside_edits(model: nn.Module, roles: list[Edit]) -> list[Edit]:
         if len(routed) != 1 or len(shared) != 1:
             continue
         here = values[id(routed[0])]
-        if here.sums or here.pad or here.nodes is not None:
+        if here.sums or here.pad or here.nodes is not None or here.copies is not None:
             continue
         beside = Beside(shared[0])
         edits += [

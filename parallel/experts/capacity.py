@@ -42,6 +42,6 @@ class Capacity:
         flat, order = index.reshape(-1), None
         if self.drop == "probs":
             order = torch.argsort(weights.detach().reshape(-1), descending=True, stable=True)
-        number = numbers(flat, experts, order)
+        number = numbers(flat, experts + 1, order)  # one more: nobody's pairs
         most = self.rows(index.shape[0], index.shape[1], experts) if most is None else most
         return torch.where(number < most, flat, experts).view_as(index)

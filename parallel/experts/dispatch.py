@@ -69,6 +69,7 @@ def to_owners(
     index: Tensor,
     weights: Tensor,
     meanwhile: Callable[[], None] | None = None,
+    note: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Send every token to the ranks of its experts and bring the results back; weights are applied where it came from.
 
@@ -78,12 +79,13 @@ def to_owners(
 
     Args:
         meanwhile: what to compute while rows are on their way there.
+        note: is told the rows that each owner has for each slot, [owners, slots].
     Shape: hidden [tokens, hidden], index (slots), weights [tokens, top_k] -> [tokens, hidden]
     Collective: among owners an all-gather of counts, and an all-to-all of rows there and back, each way also backward.
         Sent by each rank, in rows: 2 * tokens * top_k * (etp - 1/ep).
     Source: MoE Parallel Folding (arXiv 2504.14960) section 3.3.
     """
-    exchange, received, sent = meet(place, index)
+    exchange, received, sent = meet(place, index, note)
     rows = exchange.there(permute_rows(hidden, sent, index.shape[1]), meanwhile)
     order = by_expert(received).to(rows.device)
     out = experts(rows.index_select(0, order), received.sum(0).tolist())
@@ -91,7 +93,9 @@ def to_owners(
     return unpermute_rows(returned, sent, weights).to(hidden.dtype)
 
 
-def meet(place: Place, index: Tensor) -> tuple[TokenExchange, Tensor, Tensor]:
+def meet(
+    place: Place, index: Tensor, note: Callable[[Tensor], None] | None = None
+) -> tuple[TokenExchange, Tensor, Tensor]:
     """Agree on who sends what.
 
     Returns:
@@ -101,6 +105,8 @@ def meet(place: Place, index: Tensor) -> tuple[TokenExchange, Tensor, Tensor]:
     every = tell_counts(mine.counts, place.owners.all)
     if index.device.type == "meta":  # a run for its collectives: all ranks are taken to be alike
         every = mine.counts.expand(place.owners.size, -1)
+    if note is not None:
+        note(every)
     by_rank = [part.sum(1) for part in every.split(list(place.homes.sizes), 1)]
     by_owner = torch.stack(by_rank, 1).repeat_interleave(place.etp, 1)
     exchange = counted(place.owners.all, by_owner.tolist())

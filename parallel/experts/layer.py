@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .capacity import Capacity
+from .compute import Packed
 from .dispatch import Experts, by_sums, by_tokens, to_owners
+from .fssdp import Materialised, Materialiser
 from .nodes import Nodes, to_nodes
 from .place import Place
 from .static import to_slots
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .joint import JointSum
 
 Route = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+Local = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 class Compute(Protocol):
@@ -44,13 +47,19 @@ class Routed:
     nodes: Nodes | None = None
     joint: JointSum | None = None
     beside: Beside | None = None
+    copies: Materialiser | None = None
+    local: Local | None = None
 
-    def send(self, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def send(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Bring tokens and experts together as the plan says.
 
         Shape: hidden [tokens, hidden], index (experts), weights [tokens, top_k] -> [tokens, hidden]
         """
         place, capacity = self.place, self.capacity
+
+        def experts(x: Tensor, counts: list[int]) -> Tensor:
+            return self.compute.rows(module, x, counts)
+
         if capacity is not None and self.pad:
             ranks = 1 if place.alike is None else place.alike.size
             most = -(-len(hidden) // ranks)
@@ -58,6 +67,8 @@ class Routed:
             return by_tokens(place, way, experts, hidden, index, weights)
         if capacity is not None:
             index = capacity.kept(index, weights, place.experts)
+        if self.copies is not None and torch.is_grad_enabled():
+            return self._with_copies(self.copies, module, hidden, index, weights)
         slots = place.homes.spread(index, place.turn)
         if self.sums:
             out = by_sums(place, experts, hidden, slots, weights)
@@ -70,6 +81,33 @@ class Routed:
         meanwhile = None if self.beside is None else self.beside.work()
         way = partial(to_owners, meanwhile=meanwhile)
         return by_tokens(place, way, experts, hidden, slots, weights)
+
+    def _with_copies(
+        self,
+        copies: Materialiser,
+        module: nn.Module,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Gather the copies that this step has, and send tokens to the nearest of them."""
+        homes, near = copies.placement or copies.owned, self.place.along_ep.index
+        place = replace(self.place, homes=homes)
+        compute = self.compute
+        assert isinstance(compute, Packed)
+        experts: Experts = partial(compute.rows, module)
+        if homes != copies.owned:
+            experts = Materialised.start(module, compute, copies).rows
+
+        def way(
+            place: Place, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
+        ) -> Tensor:
+            slots = homes.spread(
+                index, place.turn, near
+            )  # of the rank's own tokens: its own copies
+            return to_owners(place, experts, hidden, slots, weights, note=copies.note)
+
+        return by_tokens(place, way, experts, hidden, index, weights)
 
 
 class ExpertLayer(nn.Module):
@@ -86,11 +124,11 @@ class ExpertLayer(nn.Module):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = here.route(self, flat) if here.route is not None else [*args, *kwargs.values()]
         index, weights = (r.reshape(-1, r.shape[-1]) for r in routing)
-
-        def experts(x: Tensor, counts: list[int]) -> Tensor:
-            return here.compute.rows(self, x, counts)
-
-        return here.send(experts, flat, index, weights).view_as(hidden_states)
+        stays = None if here.local is None else here.local(self, flat, index, weights)
+        if stays is not None:  # what is computed where the token is goes nowhere
+            index = index.clamp(max=here.place.experts)
+        out = here.send(self, flat, index, weights)
+        return (out if stays is None else out + stays).view_as(hidden_states)
 
     def own_forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The module's own code, on this rank's experts."""

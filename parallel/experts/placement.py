@@ -72,6 +72,12 @@ class Placement:
             tuple(s for s, other in enumerate(held) if other == e) for e in range(self.experts)
         )
 
+    def homes_near(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """The slots of each expert that a rank's tokens use: its own, or all."""
+        first, last = self.first(rank), self.first(rank + 1)
+        own = (tuple(s for s in home if first <= s < last) for home in self.homes)
+        return tuple(mine or home for mine, home in zip(own, self.homes, strict=True))
+
     @cached_property
     def plain(self) -> bool:
         """Whether experts are numbered as their slots are."""
@@ -82,24 +88,26 @@ class Placement:
         runs = tuple(tuple((e, e + 1) for e in rank) for rank in self.ranks)
         return Cut(0, self.experts, runs)
 
-    def spread(self, index: Tensor, turn: int = 0) -> Tensor:
+    def spread(self, index: Tensor, turn: int = 0, near: int | None = None) -> Tensor:
         """Find the slot of every (token, expert) pair; an expert's pairs take its copies in turn.
 
         The host reads nothing. Pairs of expert number ``experts``, which is nobody, become slot number ``slots``.
 
         Args:
             turn: where to begin; ranks with tokens of their own begin at different copies.
+            near: the rank whose own copies are taken where it has them.
         Shape: [tokens, top_k] -> [tokens, top_k]
         """
         if self.plain:
             return index
         flat = index.reshape(-1)
-        copies = max(len(home) for home in self.homes)
-        rows = [[*home, *home[:1] * (copies - len(home))] for home in self.homes]
+        homes = self.homes if near is None else self.homes_near(near)
+        copies = max(len(home) for home in homes)
+        rows = [[*home, *home[:1] * (copies - len(home))] for home in homes]
         table = torch.tensor([*rows, [self.slots] * copies], device=index.device)
         if copies == 1:
             return table[:, 0].index_select(0, flat).view_as(index)
-        counts = torch.tensor([*map(len, self.homes), 1], device=index.device)
+        counts = torch.tensor([*map(len, homes), 1], device=index.device)
         choice = (numbers(flat, self.experts + 1) + turn) % counts.index_select(0, flat)
         return table.index_select(0, flat).gather(1, choice[:, None]).view_as(index)
 

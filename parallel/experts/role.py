@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ..axes import Experts
+from ..axes import Experts, Fssdp
 from ..edits import Edit, SetAttribute, SumGradient, SwapClass
 from ..errors import PlanError, listed
 from ..layout import Cut
@@ -14,7 +14,8 @@ from ..ranks import ModelRanks, Placed
 from ..roles import cut_parameter
 from .capacity import Capacity
 from .compute import Packed, is_packed
-from .layer import Compute, ExpertLayer, Listed, OwnCode, Route, Routed
+from .fssdp import Materialiser
+from .layer import Compute, ExpertLayer, Listed, Local, OwnCode, Route, Routed
 from .nodes import Nodes
 from .place import Place
 from .placement import Placement, read_placements
@@ -31,11 +32,13 @@ class RoutedExperts:
     Args:
         route: ``route(module, hidden) -> (index, weights)``, for a whole block that is called as ``module(hidden)``.
         experts: where the list of modules is inside; found if there is one.
+        local: path of a submodule that computes experts with higher numbers where tokens are, as `LocalExperts` does.
         count: the attribute in which the module's own code finds the number of stacked experts.
     """
 
     route: Route | None = field(default=None, repr=False)  # its address differs between ranks
     experts: str | None = None
+    local: str | None = None
     count: str = "num_experts"
 
     def edits(self, module: nn.Module, path: str, ranks: ModelRanks) -> list[Edit]:
@@ -130,6 +133,15 @@ class RoutedExperts:
                             edits += self._gradients(sub, own, place)
         return [*edits, *self._swap(module, place, Listed(inner, place.first), ranks)]
 
+    def _local(self, place: Place) -> Local | None:
+        """The call of the experts that are with every token, whose numbers follow those of the others."""
+        path = self.local
+        if path is None:
+            return None
+        return lambda module, hidden, index, weights: module.get_submodule(path)(
+            hidden, index - place.experts, weights
+        )
+
     def _place(self, experts: int, path: str, ranks: ModelRanks) -> Place:
         return Place.of(ranks, placement_of(experts, path, ranks.plan.ep))
 
@@ -180,7 +192,26 @@ class RoutedExperts:
                 f"needs equally many experts on all ranks, and {choice.placement} puts {place.homes.sizes} there",
                 "use pad=false, or a placement of equal numbers",
             )
-        routed = Routed(place, compute, sums, self.route, capacity, choice.pad, nodes)
+        copies = None
+        if isinstance(choice, Fssdp):
+            if not isinstance(compute, Packed):
+                raise PlanError(
+                    choice.text(),
+                    f"copies packed experts, and {type(module).__name__} computes by code of its own",
+                    "use ep without :fssdp",
+                )
+            sums, copies = False, Materialiser(place.homes, choice.spare, place.along_ep.all)
+        routed = Routed(
+            place,
+            compute,
+            sums,
+            self.route,
+            capacity,
+            choice.pad,
+            nodes,
+            copies=copies,
+            local=self._local(place),
+        )
         return [SetAttribute(module, "_plait_experts", routed), SwapClass(module, ExpertLayer)]
 
 
