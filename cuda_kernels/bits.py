@@ -5,6 +5,9 @@ This is the order of torchao, ml_dtypes' neighbours and GPU tensor cores for fou
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import njit
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from .workers import run_rows
 
-BYTES_A_THREAD = 1 << 18
+TILE = 1 << 16  # codes: they and what they are made of fit the second cache
 WORDS = {1: np.uint64, 2: np.uint32, 4: np.uint16}  # as many codes as make one byte
 
 
@@ -65,10 +68,10 @@ def _unpack_words(data, words):
 
 
 @njit(nogil=True, cache=True)
-def _pack_any(codes, bits, out, start, stop):
+def _pack_any(codes, bits, out):
     """Any width and number of bits."""
-    width = codes.shape[1]
-    for r in range(start, stop):
+    rows, width = codes.shape
+    for r in range(rows):
         held, count, at = np.uint64(0), np.uint64(0), 0
         for i in range(width):
             held |= np.uint64(codes[r, i]) << count
@@ -83,10 +86,10 @@ def _pack_any(codes, bits, out, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _unpack_any(data, bits, codes, start, stop):
-    width = codes.shape[1]
+def _unpack_any(data, bits, codes):
+    rows, width = codes.shape
     mask = np.uint64((1 << bits) - 1)
-    for r in range(start, stop):
+    for r in range(rows):
         held, count, at = np.uint64(0), np.uint64(0), 0
         for i in range(width):
             while count < np.uint64(bits):
@@ -115,11 +118,9 @@ def pack_into(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
     if bits == 8:
         np.copyto(out, codes)
     elif bits in WORDS and codes.shape[1] * bits % 8 == 0:
-        words, flat = codes.reshape(-1).view(WORDS[bits]), out.reshape(-1)
-        run_rows(lambda a, b: _pack_words(words[a:b], flat[a:b]), flat.size, BYTES_A_THREAD)
+        _pack_words(codes.reshape(-1).view(WORDS[bits]), out.reshape(-1))
     else:
-        rows = max(1, BYTES_A_THREAD // max(1, out.shape[1]))
-        run_rows(lambda a, b: _pack_any(codes, bits, out, a, b), codes.shape[0], rows)
+        _pack_any(codes, bits, out)
 
 
 def unpack_into(data: np.ndarray, bits: int, codes: np.ndarray) -> None:
@@ -127,8 +128,53 @@ def unpack_into(data: np.ndarray, bits: int, codes: np.ndarray) -> None:
     if bits == 8:
         np.copyto(codes, data)
     elif bits in WORDS and codes.shape[1] * bits % 8 == 0:
-        words, flat = codes.reshape(-1).view(WORDS[bits]), data.reshape(-1)
-        run_rows(lambda a, b: _unpack_words(flat[a:b], words[a:b]), flat.size, BYTES_A_THREAD)
+        _unpack_words(data.reshape(-1), codes.reshape(-1).view(WORDS[bits]))
     else:
-        rows = max(1, BYTES_A_THREAD // max(1, data.shape[1]))
-        run_rows(lambda a, b: _unpack_any(data, bits, codes, a, b), codes.shape[0], rows)
+        _unpack_any(data, bits, codes)
+
+
+def pack_tiles(
+    quantise: Callable[[int, int, np.ndarray], object],
+    shape: tuple[int, ...], bits: int, out: np.ndarray,
+) -> None:  # fmt: skip
+    """Quantise and pack tile by tile, so that codes stay in the cache; in threads where there is much.
+
+    Args:
+        quantise: called with `start, stop, tile`, fills codes of units start to stop.
+
+    Shape: `[units, ..., width]` of codes -> out `[rows, packed_width]`; tile `[stop - start, ..., width]`
+    """
+    rows, step = math.prod(shape[1:-1]), _step(shape)
+
+    def part(a: int, b: int) -> None:
+        room = np.empty((min(step, b - a), *shape[1:]), np.uint8)
+        for start in range(a, b, step):
+            stop = min(start + step, b)
+            tile = room[: stop - start]
+            quantise(start, stop, tile)
+            pack_into(tile.reshape(-1, shape[-1]), bits, out[start * rows : stop * rows])
+
+    run_rows(part, shape[0], step)
+
+
+def unpack_tiles(
+    dequantise: Callable[[int, int, np.ndarray], object],
+    shape: tuple[int, ...], bits: int, data: np.ndarray,
+) -> None:  # fmt: skip
+    """Unpack and dequantise tile by tile; the inverse of `pack_tiles`."""
+    rows, step = math.prod(shape[1:-1]), _step(shape)
+
+    def part(a: int, b: int) -> None:
+        room = np.empty((min(step, b - a), *shape[1:]), np.uint8)
+        for start in range(a, b, step):
+            stop = min(start + step, b)
+            tile = room[: stop - start]
+            unpack_into(data[start * rows : stop * rows], bits, tile.reshape(-1, shape[-1]))
+            dequantise(start, stop, tile)
+
+    run_rows(part, shape[0], step)
+
+
+def _step(shape: tuple[int, ...]) -> int:
+    """Units of a tile."""
+    return max(1, TILE // math.prod(shape[1:]))

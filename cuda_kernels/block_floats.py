@@ -11,13 +11,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_into, packed_width, unpack_into
-from .halves import narrow, widen
+from .bits import pack_tiles, packed_width, unpack_tiles
+from .halves import widen
 from .minifloats import MINIFLOATS, round_to, table_of
-from .numbers import bits_of
-from .workers import run_rows
+from .numbers import bits_of, narrow_run
 
-ELEMENTS_A_THREAD = 1 << 16
 INFINITE = np.uint32(0x7F800000)
 NAN_SCALE = 255
 MX_BLOCK, NVFP4_BLOCK = 32, 16
@@ -35,12 +33,13 @@ def lift_of(rule: str, mantissa_bits: int) -> int:
 @njit(nogil=True, cache=True)
 def _largest(row, wide):
     """Widen a run; give the bits of its largest magnitude, NaN above all."""
-    worst = np.uint32(0)
+    worst = np.int32(0)
     for i in range(row.size):
         value = np.float32(widen(row[i]))
         wide[i] = value
-        worst = max(worst, np.uint32(value.view(np.uint32) & np.uint32(0x7FFFFFFF)))
-    return worst
+        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
+        worst = size if size > worst else worst
+    return np.uint32(worst)
 
 
 @njit(nogil=True, cache=True)
@@ -76,6 +75,7 @@ def _quantise_mx(x, size, lift, top, form, largest, scales, codes):
 @njit(nogil=True, cache=True)
 def _dequantise_mx(codes, size, table, scales, x):
     rows, width = codes.shape
+    wide = np.empty(width, np.float32)
     for r in range(rows):
         for b in range(scales.shape[1]):
             start, stop = b * size, min((b + 1) * size, width)
@@ -85,9 +85,10 @@ def _dequantise_mx(codes, size, table, scales, x):
                 scale = np.float32(np.nan)
             elif field == np.uint32(0):
                 scale = np.uint32(0x00400000).view(np.float32)
-            run, out = codes[r, start:stop], x[r, start:stop]
+            run, out = codes[r, start:stop], wide[start:stop]
             for i in range(run.size):
-                out[i] = narrow(table[run[i]] * scale, x)
+                out[i] = table[run[i]] * scale
+        narrow_run(wide, x[r])
 
 
 @njit(nogil=True, cache=True)
@@ -135,42 +136,40 @@ def _quantise_nvfp4(x, size, whole, both, byte_table, table, scales, codes):
 @njit(nogil=True, cache=True)
 def _dequantise_nvfp4(codes, size, whole, byte_table, table, scales, x):
     rows, width = codes.shape
+    wide = np.empty(width, np.float32)
     for r in range(rows):
         for b in range(scales.shape[1]):
             start, stop = b * size, min((b + 1) * size, width)
             scale = byte_table[scales[r, b]] * whole
-            run, out = codes[r, start:stop], x[r, start:stop]
+            run, out = codes[r, start:stop], wide[start:stop]
             for i in range(run.size):
-                out[i] = narrow(table[run[i]] * scale, x)
+                out[i] = table[run[i]] * scale
+        narrow_run(wide, x[r])
 
 
 def quantise_mx_into(
     x: Tensor, form: str, rule: str, scales: np.ndarray, codes: np.ndarray
 ) -> None:
     """Quantise contiguous rows in host memory into packed codes; see `quantise_mx`."""
-    kind, source, size = MINIFLOATS[form], bits_of(x), MX_BLOCK
-    wide = np.empty(x.shape, np.uint8)
+    kind, source = MINIFLOATS[form], bits_of(x)
     lift, top = lift_of(rule, kind.mantissa_bits), kind.top_exponent
     what = (kind.mantissa_bits, np.int32(128 - kind.bias), kind.bits - 1)
     largest = np.float32(kind.largest)
 
-    def part(a: int, b: int) -> None:
-        _quantise_mx(source[a:b], size, lift, top, what, largest, scales[a:b], wide[a:b])
+    def quantise(a: int, b: int, tile: np.ndarray) -> None:
+        _quantise_mx(source[a:b], MX_BLOCK, lift, top, what, largest, scales[a:b], tile)
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
-    pack_into(wide, kind.bits, codes)
+    pack_tiles(quantise, source.shape, kind.bits, codes)
 
 
 def dequantise_mx_into(scales: np.ndarray, codes: np.ndarray, form: str, x: Tensor) -> None:
     """Undo `quantise_mx_into`; a block of scale NaN is NaN."""
-    kind, target, size = MINIFLOATS[form], bits_of(x), MX_BLOCK
-    wide, table = np.empty(x.shape, np.uint8), table_of(form)
-    unpack_into(codes, kind.bits, wide)
+    target, table = bits_of(x), table_of(form)
 
-    def part(a: int, b: int) -> None:
-        _dequantise_mx(wide[a:b], size, table, scales[a:b], target[a:b])
+    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+        _dequantise_mx(tile, MX_BLOCK, table, scales[a:b], target[a:b])
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    unpack_tiles(dequantise, target.shape, MINIFLOATS[form].bits, codes)
 
 
 def nvfp4_whole(x: Tensor) -> float:
@@ -183,26 +182,24 @@ def quantise_nvfp4_into(
     x: Tensor, whole: float, both: bool, scales: np.ndarray, codes: np.ndarray
 ) -> None:
     """Quantise contiguous rows in host memory into packed codes; see `quantise_nvfp4`."""
-    source, g, size = bits_of(x), np.float32(whole), NVFP4_BLOCK
-    wide, byte_table, table = np.empty(x.shape, np.uint8), table_of("e4m3"), table_of("e2m1")
+    source, g = bits_of(x), np.float32(whole)
+    byte_table, table = table_of("e4m3"), table_of("e2m1")
 
-    def part(a: int, b: int) -> None:
-        _quantise_nvfp4(source[a:b], size, g, both, byte_table, table, scales[a:b], wide[a:b])
+    def quantise(a: int, b: int, tile: np.ndarray) -> None:
+        _quantise_nvfp4(source[a:b], NVFP4_BLOCK, g, both, byte_table, table, scales[a:b], tile)
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
-    pack_into(wide, 4, codes)
+    pack_tiles(quantise, source.shape, 4, codes)
 
 
 def dequantise_nvfp4_into(scales: np.ndarray, codes: np.ndarray, whole: float, x: Tensor) -> None:
     """Undo `quantise_nvfp4_into`."""
-    target, g, size = bits_of(x), np.float32(whole), NVFP4_BLOCK
-    wide, byte_table, table = np.empty(x.shape, np.uint8), table_of("e4m3"), table_of("e2m1")
-    unpack_into(codes, 4, wide)
+    target, g = bits_of(x), np.float32(whole)
+    byte_table, table = table_of("e4m3"), table_of("e2m1")
 
-    def part(a: int, b: int) -> None:
-        _dequantise_nvfp4(wide[a:b], size, g, byte_table, table, scales[a:b], target[a:b])
+    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+        _dequantise_nvfp4(tile, NVFP4_BLOCK, g, byte_table, table, scales[a:b], target[a:b])
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    unpack_tiles(dequantise, target.shape, 4, codes)
 
 
 @torch.library.custom_op("plait::quantise_mx", mutates_args=())
@@ -283,4 +280,4 @@ def _rooms(x: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
     return scales, x.new_empty(rows, packed_width(width, bits), dtype=torch.uint8)
 
 
-# inlines halves.py and minifloats.py 9a64bf9e
+# inlines halves.py and minifloats.py and numbers.py f8184d26

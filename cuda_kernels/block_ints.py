@@ -11,12 +11,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_into, unpack_into
+from .bits import pack_tiles, unpack_tiles
 from .halves import narrow, widen
 from .numbers import bits_of
-from .workers import run_rows
 
-ELEMENTS_A_THREAD = 1 << 16
 NAN_SCALE = 255
 MICRO_BLOCK = 16
 
@@ -24,14 +22,15 @@ MICRO_BLOCK = 16
 @njit(nogil=True, cache=True)
 def _widen_run(row, wide):
     """Widen a run; give the exponent field of its largest magnitude, 255 if one is NaN; infinities count as 254."""
-    worst = np.uint32(0)
+    worst = np.int32(0)
     for i in range(row.size):
         value = np.float32(widen(row[i]))
         wide[i] = value
-        worst = max(worst, np.uint32(value.view(np.uint32) & np.uint32(0x7FFFFFFF)))
-    if worst > np.uint32(0x7F800000):
+        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
+        worst = size if size > worst else worst
+    if worst > 0x7F800000:
         return NAN_SCALE
-    return min(np.int64(worst >> np.uint32(23)), 254)
+    return min(np.int64(worst) >> 23, 254)
 
 
 @njit(nogil=True, cache=True)
@@ -137,52 +136,48 @@ def quantise_blocks_into(
 
     Shape: x `[rows, width]` -> scales `[rows, ceil(width / size)]`, codes `[rows, packed_width]` uint8
     """
-    source, wide = bits_of(x), np.empty(x.shape, np.uint8)
+    source = bits_of(x)
 
-    def part(a: int, b: int) -> None:
-        _quantise_blocks(source[a:b], size, bits, scales[a:b], wide[a:b])
+    def quantise(a: int, b: int, tile: np.ndarray) -> None:
+        _quantise_blocks(source[a:b], size, bits, scales[a:b], tile)
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
-    pack_into(wide, bits, codes)
+    pack_tiles(quantise, source.shape, bits, codes)
 
 
 def dequantise_blocks_into(
     scales: np.ndarray, codes: np.ndarray, bits: int, size: int, x: Tensor
 ) -> None:
     """Undo `quantise_blocks_into`; a block of scale 255 is NaN."""
-    target, wide = bits_of(x), np.empty(x.shape, np.uint8)
-    unpack_into(codes, bits, wide)
+    target = bits_of(x)
 
-    def part(a: int, b: int) -> None:
-        _dequantise_blocks(wide[a:b], size, bits, scales[a:b], target[a:b])
+    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+        _dequantise_blocks(tile, size, bits, scales[a:b], target[a:b])
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    unpack_tiles(dequantise, target.shape, bits, codes)
 
 
 def quantise_micro_into(
     x: Tensor, magnitude: int, scales: np.ndarray, pairs: np.ndarray, codes: np.ndarray
 ) -> None:
     """Quantise contiguous rows to shared microexponents of so many bits of magnitude, and a sign above them."""
-    source, wide = bits_of(x), np.empty(x.shape, np.uint8)
+    source = bits_of(x)
 
-    def part(a: int, b: int) -> None:
-        _quantise_micro(source[a:b], magnitude, scales[a:b], pairs[a:b], wide[a:b])
+    def quantise(a: int, b: int, tile: np.ndarray) -> None:
+        _quantise_micro(source[a:b], magnitude, scales[a:b], pairs[a:b], tile)
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
-    pack_into(wide, magnitude + 1, codes)
+    pack_tiles(quantise, source.shape, magnitude + 1, codes)
 
 
 def dequantise_micro_into(
     scales: np.ndarray, pairs: np.ndarray, codes: np.ndarray, magnitude: int, x: Tensor
 ) -> None:
     """Undo `quantise_micro_into`."""
-    target, wide = bits_of(x), np.empty(x.shape, np.uint8)
-    unpack_into(codes, magnitude + 1, wide)
+    target = bits_of(x)
 
-    def part(a: int, b: int) -> None:
-        _dequantise_micro(wide[a:b], magnitude, scales[a:b], pairs[a:b], target[a:b])
+    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+        _dequantise_micro(tile, magnitude, scales[a:b], pairs[a:b], target[a:b])
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    unpack_tiles(dequantise, target.shape, magnitude + 1, codes)
 
 
 def micro_reference(x: Tensor, magnitude: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_into, unpack_into
+from .bits import pack_tiles, unpack_tiles
 from .halves import narrow, widen
 from .numbers import bits_of
 from .workers import run_rows
@@ -239,13 +239,12 @@ def quantise_turbo_into(
     Shape: x `[rows, width]` -> norms `[rows]` as `bits_of` sees 16-bit floats, codes `[rows, packed_width]` uint8
     """
     (signs, power), source = _plan(x.shape[1], seed), bits_of(x)
-    wide, bounds, bad = np.empty(x.shape, np.uint8), lloyd_max(bits)[1], []
+    bounds, bad = lloyd_max(bits)[1], []
 
-    def part(a: int, b: int) -> None:
-        bad.append(_quantise_turbo(source[a:b], signs, power, bounds, norms[a:b], wide[a:b]))
+    def quantise(a: int, b: int, tile: np.ndarray) -> None:
+        bad.append(_quantise_turbo(source[a:b], signs, power, bounds, norms[a:b], tile))
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
-    pack_into(wide, bits, codes)
+    pack_tiles(quantise, source.shape, bits, codes)
     return not any(bad)
 
 
@@ -254,13 +253,12 @@ def dequantise_turbo_into(
 ) -> None:
     """Undo `quantise_turbo_into`."""
     (signs, power), target = _plan(x.shape[1], seed), bits_of(x)
-    wide, levels = np.empty(x.shape, np.uint8), lloyd_max(bits)[0]
-    unpack_into(codes, bits, wide)
+    levels = lloyd_max(bits)[0]
 
-    def part(a: int, b: int) -> None:
-        _dequantise_turbo(wide[a:b], signs, power, levels, norms[a:b], target[a:b])
+    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+        _dequantise_turbo(tile, signs, power, levels, norms[a:b], target[a:b])
 
-    run_rows(part, x.shape[0], ELEMENTS_A_THREAD // x.shape[1])
+    unpack_tiles(dequantise, target.shape, bits, codes)
 
 
 @torch.library.custom_op("plait::rotate", mutates_args=())

@@ -15,13 +15,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_into, packed_width, unpack_into
+from .bits import pack_tiles, packed_width, unpack_tiles
 from .halves import narrow, widen
 from .numbers import bits_of, half_of
-from .workers import run_rows
-
-ELEMENTS_A_THREAD = 1 << 16
-EXPONENT = np.uint32(0x7F800000)  # all ones: infinite or not a number
 
 
 def quantise_reference(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,17 +44,31 @@ def dequantise_reference(codes: Tensor, scales: Tensor, lows: Tensor, group: int
     return codes.float() * scales.float()[:, which] + lows.float()[:, which]
 
 
-@njit(nogil=True, cache=True, fastmath={"nnan", "ninf", "nsz"})
+@njit(nogil=True, cache=True)
+def _key(value):
+    """A float32 as an integer of the same order, NaN outside the infinities; a minimum of those is vector code."""
+    bits = np.int32(np.float32(value).view(np.int32))
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@njit(nogil=True, cache=True)
+def _number(key):
+    """Undo `_key`."""
+    bits = np.int32(np.int32(key) ^ np.int32(np.int32(key >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return np.int32(bits).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
 def _ends(row, wide):
-    """Widen a run; give its least and largest element and the largest exponent. NaN is for the last to tell."""
-    low, high, worst = np.float32(np.inf), np.float32(-np.inf), np.uint32(0)
+    """Widen a run; give the keys of its least and largest element."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
     for i in range(row.size):
         value = np.float32(widen(row[i]))
         wide[i] = value
-        low = value if value < low else low
-        high = value if value > high else high
-        worst = max(worst, np.uint32(value.view(np.uint32) & EXPONENT))
-    return low, high, worst
+        key = _key(value)
+        low = key if key < low else low
+        high = key if key > high else high
+    return low, high
 
 
 @njit(nogil=True, cache=True)
@@ -77,11 +87,11 @@ def _quantise_rows(x, group, top, codes, scales, lows):
     for r in range(rows):
         for g in range(scales.shape[1]):
             a, b = g * group, min((g + 1) * group, width)
-            low, high, worst = _ends(x[r, a:b], wide[: b - a])
-            scales[r, g] = narrow((high - low) / top, scales)
-            lows[r, g] = narrow(low, lows)
+            first, last = _ends(x[r, a:b], wide[: b - a])
+            scales[r, g] = narrow((_number(last) - _number(first)) / top, scales)
+            lows[r, g] = narrow(_number(first), lows)
             scale, low = widen(scales[r, g]), widen(lows[r, g])
-            if worst == EXPONENT or not (np.isfinite(scale) and np.isfinite(low)):
+            if not (np.isfinite(scale) and np.isfinite(low)):
                 bad += 1
             if scale > 0:
                 _round(wide[: b - a], low, scale, top, codes[r, a:b])
@@ -103,14 +113,14 @@ def _dequantise_rows(codes, group, scales, lows, x):
 
 
 @njit(nogil=True, cache=True)
-def _widen_ends(row, wide, low, high, worst):
-    """One more row of a group of columns."""
+def _widen_ends(row, wide, low, high):
+    """One more row of a group of columns: keys of the least and largest so far."""
     for c in range(row.size):
         value = np.float32(widen(row[c]))
         wide[c] = value
-        low[c] = value if value < low[c] else low[c]
-        high[c] = value if value > high[c] else high[c]
-        worst[c] = max(worst[c], np.uint32(value.view(np.uint32) & EXPONENT))
+        key = _key(value)
+        low[c] = key if key < low[c] else low[c]
+        high[c] = key if key > high[c] else high[c]
 
 
 @njit(nogil=True, cache=True)
@@ -125,23 +135,24 @@ def _quantise_columns(x, top, codes, scales, lows):
     """Groups along a column. Shape: x, codes `[groups, group, inner]`, scales, lows `[groups, inner]`."""
     groups, group, inner = x.shape
     wide = np.empty((group, inner), np.float32)
-    low, high = np.empty(inner, np.float32), np.empty(inner, np.float32)
-    worst = np.empty(inner, np.uint32)
+    least, largest = np.empty(inner, np.int32), np.empty(inner, np.int32)
+    low, step = np.empty(inner, np.float32), np.empty(inner, np.float32)
     bad = 0
     for g in range(groups):
-        low[:], high[:], worst[:] = np.inf, -np.inf, 0
+        least[:], largest[:] = 0x7FFFFFFF, -0x7FFFFFFF
         for t in range(group):
-            _widen_ends(x[g, t], wide[t], low, high, worst)
+            _widen_ends(x[g, t], wide[t], least, largest)
         for c in range(inner):
-            scales[g, c] = narrow((high[c] - low[c]) / top, scales)
-            lows[g, c] = narrow(low[c], lows)
+            first = _number(least[c])
+            scales[g, c] = narrow((_number(largest[c]) - first) / top, scales)
+            lows[g, c] = narrow(first, lows)
             scale = widen(scales[g, c])
             low[c] = widen(lows[g, c])
-            if worst[c] == EXPONENT or not (np.isfinite(scale) and np.isfinite(low[c])):
+            if not (np.isfinite(scale) and np.isfinite(low[c])):
                 bad += 1
-            high[c] = scale if scale > 0 else np.inf  # anything over infinity is code 0
+            step[c] = scale if scale > 0 else np.inf  # anything over infinity is code 0
         for t in range(group):
-            _round_row(wide[t], low, high, top, codes[g, t])
+            _round_row(wide[t], low, step, top, codes[g, t])
     return bad
 
 
@@ -170,21 +181,18 @@ def quantise_into(
     source, top = bits_of(x), np.float32(2**bits - 1)
     bad: list[int] = []
     if channels:
-        outer, tokens, inner = x.shape
-        groups, shape = outer * tokens // group, (-1, group, inner)
-        many, s, low = source.reshape(shape), scales.reshape(groups, inner), lows.reshape(groups, inner)  # fmt: skip
-        wide = np.empty(many.shape, np.uint8)
+        many = source.reshape(-1, group, x.shape[-1])
+        s, low = (part.reshape(-1, x.shape[-1]) for part in (scales, lows))
 
-        def part(a: int, b: int) -> None:
-            bad.append(_quantise_columns(many[a:b], top, wide[a:b], s[a:b], low[a:b]))
+        def quantise(a: int, b: int, tile: np.ndarray) -> None:
+            bad.append(_quantise_columns(many[a:b], top, tile, s[a:b], low[a:b]))
     else:
-        many, wide = source, np.empty(x.shape, np.uint8)
+        many = source
 
-        def part(a: int, b: int) -> None:
-            bad.append(_quantise_rows(many[a:b], group, top, wide[a:b], scales[a:b], lows[a:b]))
+        def quantise(a: int, b: int, tile: np.ndarray) -> None:
+            bad.append(_quantise_rows(many[a:b], group, top, tile, scales[a:b], lows[a:b]))
 
-    run_rows(part, many.shape[0], ELEMENTS_A_THREAD // max(1, many[:1].size))
-    pack_into(wide.reshape(-1, x.shape[-1]), bits, codes)
+    pack_tiles(quantise, many.shape, bits, codes)
     return not any(bad)
 
 
@@ -194,22 +202,19 @@ def dequantise_into(
 ) -> None:  # fmt: skip
     """Undo `quantise_into`."""
     target = bits_of(x)
-    wide = np.empty(x.shape, np.uint8)
-    unpack_into(codes, bits, wide.reshape(-1, x.shape[-1]))
     if channels:
-        inner = x.shape[-1]
-        many, wide = target.reshape(-1, group, inner), wide.reshape(-1, group, inner)
-        s, low = scales.reshape(-1, inner), lows.reshape(-1, inner)
+        many = target.reshape(-1, group, x.shape[-1])
+        s, low = (part.reshape(-1, x.shape[-1]) for part in (scales, lows))
 
-        def part(a: int, b: int) -> None:
-            _dequantise_columns(wide[a:b], s[a:b], low[a:b], many[a:b])
+        def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+            _dequantise_columns(tile, s[a:b], low[a:b], many[a:b])
     else:
         many = target
 
-        def part(a: int, b: int) -> None:
-            _dequantise_rows(wide[a:b], group, scales[a:b], lows[a:b], many[a:b])
+        def dequantise(a: int, b: int, tile: np.ndarray) -> None:
+            _dequantise_rows(tile, group, scales[a:b], lows[a:b], many[a:b])
 
-    run_rows(part, many.shape[0], ELEMENTS_A_THREAD // max(1, many[:1].size))
+    unpack_tiles(dequantise, many.shape, bits, codes)
 
 
 @torch.library.custom_op("plait::quantise_groups", mutates_args=())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
+
+from .halves import narrow
 
 LOOKS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -17,3 +20,13 @@ def bits_of(x: Tensor) -> np.ndarray:
 def half_of(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit float for scales of such a page: its own, so that nothing overflows in it; float16 for wider ones."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+
+
+@njit(nogil=True, cache=True)
+def narrow_run(wide, out):
+    """Write a run of float32: by itself it becomes vector code, after a look-up in the same loop it does not."""
+    for i in range(wide.size):
+        out[i] = narrow(wide[i], out)
+
+
+# inlines halves.py 5f21b6c6

@@ -1,0 +1,114 @@
+"""Rows of eight bits with a float32 scale each: e4m3, or whole numbers from -127 to 127.
+
+scale = max |x| / largest;  code = round(x / scale);  a row of nothing but subnormal numbers becomes zeros
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .bits import pack_tiles, unpack_tiles
+from .halves import widen
+from .minifloats import round_to, table_of
+from .numbers import bits_of, narrow_run
+
+TINY = np.float32(2.0**-126)
+
+
+def scaled_reference(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """Quantise in plain torch. Shape: `[rows, width]` -> codes (int8 or float8_e4m3fn), scales `[rows]` float32"""
+    largest = 127.0 if whole else 448.0
+    wide = x.float()
+    scale = wide.abs().amax(1, keepdim=True) / largest
+    inverse = torch.where(scale >= float(TINY), 1 / scale, 0)
+    scaled = (wide * inverse).clamp(-largest, largest)
+    codes = scaled.round().to(torch.int8) if whole else scaled.to(torch.float8_e4m3fn)
+    return codes, scale[:, 0]
+
+
+@njit(nogil=True, cache=True)
+def _widen_row(row, wide):
+    worst = np.int32(0)
+    for i in range(row.size):
+        value = np.float32(widen(row[i]))
+        wide[i] = value
+        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
+        worst = size if size > worst else worst
+    return worst
+
+
+@njit(nogil=True, cache=True)
+def _whole_row(wide, inverse, codes):
+    for i in range(wide.size):
+        code = min(max(np.rint(wide[i] * inverse), np.float32(-127)), np.float32(127))
+        codes[i] = np.uint8(np.int32(code) & np.int32(255))
+
+
+@njit(nogil=True, cache=True)
+def _float_row(wide, inverse, codes):
+    for i in range(wide.size):
+        codes[i] = round_to(wide[i] * inverse, 3, np.int32(121), np.float32(448), 7)
+
+
+@njit(nogil=True, cache=True)
+def _quantise(x, whole, scales, codes):
+    """Shape: x, codes `[rows, width]`, scales `[rows]` float32; give how many rows are not finite."""
+    rows, width = x.shape
+    wide, bad = np.empty(width, np.float32), 0
+    largest = np.float32(127) if whole else np.float32(448)
+    for r in range(rows):
+        worst = _widen_row(x[r], wide)
+        bad += worst >= 0x7F800000
+        scale = np.float32(np.int32(worst).view(np.float32) / largest)
+        scales[r] = scale
+        inverse = np.float32(1) / scale if scale >= TINY else np.float32(0)
+        if whole:
+            _whole_row(wide, inverse, codes[r])
+        else:
+            _float_row(wide, inverse, codes[r])
+    return bad
+
+
+@njit(nogil=True, cache=True)
+def _dequantise(codes, table, scales, x):
+    wide = np.empty(codes.shape[1], np.float32)
+    for r in range(codes.shape[0]):
+        run, scale = codes[r], scales[r]
+        for i in range(run.size):
+            wide[i] = table[run[i]] * scale
+        narrow_run(wide, x[r])
+
+
+def quantise_rows_into(x: Tensor, whole: bool, scales: np.ndarray, codes: np.ndarray) -> bool:
+    """Code contiguous rows in host memory; say whether all elements were finite.
+
+    Shape: x `[rows, width]` -> scales `[rows]` float32, codes `[rows, width]` uint8
+    """
+    source, bad = bits_of(x), []
+    pack_tiles(
+        lambda a, b, tile: bad.append(_quantise(source[a:b], whole, scales[a:b], tile)),
+        source.shape, 8, codes,
+    )  # fmt: skip
+    return not any(bad)
+
+
+def dequantise_rows_into(scales: np.ndarray, codes: np.ndarray, whole: bool, x: Tensor) -> None:
+    """Undo `quantise_rows_into`."""
+    target = bits_of(x)
+    table = (
+        np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
+        if whole
+        else table_of("e4m3")
+    )
+    unpack_tiles(
+        lambda a, b, tile: _dequantise(tile, table, scales[a:b], target[a:b]),
+        target.shape,
+        8,
+        codes,
+    )
+
+
+# inlines halves.py and minifloats.py and numbers.py f8184d26
