@@ -4,7 +4,7 @@
 
 Starts its ranks with mpirun. Every call is timed alone after a barrier; the contenders take turns of a few
 calls, of which the first two only warm the caches. The goal is bare mpi4py + 10 us + 10 %: `over` is what
-remains of the minimum and of the median after that.
+remains of the minimum and of the median after that. `--realtime` (root): see shm_collectives.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import mpi4py
 import torch
 import torch.distributed as dist
+from shm_collectives import hold_core
 
 from plait.collectives.launch import Launch
 from plait.collectives.mpi import register
@@ -93,6 +94,7 @@ def row(size: int, seconds: dict[str, list[float]]) -> str:
 
 
 def work(args: argparse.Namespace) -> None:
+    hold_core(args, Launch.detect().local_rank)
     world = init(register(), timeout_s=60)
     from mpi4py import MPI
 
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--op", choices=OPS)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes")
+    parser.add_argument("--realtime", action="store_true")
     args = parser.parse_args()
     if Launch.detect().launcher != "alone":
         return work(args)
@@ -128,7 +131,15 @@ def main() -> None:
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
     if mpirun is None:
         sys.exit("no mpirun: pip install 'plait[mpi]'")
-    command = [mpirun, "-n", str(args.ranks), sys.executable, __file__, *sys.argv[1:]]
+    command = [
+        mpirun,
+        "--oversubscribe",
+        "-n",
+        str(args.ranks),
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+    ]
     sys.exit(subprocess.call(command))
 
 

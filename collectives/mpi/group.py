@@ -232,11 +232,12 @@ class MPIGroup(dist.ProcessGroup):
         lists = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]
         op = opts.reduceOp.op.value
         for out, parts in zip(outputs, lists, strict=True):
-            self._check(len(parts) == self.size(), f"reduce_scatter of {len(parts)} tensors")
-            same = parts[self._rank].numel() == out.numel()
-            self._check(
-                same, f"reduce_scatter of {list(parts[self._rank].shape)} into {list(out.shape)}"
-            )
+            if len(parts) != self.size():
+                raise self._misfit(f"reduce_scatter of {len(parts)} tensors")
+            if parts[self._rank].numel() != out.numel():
+                raise self._misfit(
+                    f"reduce_scatter of {_shape(parts[self._rank])} into {_shape(out)}"
+                )
         steps = [
             exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
@@ -252,11 +253,14 @@ class MPIGroup(dist.ProcessGroup):
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> dist.Work:
+        opts = opts or dist.ReduceScatterOptions()
+        op, steps = opts.reduceOp.op.value, []
         for out, t in zip(outputs, inputs, strict=True):
-            good = t.numel() == out.numel() * self.size()
-            self._check(good, f"reduce_scatter_tensor of {list(t.shape)} into {list(out.shape)}")
-        parts = [_parts(t, self.size()) for t in inputs]
-        return self.reduce_scatter(list(outputs), parts, opts)
+            if t.numel() != out.numel() * self.size():
+                raise self._misfit(f"reduce_scatter_tensor of {_shape(t)} into {_shape(out)}")
+            by = reduction(op, out.dtype)
+            steps.append(exchange.reduce_scatter_single(self.peers, out, t, by))
+        return self._run("reduce_scatter", list(outputs), _together(steps), opts, brought=inputs)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
 
@@ -270,8 +274,8 @@ class MPIGroup(dist.ProcessGroup):
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         inputs = _listed(inputs)
         for outs, t in zip(outputs, inputs, strict=True):
-            good = len(outs) == self.size() and outs[self._rank].numel() == t.numel()
-            self._check(good, f"all_gather of {list(t.shape)} into {[list(o.shape) for o in outs]}")
+            if len(outs) != self.size() or outs[self._rank].numel() != t.numel():
+                raise self._misfit(f"all_gather of {_shape(t)} into {[_shape(o) for o in outs]}")
         steps = [
             exchange.all_gather(self.peers, o, t) for o, t in zip(outputs, inputs, strict=True)
         ]
@@ -295,8 +299,8 @@ class MPIGroup(dist.ProcessGroup):
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> dist.Work:
         for out, t in zip(outputs, inputs, strict=True):
-            good = out.numel() == t.numel() * self.size() and out.dtype == t.dtype
-            self._check(good, f"all_gather_into_tensor of {list(t.shape)} into {list(out.shape)}")
+            if out.numel() != t.numel() * self.size() or out.dtype != t.dtype:
+                raise self._misfit(f"all_gather_into_tensor of {_shape(t)} into {_shape(out)}")
         pairs = zip(outputs, inputs, strict=True)
         steps = _together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
         return self._run("all_gather_into_tensor", list(outputs), steps, opts, None, inputs)
@@ -307,13 +311,10 @@ class MPIGroup(dist.ProcessGroup):
         self, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
     ) -> dist.Work:
         for x, runs, what in ((t, send, "input"), (out, receive, "output")):
-            rows = x.shape[0] if x.dim() else 0
-            good = (
-                sum(runs) == rows and len(runs) == self.size() if runs else rows % self.size() == 0
-            )
-            self._check(
-                good, f"all_to_all of {rows} {what} rows in runs {list(runs) or 'of equal size'}"
-            )
+            rows, ranks = x.shape[0] if x.dim() else 0, len(self.ranks)
+            if (sum(runs) != rows or len(runs) != ranks) if runs else rows % ranks:
+                how = list(runs) or "of equal size"
+                raise self._misfit(f"all_to_all of {rows} {what} rows in runs {how}")
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
         moved = _by_rank(t, send, self.size()), _by_rank(out, receive, self.size())
         return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
@@ -323,16 +324,16 @@ class MPIGroup(dist.ProcessGroup):
     def alltoall(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> dist.Work:
-        good = len(outputs) == len(inputs) == self.size()
-        self._check(good, f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
+        if not len(outputs) == len(inputs) == self.size():
+            raise self._misfit(f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
         steps = exchange.all_to_all(self.peers, outputs, inputs)
         moved = [t.numel() for t in inputs], [t.numel() for t in outputs]
         return self._run("all_to_all", list(outputs), steps, opts, None, inputs, moved)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         (t,), outs = _listed(inputs), outputs[0] if outputs else []
-        good = self._rank != opts.rootRank or len(outs) == self.size()
-        self._check(good, f"gather into {len(outs)} tensors")
+        if self._rank == opts.rootRank and len(outs) != self.size():
+            raise self._misfit(f"gather into {len(outs)} tensors")
         steps = exchange.gather(self.peers, outs, t, opts.rootRank)
         sent = [t.numel() * (r == opts.rootRank) for r in range(self.size())]
         moved = sent, [out.numel() for out in outs] or [0] * self.size()
@@ -340,8 +341,8 @@ class MPIGroup(dist.ProcessGroup):
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         (out,), parts = _listed(outputs), inputs[0] if inputs else []
-        good = self._rank != opts.rootRank or len(parts) == self.size()
-        self._check(good, f"scatter of {len(parts)} tensors")
+        if self._rank == opts.rootRank and len(parts) != self.size():
+            raise self._misfit(f"scatter of {len(parts)} tensors")
         steps = exchange.scatter(self.peers, out, parts, opts.rootRank)
         received = [out.numel() * (r == opts.rootRank) for r in range(self.size())]
         moved = [t.numel() for t in parts] or [0] * self.size(), received
@@ -370,9 +371,8 @@ class MPIGroup(dist.ProcessGroup):
         works, self._coalescing = self._coalescing or [], None
         return Several(works)
 
-    def _check(self, good: bool, asked: str) -> None:
-        if not good:
-            raise ValueError(f"{asked} does not fit {self} of {self.size()} ranks")
+    def _misfit(self, asked: str) -> ValueError:
+        return ValueError(f"{asked} does not fit {self} of {self.size()} ranks")
 
 
 def _listed(tensors: Any) -> list[Tensor]:
@@ -389,9 +389,8 @@ def _by_rank(t: Tensor, rows: Sequence[int], size: int) -> list[int]:
     return [n * row for n in rows] or [t.numel() // size] * size
 
 
-def _parts(t: Tensor, size: int) -> list[Tensor]:
-    """Cut the elements into equal runs, views if the layout allows."""
-    return list(t.reshape(size, -1).unbind())
+def _shape(t: Tensor) -> list[int]:
+    return list(t.shape)
 
 
 def _together(steps: list[Steps]) -> Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -21,9 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conformance import CHECKS, Abilities, Check
 from conformance_exchanges import EXCHANGES
+from exactness import far
+from models import tiny, tokens
 from plait.collectives import CallMismatch, Trace
 from plait.collectives.mpi import register
 from plait.collectives.world import World, init
+from plait.parallel import parallelize
 
 RANKS = 4
 pytestmark = [
@@ -71,8 +75,17 @@ def strided(t: Tensor, run: int) -> Tensor:
     return wide[:, :run]
 
 
+@pytest.mark.parametrize("walks", [None, True, False])
 @pytest.mark.parametrize("run", [1, 16, 1024])
-def test_messages_of_any_stride(world: World, run: int) -> None:
+def test_messages_of_any_stride(
+    world: World, run: int, walks: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the library's table says; all by datatypes; all packed."""
+    from plait.collectives.mpi.wire import Wire
+
+    if walks is not None:
+        own = walks and world.rank != 1  # one rank chooses otherwise: it is nobody else's business
+        monkeypatch.setattr(Wire, "_walks", lambda self, t: own)
     after, before = (world.rank + 1) % RANKS, (world.rank - 1) % RANKS
     source = torch.arange(8192.0) + 10_000 * world.rank
     sent = dist.isend(strided(source, run), after)
@@ -89,13 +102,21 @@ def test_messages_of_any_stride(world: World, run: int) -> None:
 
 
 def test_one_description_of_equal_memory(world: World) -> None:
-    from plait.collectives.mpi.wire import layout
+    from plait.collectives.mpi.strided import layout
 
     x = torch.empty(6, 8, 10)
     assert layout(x[:, :4]) == (160, ((6, 320),))
     assert layout(x[:, :4].reshape(6, 2, 2, 10)) == layout(x[:, :4])
     assert layout(x.transpose(0, 1)) == (40, ((8, 40), (6, 320)))
     assert layout(x[..., ::2]) == (4, ((240, 8),))
+
+
+def test_who_walks_depends_on_the_library() -> None:
+    from plait.collectives.mpi.strided import least_run
+
+    assert least_run("Open MPI v5.0.11", 16 << 10) < least_run("MPICH Version: 5.0.2", 16 << 10)
+    assert least_run("Open MPI v5.0.11", 1 << 20) == 0
+    assert least_run("another", 1 << 20) == least_run("MPICH", 1 << 20)
 
 
 def test_uneven_exchange_of_strided_rows(world: World) -> None:
@@ -330,6 +351,7 @@ def test_a_wrong_stride_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch
     from plait.collectives.mpi import wire
 
     true = wire.layout
+    monkeypatch.setattr(wire.Wire, "_walks", lambda self, t: True)
     monkeypatch.setattr(
         wire, "layout", lambda t: (true(t)[0], tuple((n, s // 2) for n, s in true(t)[1]))
     )
@@ -435,6 +457,29 @@ def test_checkpoint(world: World, folder: Path) -> None:
     checkpoint.load(loaded, checkpoint_id=str(folder / "saved"))
     assert torch.equal(loaded["x"].full_tensor(), x)
     assert loaded["step"].item() == 7
+
+
+@pytest.mark.parametrize(
+    ("plan", "op"),
+    [
+        ("kvp2,interleave=2,chunks=3,exchange=partials tp2", "all_to_all"),  # HOP-B
+        ("tp4,weave=2", "all_reduce"),
+    ],
+)
+@torch.no_grad()
+def test_plans_run_over_it(world: World, plan: str, op: str) -> None:
+    """A language model reads and decodes as one process does; its groups are of this backend."""
+    reference = tiny("llama")
+    model = parallelize(copy.deepcopy(reference), plan)
+    ids = tokens(6, 40, reference.config.vocab_size)
+    model(ids[:, :5])
+    with Trace() as trace:
+        out = model(ids[:, :36], use_cache=True)
+        for at in range(36, 40):
+            last = model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+    assert far(out.logits, reference(ids[:, :36]).logits) < 1e-9
+    assert far(last.logits, reference(ids).logits[:, -1:]) < 1e-9
+    assert any(e.op == op and e.axis != "group of 1" for e in trace.events)
 
 
 # ---- last, for it ends the world: the name that torch keeps for MPI
