@@ -4,8 +4,7 @@ Sixty-odd families of transformers share one decoder layer word for word: norm, 
 two matrix products a cut layer then does: all-reduce, add, norm. `StreamLayer` does the three at once where nothing is
 recorded for a backward, and carries the norm over to the next layer. A layer whose code is not that text keeps it.
 
-With ``weave`` the tokens of a prefill are cut into pieces after attention: one's sum travels behind another's MLP.
-Source: TokenWeave, arXiv 2505.11329, whose halves also pass through attention; here attention stays whole.
+With ``weave`` a prefill goes in pieces of its tokens, see weave.py.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from torch import Tensor, nn
 
 from ..collectives import autograd
 from ..collectives.fused import all_reduce_rms_norm
-from ..collectives.primitive import Group, start_all_reduce
-from ..collectives.trace import span
+from ..collectives.primitive import Group
 from ..cuda_kernels.add_rms_norm import add_rms_norm
 from .edits import Edit, SetAttribute, SwapClass
 from .families import decoder_layers, is_transformers
+from .outlet import Outlet, run
 from .ranks import ModelRanks
 from .tensor import Link, RowLinear
+from .weave import after_attention, through_layer, weaves_attention, weaves_mlp, whole
 
 PRE_NORM = """
 residual = hidden_states
@@ -43,48 +43,6 @@ hidden_states = self.mlp(hidden_states)
 hidden_states = residual + hidden_states
 return hidden_states
 """
-
-
-WOVEN_ROWS = 32  # a piece of fewer tokens is not worth its messages
-
-
-class Outlet:
-    """The link of a row layer whose sum can wait for its caller.
-
-    Whether it can is seen, not assumed: a module that returns the row layer's own tensor has done nothing to it. Until
-    its first forward has shown that, the layer sums as usual.
-    """
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.group = link.group
-        self.waits = self.proved = False
-        self.out: Tensor | None = None
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Bring an activation into the region."""
-        return self.link.enter(x)
-
-    def leave(self, x: Tensor) -> Tensor:
-        """Take a partial activation out of the region, or leave its sum to the caller who waits for it."""
-        self.out = x if self.waits and self.proved else self.link.leave(x)
-        return self.out
-
-    def begin(self) -> None:
-        """Let the coming call's sum wait, if it may."""
-        self.waits, self.out = True, None
-
-    def end(self, returned: Tensor) -> bool:
-        """Say whether ``returned`` still wants its sum."""
-        own, waited = returned is self.out, self.proved
-        self.waits, self.out = False, None
-        if waited and not own:
-            raise RuntimeError(
-                "a layer that returned its output projection's tensor before returns another one now; "
-                "give the plan's tensor axis fuse=false (e.g. 'tp2,fuse=false')"
-            )
-        self.proved = own
-        return waited
 
 
 @dataclass
@@ -115,13 +73,18 @@ class Stream:
 
     group: Group
     pieces: int = 1
-    ready: tuple[Tensor, Norm | None, Tensor] | None = None
+    ready: tuple[Tensor, int, Norm | None, Tensor] | None = None
+
+    def hand_over(self, total: Tensor, norm: Norm | None, normed: Tensor | None) -> None:
+        """Keep what the next layer's norm makes of this layer's output."""
+        self.ready = None if normed is None else (total, version(total), norm, normed)
 
     def norm(self, hidden: Tensor, norm: Norm) -> Tensor:
-        """Normalise a layer's input, unless the layer before has."""
+        """Normalise a layer's input, unless the layer before has, and nobody has written to it since."""
         ready, self.ready = self.ready, None
-        if ready is not None and ready[0] is hidden and ready[1] is norm:
-            return ready[2]
+        here = ready is not None and ready[0] is hidden and ready[2] is norm
+        if ready is not None and here and ready[1] == version(hidden):
+            return ready[3]
         return norm.module(hidden)
 
     def add(
@@ -139,6 +102,11 @@ class Stream:
             return total, normed
         total = residual + (autograd.leave(partial, self.group) if waiting else partial)
         return total, None if norm is None else norm.module(total)
+
+
+def version(x: Tensor) -> int:
+    """Count how often a tensor was written to, where torch does."""
+    return 0 if x.is_inference() else x._version
 
 
 @dataclass
@@ -162,65 +130,23 @@ class StreamLayer(nn.Module):
         if torch.is_grad_enabled() or self.training or args:
             return super().forward(hidden_states, *args, **kwargs)
         here = self._plait_stream
+        if weaves_attention(here, self, hidden_states, kwargs):
+            return through_layer(here, self, hidden_states, kwargs)
+        hidden_states = whole(hidden_states)
         normed = here.stream.norm(hidden_states, here.first)
         out, waiting = run(here.attention, self.self_attn, hidden_states=normed, **kwargs)
-        if waiting and self._weaves(out):
-            return self._woven(out, hidden_states)
+        if waiting and weaves_mlp(here, self, out.shape[:-1].numel()):
+            return after_attention(here, self, out, hidden_states)
         total, normed = here.stream.add(out, waiting, hidden_states, here.second)
         assert normed is not None
         out, waiting = run(here.mlp, self.mlp, normed)
         total, normed = here.stream.add(out, waiting, total, here.following)
-        here.stream.ready = None if normed is None else (total, here.following, normed)
+        here.stream.hand_over(total, here.following, None if self._overwritten(total) else normed)
         return total
 
-    def _weaves(self, out: Tensor) -> bool:
-        """Say whether there are tokens enough, and an MLP of which it is known that its sum can wait."""
-        here = self._plait_stream
-        mlp: Any = self.mlp
-        proved = here.mlp is not None and here.mlp.proved and not mlp._forward_hooks
-        rows, pieces = out.shape[:-1].numel(), here.stream.pieces
-        return pieces > 1 and proved and rows >= pieces * WOVEN_ROWS
-
-    def _woven(self, partial: Tensor, residual: Tensor) -> Tensor:
-        """Go on after attention in pieces of the tokens: one's sum is under way while another's MLP computes.
-
-        Shape: partial, residual [batch, seq, hidden] -> [batch, seq, hidden]
-        Collective: two all-reduces over the model's ranks for each piece; together the bytes of the whole.
-        """
-        here, group = self._plait_stream, self._plait_stream.stream.group
-        attended, old = (_pieces(x, here.stream.pieces) for x in (partial, residual))
-        sums, last = [start_all_reduce(piece, group) for piece in attended], []
-        for number, (started, stream) in enumerate(zip(sums, old, strict=True)):
-            normed, total = here.second.with_sum(started.wait(), stream)
-            with span(f"MLP, piece {number}"):
-                out, waiting = run(here.mlp, self.mlp, normed)
-            assert waiting
-            last.append((start_all_reduce(out.contiguous(), group), total))
-        if here.following is None:
-            ended = [(None, total + started.wait()) for started, total in last]
-        else:
-            ended = [here.following.with_sum(started.wait(), total) for started, total in last]
-        whole = torch.cat([total for _, total in ended], 1).view_as(residual)
-        normed = [normed for normed, _ in ended if normed is not None]
-        if normed:
-            here.stream.ready = whole, here.following, torch.cat(normed, 1).view_as(residual)
-        return whole
-
-
-def _pieces(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Cut the tokens of all sequences, end to end, into pieces: [batch, seq, hidden] -> [1, rows, hidden] each."""
-    return x.reshape(1, -1, x.shape[-1]).chunk(count, 1)
-
-
-def run(outlet: Outlet | None, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, bool]:
-    """Call a module that ends in a row layer; say whether its output still wants the ranks' sum."""
-    if module._forward_hooks:  # they are to see, and may change, the sum
-        outlet = None
-    if outlet is not None:
-        outlet.begin()
-    out = module(*args, **kwargs)
-    out = out[0] if isinstance(out, tuple) else out
-    return out, outlet is not None and outlet.end(out)
+    def _overwritten(self, total: Tensor) -> bool:
+        """Say whether somebody may write to this output unseen: a hook in inference mode, which counts no versions."""
+        return bool(self._forward_hooks) and total.is_inference()
 
 
 def stream_edits(model: Any, ranks: ModelRanks, roles: list[Edit]) -> list[Edit]:

@@ -188,6 +188,7 @@ class _Runs:
         self.twin, self.groups, self.batch, self.context = twin, groups, batch, context
         self.decoder = is_transformers(twin)
         self.caches = self.decoder and twin._plait.ranks.cp == 1
+        self.pieces = twin._plait.ranks.plan.tp.weave
         self.inputs = inputs
         self.kv: KeysAndValues | None = None
 
@@ -259,6 +260,11 @@ class _Runs:
                 f"in inference {fused} layers do all-reduce, residual add and norm as one step, on one host in one "
                 "kernel; tp's fuse=false takes them apart"
             )
+        if fused and self.pieces > 1:
+            notes.append(
+                f"a prefill goes through them in {self.pieces} pieces of its tokens, one's all-reduce under way behind "
+                "another's attention or MLP"
+            )
         return tuple(notes)
 
     def _traced(
@@ -272,7 +278,7 @@ class _Runs:
     ) -> Traced:
         held, start = kv_bytes(cache), footprint.mark()
         trace = Trace(self.groups.axis_of)
-        with Scopes(self.twin, trace) as scopes, trace:
+        with Scopes(self.twin, trace, onlooks=self.pieces > 1) as scopes, trace:
             kept = step()
         workspace = footprint.peak - start - (kv_bytes(cache) - held)
         del kept

@@ -15,11 +15,14 @@ class Scopes:
 
     In backward it is ``backward:`` and the path of the layer, or layer's child, whose output's gradient came last.
 
+    Args:
+        onlooks: let sums wait as they do unobserved (outlet.py); they belong to their layer then, not to its modules.
+
     State: hooks on every module, removed at the end.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, trace: Trace, *, onlooks: bool = False) -> None:
+        self.model, self.onlooks = model, onlooks
         self.trace = trace
         self.layers = layer_paths(model)
         self._stack: list[str] = [""]
@@ -58,6 +61,8 @@ class Scopes:
         def came(_: Tensor) -> None:
             self.trace.scope = f"backward:{path}"
 
+        if self.onlooks:
+            hook.onlooker = True  # type: ignore[attr-defined]
         return hook
 
 

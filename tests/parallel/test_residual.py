@@ -90,6 +90,9 @@ def watched() -> dict[str, float]:
     def shift(module: nn.Module, args: Any, output: Any) -> Any:
         return (output[0] * 1.5, *output[1:]) if isinstance(output, tuple) else output * 1.5
 
+    def write(module: nn.Module, args: Any, output: Any) -> None:
+        output[:, 3:] += 1.0
+
     places: dict[str, Callable[[Any], nn.Module]] = {
         "attention": lambda m: m.model.layers[0].self_attn,
         "mlp": lambda m: m.model.layers[0].mlp,
@@ -106,6 +109,13 @@ def watched() -> dict[str, float]:
             assert far(changed, plain) > 1e-3
             for handle in handles:
                 handle.remove()
+        handles = [m.model.layers[0].register_forward_hook(write) for m in (reference, model)]
+        changed = reference(ids).logits
+        errors["in place"] = far(model(ids).logits, changed)
+        with torch.inference_mode():
+            errors["in place, inference mode"] = far(model(ids).logits.clone(), changed)
+        for handle in handles:
+            handle.remove()
         errors["afterwards"] = far(model(ids).logits, plain)
         model.train()
         errors["training mode"] = far(model(ids).logits, plain)
