@@ -8,7 +8,15 @@ from .checkpoint import track_optimizer
 from .clipping import clip_grad_norm_
 from .context.modules import Sequence
 from .errors import PlanError
-from .experts import BiasBalance, LocalExperts, RoutedExperts, RouterZLoss, Routing, record_routing
+from .experts import (
+    BiasBalance,
+    LocalExperts,
+    RoutedExperts,
+    RouterZLoss,
+    Routing,
+    offload_experts,
+    record_routing,
+)
 from .plan import Plan
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "Tensor",
     "Ulysses",
     "clip_grad_norm_",
+    "offload_experts",
     "parallelize",
     "record_routing",
     "track_optimizer",

@@ -3,6 +3,7 @@
 from .balance import BiasBalance
 from .block import block_edits
 from .local import LocalExperts
+from .offload import offload_experts
 from .role import RoutedExperts
 from .routing import Routing, record_routing
 from .zloss import RouterZLoss
@@ -14,5 +15,6 @@ __all__ = [
     "RouterZLoss",
     "Routing",
     "block_edits",
+    "offload_experts",
     "record_routing",
 ]

@@ -75,16 +75,18 @@ def materialised(loads: list[int], owned: Placement, spare: int) -> Placement:
     copies, even = [1] * owned.experts, sum(loads) / owned.experts
     rows = [float(sum(loads[e] for e in own)) for own in held]
     for _ in range(spare * len(held)):
+        room = [len(own) < n + spare for own, n in zip(held, owned.sizes, strict=True)]
         options = [
             (-loads[e] / copies[e], e)
             for e in range(owned.experts)
-            if loads[e] / copies[e] > even and any(e not in h and len(h) < n + spare for h, n in zip(held, owned.sizes, strict=True))
-        ]  # fmt: skip
+            if loads[e] / copies[e] > even
+            and any(free and e not in own for own, free in zip(held, room, strict=True))
+        ]
         if not options:
             break
         e = min(options)[1]
-        free = [r for r, h in enumerate(held) if e not in h and len(h) < owned.sizes[r] + spare]
-        rank = min(free, key=lambda r: (rows[r], r))
+        options_of = [r for r, own in enumerate(held) if room[r] and e not in own]
+        rank = min(options_of, key=lambda r: (rows[r], r))
         before, after = loads[e] / copies[e], loads[e] / (copies[e] + 1)
         for r, own in enumerate(held):
             rows[r] -= before - after if e in own else 0.0
