@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Heads:
     v: Tensor | list[Tensor]
     positions: list[np.ndarray]
     received: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
     gathered: bool = False  # from all kvp ranks
 
     def squared(self) -> Heads:
@@ -48,23 +49,14 @@ class Heads:
             np.array_equal(own, first) for own in self.positions[1:]
         ):
             return self
-        return Heads(
-            torch.stack(self.k),
-            torch.stack(list(self.v)),
-            self.positions,
-            self.received,
-            self.gathered,
-        )
+        return replace(self, k=torch.stack(self.k), v=torch.stack(list(self.v)))
 
     def take(self, kept: list[Tensor]) -> Heads:
         """Some tokens of each head."""
         heard = None if self.received is None else _pick(self.received, kept)
-        return Heads(
-            _pick(self.k, kept),
-            _pick(self.v, kept),
-            [own[index.numpy()] for own, index in zip(self.positions, kept, strict=True)],
-            heard,
-        )
+        scores = None if self.scores is None else _pick(self.scores, kept)
+        where = [own[index.numpy()] for own, index in zip(self.positions, kept, strict=True)]
+        return Heads(_pick(self.k, kept), _pick(self.v, kept), where, heard, scores, self.gathered)
 
 
 def _pick(rows: Tensor | list[Tensor], kept: list[Tensor]) -> list[Tensor]:
@@ -79,16 +71,14 @@ class Chooser:
     facts: ModelFacts
     shard: Shard
 
-    def choose(
-        self, heads: Heads, q: Tensor, what: Compression, layer: int, keep: int
-    ) -> list[Tensor]:
-        """Indices that each head keeps, ascending.
+    def choose(self, heads: Heads, q: Tensor, what: Compression, layer: int, keep: int) -> Heads:
+        """The tokens that each head keeps, in the order of the text, with their scores.
 
         Args:
             heads: all tokens of this rank's heads, of all kvp ranks.
             keep: tokens a head keeps on average.
 
-        Shape: q `[queries, heads, head_dim]` of the newest tokens -> `[kv_heads]` of `[count]` int64
+        Shape: q `[queries, heads, head_dim]` of the newest tokens
         Collective: over tp where heads compete or keep the same; `tokens * kv_heads` scores.
         """
         scores = self._scores(heads, q, what, layer, keep)
@@ -104,7 +94,8 @@ class Chooser:
             row[: len(own)] = own
         counts = what.rule.allot(padded, keep, layer, self.layers)
         counts = torch.minimum(counts, torch.tensor([len(own) for own in whole]))
-        return keep_best(padded[mine], counts[mine])
+        kept = keep_best(padded[mine], counts[mine])
+        return replace(heads, scores=list(padded[mine].unbind(0))).take(kept)
 
     def _scores(
         self, heads: Heads, q: Tensor, what: Compression, layer: int, keep: int

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .choice import Chooser, Heads
+from .coded import CodedLayer, PageCoder
 from .compression import Compression
 from .lanes import LanePool
 from .sequence import KeptSequence, KeptStep
@@ -23,8 +24,10 @@ class LayerKeeper:
     """
 
     def __init__(
-        self, pool: LanePool, what: Listing[Compression | None], chooser: Chooser
+        self, pool: LanePool, what: Listing[Compression | None], chooser: Chooser,
+        coder: PageCoder | None,
     ) -> None:  # fmt: skip
+        self.coder = coder
         self.pool, self.what, self.chooser, self.shard = pool, what, chooser, chooser.shard
         self.choices = 0
 
@@ -48,7 +51,10 @@ class LayerKeeper:
                 heads = self._heard(self._gathered(heads), q)
         else:
             heads = self._held(seq, layer)
-        if what is not None and (keep < text or what.rule.open):
+        ranked = self.coder is not None and self.coder.tiers.ranked
+        if self.coder is not None and whole is None:
+            return  # later prompts are added whole, and coded as they grow old
+        if what is not None and (keep < text or what.rule.open or ranked):
             self._choose(seq, layer, heads, q, what, keep)
         elif whole is not None:
             self._store(seq, layer, heads)
@@ -72,19 +78,61 @@ class LayerKeeper:
         heads = self._gathered(heads).squared()
         if not len(q):  # a scorer of keys alone
             q = torch.empty(0, len(heads.positions), self.pool.pool.spec.head_dim)
-        kept = self.chooser.choose(heads, q, what, layer, keep)
         self.choices += 1
-        self._store(seq, layer, heads.take(kept))
+        self._store(seq, layer, self.chooser.choose(heads, q, what, layer, keep))
 
     def _store(self, seq: KeptSequence, layer: int, heads: Heads) -> None:
         """Keep this rank's part of some tokens instead of what the layer held."""
         old = seq.lanes[layer]
         own = [torch.from_numpy(np.flatnonzero(self.shard.own(p))) for p in heads.positions]
         mine = heads.take(own) if self.shard.rule.shards > 1 else heads
+        if self.coder is not None:
+            mine = self._code(seq.coded[layer], self.coder, mine)
         places = [self.shard.places(positions) for positions in mine.positions]
         seq.lanes[layer] = self.pool.fill(list(mine.k), list(mine.v), places, mine.received)
         self.pool.release(old)
         seq.memory.pop(layer, None)
+
+    def _code(self, coded: CodedLayer, coder: PageCoder, heads: Heads) -> Heads:
+        """Code what tiers hold in fewer bits; give the exact rest."""
+        scores = heads.scores if coder.tiers.ranked else None
+        parts = [
+            coder.tiers.assign(len(own), None if scores is None else scores[head], self.pool.size)
+            for head, own in enumerate(heads.positions)
+        ]
+        for tier in range(len(coder.tiers.codecs)):
+            self._encode(coded, coder, tier, heads.take([part[1 + tier] for part in parts]))
+        if scores is None:
+            coded.loose = min(len(part[0]) for part in parts)
+        return heads.take([part[0] for part in parts])
+
+    def _encode(self, coded: CodedLayer, coder: PageCoder, tier: int, heads: Heads) -> None:
+        places = [self.shard.places(positions) for positions in heads.positions]
+        run = coder.encode(tier, list(heads.k), list(heads.v), places)
+        if run is not None:
+            coded.runs.append(run)
+
+    def age(self, seq: KeptSequence, layer: int, tokens: int) -> None:
+        """Code whole pages of the tokens that came after the choice, once they are older than the tail."""
+        if self.coder is None:
+            return
+        coded, size = seq.coded[layer], self.pool.size
+        coded.loose += tokens
+        old = max(0, coded.loose - self.coder.tiers.tail) // size * size
+        if not old:
+            return
+        held = self._held(seq, layer)
+        index = [torch.arange(len(own)) for own in held.positions]
+        first = [len(own) - coded.loose for own in held.positions]
+        taken = [own[a : a + old] for own, a in zip(index, first, strict=True)]
+        left = [torch.cat([own[:a], own[a + old :]]) for own, a in zip(index, first, strict=True)]
+        last = len(self.coder.tiers.codecs) - 1
+        self._encode(coded, self.coder, last, held.take(taken))
+        coded.loose -= old
+        rest, lanes = held.take(left), seq.lanes[layer]
+        places = [self.shard.places(positions) for positions in rest.positions]
+        seq.lanes[layer] = self.pool.fill(list(rest.k), list(rest.v), places, rest.received)
+        self.pool.release(lanes)
 
     def _whole(self, k: Tensor, v: Tensor) -> Heads:
         """A first prompt's. Shape: k `[tokens, kv_heads, head_dim]`"""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cuda_kernels import Interleave
+from ...cuda_kernels import Interleave, merge_states
 from ..attention import ScoreOptions, causal_bounds, past_end, row_pointers, with_sink
 from ..select.attend import attend_selected
 from ..select.selector import Selector
@@ -112,10 +112,21 @@ class KeptReader:
             parts = self._attend_selected([seqs[i] for i in paged], layer, asked, options)
             parts = parts or attend_lanes(self.pool, asked, options)
             what = self.what[layer]
-            if step is not None and what is not None and what.scorer.received:
+            if step is not None and what is not None and what.scorer.received and what.cadence:
                 hear(self.pool, asked, parts[1], options.scale, self.shard)
             heads = self.spec.kv_heads
             o[at], lse[at] = (by_sequence(part, rows[paged], heads) for part in parts)
+        if self.keeper.coder is not None:
+            for i in paged:
+                mine = slice(int(indptr[i]), int(indptr[i + 1]))
+                ends = (q[mine], lo[mine], hi[mine], options)
+                part = self.keeper.coder.attend(seqs[i].coded[layer], *ends)
+                if part is not None and mine.stop > mine.start:
+                    both = (
+                        torch.stack([own[mine].to(lse.dtype), new.to(lse.dtype)])
+                        for own, new in zip((o, lse), part, strict=True)
+                    )
+                    o[mine], lse[mine] = merge_states(*both)
         return o, lse
 
     def _attend_selected(

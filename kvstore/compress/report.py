@@ -17,10 +17,11 @@ def report(spec: KVSpec, pool: LanePool, seqs: Listing[KeptSequence]) -> dict[st
     """Count tokens and bytes of all open sequences on this rank.
 
     `text_tokens` were seen, `kept_tokens` is the mean of what layers and heads keep of them. `held_bytes` are those of
-    pages in use, with the places of their tokens; `whole_bytes` what all tokens would take; `peak_bytes` the most that
-    pages ever took at once.
+    pages in use, with the places of their tokens, and `coded_bytes` the coded part of them; `whole_bytes` what all
+    tokens would take; `peak_bytes` the most that exact pages ever took at once.
     """
-    held = pool.pool.held_pages * pool.bytes_per_page
+    coded = {id(run): run.num_bytes for seq in seqs for own in seq.coded for run in own.runs}
+    held = pool.pool.held_pages * pool.bytes_per_page + sum(coded.values())
     kept = [float(seq.kept.mean()) for seq in seqs]
     text = sum(seq.tokens for seq in seqs)
     whole = text * spec.bytes_per_token
@@ -29,6 +30,7 @@ def report(spec: KVSpec, pool: LanePool, seqs: Listing[KeptSequence]) -> dict[st
         "text_tokens": text,
         "kept_tokens": sum(kept),
         "held_bytes": held,
+        "coded_bytes": sum(coded.values()),
         "whole_bytes": whole,
         "ratio": held / whole if whole else 1.0,
         "peak_bytes": pool.peak_pages * pool.bytes_per_page,

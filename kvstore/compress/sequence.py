@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SequenceClosed, StepError
+from .coded import CodedLayer
 from .lanes import Lanes
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ class KeptSequence:
         tokens: of this rank, the evicted included: places of the next ones follow from it.
         text: tokens over all ranks; prompt: those up to the end of the last prompt; chosen: when each layer last chose.
         lanes: what is kept, by layer.
+        coded: pages in fewer bits, by layer.
         queries: the newest queries of each layer, as many as its scorer votes with while decoding.
-        memory: what the selector remembers, by (layer, head).
+        memory: what the selector remembers, by layer and head.
     """
 
     def __init__(self, store: CompressedStore, number: int, layers: int, kv_heads: int) -> None:
@@ -34,7 +36,8 @@ class KeptSequence:
         self.chosen = [0] * layers
         self.lanes = [Lanes.empty(kv_heads) for _ in range(layers)]
         self.queries: list[Tensor | None] = [None] * layers
-        self.memory: dict[Any, Any] = {}
+        self.coded = [CodedLayer() for _ in range(layers)]
+        self.memory: dict[Any, dict[Any, Any]] = {}
         self.step: KeptStep | None = None
         self.closed = self.broken = False
         self.cached_tokens = 0
@@ -44,12 +47,14 @@ class KeptSequence:
         self.tokens = self.text = self.prompt = 0
         self.chosen = [0] * len(self.chosen)
         self.queries = [None] * len(self.queries)
+        self.coded = [CodedLayer() for _ in self.coded]
         self.memory = {}
 
     def copy(self, other: KeptSequence) -> None:
         """Stand where another stands; the lanes are the store's to share."""
         self.tokens, self.text, self.prompt = other.tokens, other.text, other.prompt
         self.chosen, self.queries = list(other.chosen), list(other.queries)
+        self.coded = [layer.copy() for layer in other.coded]
 
     def add(self, tokens: int, rows: int) -> None:
         """Count a step's tokens, this rank's and all."""
@@ -81,7 +86,9 @@ class KeptSequence:
     @property
     def kept(self) -> np.ndarray:
         """Tokens that each head keeps on this rank. Shape: `[layers, kv_heads]` int64."""
-        return np.stack([lanes.counts for lanes in self.lanes])
+        heads = len(self.lanes[0].counts)
+        both = zip(self.lanes, self.coded, strict=True)
+        return np.stack([lanes.counts + coded.counts(heads) for lanes, coded in both])
 
     def require_open(self) -> None:
         """Raise if it was closed, or a forward of it broke off after tokens were evicted.

@@ -15,6 +15,7 @@ from ..select.selector import Selector
 from ..spec import KVSpec, plan_pages
 from ..step import check_rows
 from .choice import Chooser, ModelFacts
+from .coded import PageCoder, Tiers
 from .compression import Compression, CompressionError, by_layer
 from .lanes import LanePool, Lanes
 from .layers import LayerKeeper
@@ -36,6 +37,8 @@ class CompressedStore(KeptReader):
         scorer: which tokens stay, `"snapkv:budget=0.25"`, or a `Compression`.
         layers: layers with a composition of their own; None keeps all of a layer's tokens.
         device_bytes, num_pages: the most the pages may take, and pages to begin with.
+        codec: how kept tokens are held in fewer bits: `"int4"`, tiers `"none@0.25|int8@0.5|int2"`, or `Tiers`. Prompts
+            after the first are then kept whole, and coded as they grow old.
         facts: what scorers such as `expected`, `triattention` and `critical` know of the model.
         shard: the ranks that hold parts of the same sequences.
         selector: which of the kept tokens a step of one row a sequence reads, such as "rocket:budget=256"; default all.
@@ -50,6 +53,7 @@ class CompressedStore(KeptReader):
         layers: Mapping[int, str | Compression | None] | None = None,
         device_bytes: int | str | None = None,
         num_pages: int | None = None,
+        codec: str | Tiers | None = None,
         facts: ModelFacts | None = None,
         shard: Shard | None = None,
         selector: str | Selector | None = None,
@@ -67,7 +71,8 @@ class CompressedStore(KeptReader):
         first, most = plan_pages(one, device_bytes, num_pages, grow=True)
         self.pool = LanePool(one, first, most, any(kind.received for kind in kinds))
         chooser = Chooser(spec.layers, facts or ModelFacts(), self.shard)
-        self.keeper = LayerKeeper(self.pool, self.what, chooser)
+        coder = _coder(spec, codec, self.what, self.selector)
+        self.keeper = LayerKeeper(self.pool, self.what, chooser, coder)
         self._lock = threading.RLock()
         self._sequences: dict[int, KeptSequence] = {}
         self._next = 0
@@ -82,9 +87,8 @@ class CompressedStore(KeptReader):
             if self._sequences:
                 raise StepError(f"{len(self._sequences)} sequences are open; join before the first")
             self.shard = shard
-            self.keeper = LayerKeeper(
-                self.pool, self.what, replace(self.keeper.chooser, shard=shard)
-            )
+            chooser = replace(self.keeper.chooser, shard=shard)
+            self.keeper = LayerKeeper(self.pool, self.what, chooser, self.keeper.coder)
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -174,8 +178,12 @@ class CompressedStore(KeptReader):
                         f"truncate to {length}: tokens were evicted at {max(seq.chosen)}, with those to be forgotten "
                         "in sight, and do not come back; use a KVStore for speculation"
                     )
-                for lanes in seq.lanes:
+                gone = seq.tokens - length
+                if self.keeper.coder is not None and any(c.loose < gone for c in seq.coded):
+                    raise StepError(f"truncate to {length}: tokens from there on are coded already")
+                for lanes, coded in zip(seq.lanes, seq.coded, strict=True):
                     self.pool.cut(lanes, length)
+                    coded.loose -= gone if self.keeper.coder is not None else 0
                 seq.cut(length)
 
     # -- writing -----------------------------------------------------------------------------
@@ -252,12 +260,15 @@ class CompressedStore(KeptReader):
                         f"commit: layer {layer} is not written, or its queries were not seen; append it and attend, "
                         "or abort"
                     )
+            first = {at for at, seq in enumerate(step.seqs) if seq.text == 0}
             for at, seq in enumerate(step.seqs):
                 seq.add(int(step.counts[at]), int(step.rows[at]))
                 seq.step = None
             for layer in range(self.spec.layers):
-                for seq in step.seqs:
+                for at, seq in enumerate(step.seqs):
                     self.keeper.again(seq, layer)
+                    if at not in first:
+                        self.keeper.age(seq, layer, int(step.counts[at]))
             step.state = "committed"
 
     def abort(self, step: KeptStep | KeptSequence) -> None:
@@ -293,6 +304,35 @@ class CompressedStore(KeptReader):
             raise ValueError(f"sequence {seq.number} belongs to another store")
         if seq.step is not None:
             raise _busy(seq)
+
+
+def _coder(
+    spec: KVSpec, codec: str | Tiers | None, what: Listing[Compression | None], selector: Selector | None
+) -> PageCoder | None:  # fmt: skip
+    """What codes pages; refuse what does not go with it.
+
+    Raises:
+        CompressionError: saying why.
+    """
+    if codec is None:
+        return None
+    tiers = Tiers.parse(codec) if isinstance(codec, str) else codec
+    tiers.check(spec)
+    if selector is not None:
+        raise CompressionError(
+            f"selector={selector} with codec={tiers}: coded pages are decoded whole at each step, so choosing among "
+            "them saves nothing; use one of the two"
+        )
+    for own in what:
+        if own is not None and own.cadence:
+            raise CompressionError(
+                f"{own} chooses again while decoding, and coded pages are not written again; use every=0"
+            )
+        if own is None and tiers.ranked:
+            raise CompressionError(
+                f"codec={tiers} ranks tokens, and a layer without scorer has no ranks; give it one, or a single codec"
+            )
+    return PageCoder(tiers, spec)
 
 
 def _busy(seq: KeptSequence) -> StepError:

@@ -1,0 +1,228 @@
+"""Kept tokens in fewer bits: tiers of codecs, pages held as bytes, attention to them decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cuda_kernels import merge_states
+from ..attention import LayerPages, ScoreOptions, attend_pages
+from ..codecs import CodecError, KVCodec, PageLayout, find_kv_codec
+from ..spec import KVSpec
+from ..table import PageTable
+from .choose import order
+from .compression import CompressionError
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """How kept tokens are held, the most important first: `"none@0.25|int8@0.5|int2"`; "none" is exact.
+
+    Args:
+        codecs: of the coded tiers; shares: of each but the last, which takes the rest.
+        exact: share that stays as it is.
+        tail: newest tokens that stay exact; so do those that fill no page.
+    """
+
+    codecs: tuple[KVCodec, ...]
+    shares: tuple[float, ...] = ()
+    exact: float = 0.0
+    tail: int = 32
+
+    def __post_init__(self) -> None:
+        given = (*self.shares, self.exact)
+        if len(self.shares) != len(self.codecs) - 1 or min(given) < 0 or sum(given) > 1:
+            raise CompressionError(
+                f"{len(self.codecs)} tiers with shares {given}: each but the last needs one, and they may sum to 1"
+            )
+        if self.tail < 0:
+            raise CompressionError(f"tail={self.tail} must be at least 0 tokens")
+
+    @classmethod
+    def parse(cls, text: str, tail: int = 32) -> Tiers:
+        """Read the text form.
+
+        Raises:
+            ValueError: naming what there is.
+        """
+        codecs, shares = [], []
+        for piece in text.split("|"):
+            name, _, share = piece.strip().partition("@")
+            codecs.append(name)
+            shares.append(float(share) if share else None)
+        exact = 0.0
+        if codecs[0] == "none" and len(codecs) > 1:
+            exact, codecs, shares = shares[0] or 0.0, codecs[1:], shares[1:]
+        if "none" in codecs or None in shares[:-1] or shares[-1] is not None:
+            raise CompressionError(
+                f"codec {text!r}: tiers go from the exact one down, each with @share but the last, which takes the "
+                "rest, such as 'none@0.25|int8@0.5|int2' or 'int4'"
+            )
+        known = tuple(share for share in shares[:-1] if share is not None)
+        return cls(tuple(find_kv_codec(name) for name in codecs), known, exact, tail)
+
+    def __str__(self) -> str:
+        shares = [f"@{share}" for share in self.shares] + [""]
+        parts = [str(codec) + share for codec, share in zip(self.codecs, shares, strict=True)]
+        return "|".join(([f"none@{self.exact}"] if self.exact else []) + parts)
+
+    @cached_property
+    def ranked(self) -> bool:
+        """Whether it matters which tokens are more important."""
+        return len(self.codecs) > 1 or self.exact > 0
+
+    def check(self, spec: KVSpec) -> None:
+        """Refuse codecs that cannot take a page of one head.
+
+        Raises:
+            CompressionError: naming the codec and why.
+        """
+        for codec in self.codecs:
+            for part, width in zip((codec.keys, codec.values), spec.widths, strict=True):
+                try:
+                    part.max_bytes(PageLayout((1, spec.page_tokens, 1, width), spec.dtype))
+                except CodecError as error:
+                    raise CompressionError(
+                        f"codec {codec} cannot hold pages of {spec.page_tokens} tokens of one head: {error}"
+                    ) from error
+
+    def assign(self, count: int, scores: Tensor | None, size: int) -> list[Tensor]:
+        """Say which of a head's kept tokens each tier holds, ascending: the exact ones, then tier by tier.
+
+        Args:
+            scores: of the tokens; None ranks newer ones first.
+            size: tokens of a page; coded tiers hold whole pages, what is over stays exact.
+        """
+        newest = torch.arange(count - 1, -1, -1)
+        ranked = newest
+        if scores is not None:
+            tail = newest[: self.tail]
+            rest = order(scores[: count - len(tail)][None])[0]
+            ranked = torch.cat([tail, rest])
+        exact = max(int(count * self.exact), min(self.tail, count))
+        room = [int(count * share) for share in self.shares]
+        sizes = [min(n, count - exact) // size * size for n in room]
+        while sum(sizes) > count - exact:  # a long tail leaves less than the shares say
+            sizes[int(np.argmax(sizes))] -= size
+        sizes.append((count - exact - sum(room)) // size * size if count > exact + sum(room) else 0)
+        cuts = [count - sum(sizes), *sizes]
+        return [own.sort().values for own in ranked.split(cuts)]
+
+
+@dataclass(frozen=True, eq=False)
+class CodedRun:
+    """Pages of one layer that were coded together; never written again, so forks share them.
+
+    Shape: heads `[pages]` whose each page is, ascending; places `[pages, page_tokens]` int32.
+    """
+
+    tier: int
+    keys: np.ndarray
+    values: np.ndarray
+    heads: np.ndarray
+    places: np.ndarray
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes, places included."""
+        return self.keys.size + self.values.size + self.places.nbytes + self.heads.nbytes
+
+
+@dataclass
+class CodedLayer:
+    """The coded pages of one layer of one sequence.
+
+    Attributes:
+        loose: newest tokens of each exact lane that follow each other and may be coded when there are enough.
+    """
+
+    runs: list[CodedRun] = field(default_factory=list)
+    loose: int = 0
+
+    def copy(self) -> CodedLayer:
+        """For a fork."""
+        return CodedLayer(list(self.runs), self.loose)
+
+    def counts(self, kv_heads: int) -> np.ndarray:
+        """Tokens of each head."""
+        out = np.zeros(kv_heads, np.int64)
+        for run in self.runs:
+            out += np.bincount(run.heads, minlength=kv_heads) * run.places.shape[1]
+        return out
+
+
+@dataclass(frozen=True)
+class PageCoder:
+    """Codes and decodes pages of one head."""
+
+    tiers: Tiers
+    spec: KVSpec
+
+    def encode(
+        self, tier: int, k: list[Tensor], v: list[Tensor], places: list[np.ndarray]
+    ) -> CodedRun | None:
+        """Code whole pages of each head. Shape: k `[kv_heads]` of `[tokens, head_dim]`, ...; tokens: whole pages"""
+        size, codec = self.spec.page_tokens, self.tiers.codecs[tier]
+        pages = [len(own) // size for own in places]
+        if not sum(pages):
+            return None
+        keys, values = (
+            part.encode(torch.cat(rows).reshape(-1, size, 1, rows[0].shape[-1]))
+            for part, rows in ((codec.keys, k), (codec.values, v))
+        )
+        heads = np.repeat(np.arange(len(pages), dtype=np.int32), pages)
+        where = np.concatenate(places).astype(np.int32).reshape(-1, size)
+        return CodedRun(tier, keys, values, heads, where)
+
+    def decode(self, run: CodedRun) -> tuple[Tensor, Tensor]:
+        """Shape: -> `[pages, page_tokens, 1, head_dim]`, `[pages, page_tokens, 1, value_dim]`"""
+        codec, pages = self.tiers.codecs[run.tier], len(run.heads)
+        k, v = (
+            part.decode(data, PageLayout((pages, self.spec.page_tokens, 1, width), self.spec.dtype))
+            for part, data, width in zip(
+                (codec.keys, codec.values), (run.keys, run.values), self.spec.widths, strict=True
+            )
+        )
+        return k, v
+
+    def attend(
+        self, layer: CodedLayer, q: Tensor, lo: np.ndarray, hi: np.ndarray, options: ScoreOptions
+    ) -> tuple[Tensor, Tensor] | None:
+        """Attend to all coded pages of one layer of one sequence, which stand decoded for as long as this takes.
+
+        Shape: q `[rows, heads, head_dim]`; lo, hi `[rows]` places in the text -> o `[rows, heads, value_dim]`, lse
+        """
+        if not layer.runs:
+            return None
+        both = [self.decode(run) for run in layer.runs]
+        k, v = torch.cat([own[0] for own in both]), torch.cat([own[1] for own in both])
+        heads = np.concatenate([run.heads for run in layer.runs])
+        tiers = np.concatenate([np.full(len(run.heads), run.tier) for run in layer.runs])
+        places = np.concatenate([run.places for run in layer.runs])
+        kv_heads, rows = self.spec.kv_heads, len(q)
+        asked = q.unflatten(1, (kv_heads, -1)).transpose(0, 1)  # [kv_heads, rows, group, d]
+        parts = []
+        for tier in range(len(self.tiers.codecs)):  # places ascend within a tier only
+            pages = [np.flatnonzero((heads == h) & (tiers == tier)) for h in range(kv_heads)]
+            counts = np.array([len(own) for own in pages]) * self.spec.page_tokens
+            if not counts.any():
+                continue
+            where = [places[own].ravel() for own in pages]
+            first, stop = (
+                torch.from_numpy(np.concatenate([np.searchsorted(own, x) for own in where]))
+                for x in (lo, hi)
+            )
+            table = PageTable(
+                [own.astype(np.int32) for own in pages], counts, self.spec.page_tokens
+            )
+            indptr = np.arange(kv_heads + 1) * rows
+            flat = asked.reshape(kv_heads * rows, *asked.shape[2:])
+            regions = LayerPages(k, v, self.spec.v_dim)
+            parts.append(attend_pages(regions, table, flat, indptr, first, stop, options))
+        o, lse = (torch.stack([part[i] for part in parts]) for i in range(2))
+        merged = merge_states(o.to(lse.dtype), lse)
+        return tuple(x.unflatten(0, (kv_heads, rows)).transpose(0, 1).flatten(1, 2) for x in merged)  # type: ignore[return-value]

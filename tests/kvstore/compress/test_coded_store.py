@@ -1,0 +1,184 @@
+"""Kept tokens in fewer bits, and selectors over kept tokens: what is read is what was written down."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plait.kvstore import CompressedStore, KVSpec
+from plait.kvstore.codecs import find_codec
+from plait.kvstore.compress import CompressionError
+from plait.kvstore.compress.coded import PageCoder, Tiers
+
+SPEC = KVSpec(layers=2, kv_heads=2, head_dim=8, page_tokens=8)
+
+
+def drawn(tokens: int, dtype=torch.float32):
+    gen = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(2, tokens, 2, 8, generator=gen).to(dtype) for _ in range(2))
+    return k, v, torch.randn(2, tokens, 4, 8, generator=gen).to(dtype)
+
+
+def fed(store, k, v, q, sizes):
+    seq, start, outs = store.open(), 0, []
+    for size in sizes:
+        rows = slice(start, start + size)
+        step = store.reserve([seq], [size])
+        for layer in range(2):
+            store.append(step, layer, k[layer, rows], v[layer, rows])
+            outs.append(store.attend(seq, layer, q[layer, rows], step=step)[0])
+        store.commit(step)
+        start += size
+    return seq, outs
+
+
+def exact(codec: str, tail: int = 0) -> Tiers:
+    return Tiers.parse(codec, tail)
+
+
+@pytest.mark.parametrize(
+    "scorer", ["knorm:budget=1.0", "knorm:budget=0.5", "knorm:budget=0.4,rule=ada"]
+)
+@pytest.mark.parametrize("codec", ["zstd", "none@0.3|zstd", "zstd@0.4|zstd"])
+def test_a_lossless_codec_changes_nothing(scorer, codec) -> None:
+    """So pages, places, bounds and merges of tiers are right; windows too."""
+    k, v, q = drawn(90)
+    sizes = [50, 1, 1, 9, *[1] * 20]
+    plain, coded = CompressedStore(SPEC, scorer.replace("budget", "every=0,budget")), None
+    coded = CompressedStore(SPEC, scorer, codec=exact(codec, tail=5))
+    if "1.0" not in scorer:  # later prompts are kept whole where tokens are coded
+        sizes = [50, *[1] * 30]
+    (a, want), (b, got) = (fed(store, k, v, q, sizes) for store in (plain, coded))
+    assert coded.report()["coded_bytes"] > 0
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert (a.kept == b.kept).all()
+    lo, hi = torch.tensor([31]), torch.tensor([70])
+    for layer in range(2):
+        x, y = (
+            s.attend(seq, layer, q[layer, :1], lo=lo, hi=hi) for s, seq in ((plain, a), (coded, b))
+        )
+        torch.testing.assert_close(x[0], y[0], rtol=1e-5, atol=1e-5)
+    coded.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits", "close"),
+    [
+        ("int8", 15, 0.02),
+        ("fp8", 15, 0.1),
+        ("int4:group=8", 12, 0.3),
+        ("kivi:bits=4,group=8", 13, 0.4),
+    ],
+)
+def test_fewer_bytes_and_nearly_the_same(codec, bits, close) -> None:
+    k, v, q = drawn(400)
+    sizes = [380, *[1] * 20]
+    plain = CompressedStore(SPEC, "knorm:budget=1.0")
+    store = CompressedStore(SPEC, "knorm:budget=1.0", codec=exact(codec, tail=8))
+    (_, want), (_, got) = (fed(s, k, v, q, sizes) for s in (plain, store))
+    error = max(float((x - y).abs().max()) for x, y in zip(got, want, strict=True))
+    assert 1e-6 < error < close
+    said = store.report()
+    assert said["held_bytes"] < plain.report()["held_bytes"] * bits / 32
+    assert said["kept_tokens"] == 400
+
+
+@pytest.mark.parametrize("codec", ["int4:group=8", "kivi:bits=2,group=8"])
+def test_streaming_codes_what_one_call_codes(codec) -> None:
+    k, v, q = drawn(80)
+    runs = []
+    for sizes in ([80], [9, *[1] * 71], [40, 40], [33, 1, 1, 20, 25]):
+        store = CompressedStore(SPEC, "knorm:budget=1.0", codec=exact(codec, tail=11))
+        seq, _ = fed(store, k, v, q, sizes)
+        coder = store.keeper.coder
+        assert coder is not None
+        pages: dict[tuple[int, int], torch.Tensor] = {}
+        for run in seq.coded[1].runs:
+            for part in coder.decode(run)[:1]:
+                for head, places, page in zip(run.heads, run.places, part, strict=True):
+                    pages[int(head), int(places[0])] = page
+        runs.append(pages)
+    assert len(runs[0]) == 2 * ((80 - 11) // 8)
+    for other in runs[1:]:
+        assert other.keys() == runs[0].keys()
+        assert all(torch.equal(other[at], runs[0][at]) for at in other)
+
+
+def test_tiers_hold_the_best_exactly() -> None:
+    scores = torch.arange(100.0).flip(0)
+    tiers = Tiers.parse("none@0.1|int8@0.5|int2", tail=4)
+    best, good, rest = tiers.assign(100, scores, 8)
+    assert (len(good), len(rest)) == (48, 40)
+    assert {96, 97, 98, 99} <= set(best.tolist())
+    assert best.tolist()[:8] == list(range(8))
+    assert good.tolist() == list(range(8, 56))
+    assert rest.tolist() == list(range(56, 96))
+    assert [len(own) for own in tiers.assign(5, scores[:5], 8)] == [5, 0, 0]
+    assert [len(own) for own in Tiers.parse("int4", tail=3).assign(20, None, 8)] == [4, 16]
+    assert str(tiers) == "none@0.1|int8@0.5|int2"
+
+
+def test_a_page_of_a_run_is_the_codecs_own() -> None:
+    """The run's bytes are the codec's, page by page: nothing lies between."""
+    coder, codec = PageCoder(Tiers.parse("int4:group=8"), SPEC), find_codec("int4:group=8")
+    k = torch.randn(24, 8)
+    run = coder.encode(
+        0, [k[:16], k[16:]], [k[:16], k[16:]], [torch.arange(16).numpy(), torch.arange(8).numpy()]
+    )
+    assert run is not None
+    want = codec.decode(codec.encode(k.view(3, 8, 1, 8)), codec_layout(k.view(3, 8, 1, 8)))
+    assert torch.equal(coder.decode(run)[0], want)
+    assert run.heads.tolist() == [0, 0, 1]
+
+
+def codec_layout(page):
+    from plait.kvstore.codecs import PageLayout
+
+    return PageLayout.of(page)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scorer": "tova:budget=8", "codec": "int8"}, "use every=0"),
+        ({"scorer": "knorm", "codec": "int8", "selector": "quest"}, "saves nothing"),
+        ({"scorer": "knorm", "selector": "delta"}, "lets layers read what another"),
+        ({"scorer": "knorm", "codec": "kivi:group=32"}, "cannot hold pages of 8 tokens"),
+        ({"scorer": "knorm", "codec": "int4|int2"}, "each with @share but the last"),
+        ({"scorer": "knorm", "codec": "none@0.7|int4@0.7|int2"}, "may sum to 1"),
+        ({"scorer": "knorm", "codec": "gzip"}, "there is no codec"),
+        ({"scorer": "knorm", "codec": "none@0.5|int4", "layers": {0: None}}, "has no ranks"),
+    ],
+)  # fmt: skip
+def test_what_does_not_compose_says_why(options, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        CompressedStore(SPEC, **options)
+    assert issubclass(CompressionError, ValueError)
+
+
+# ---- selectors
+
+
+def test_a_selector_reads_some_of_what_is_kept() -> None:
+    k, v, q = drawn(80)
+    whole = CompressedStore(SPEC, "knorm:budget=24")
+    recent = CompressedStore(SPEC, "knorm:budget=24", selector="recent:tokens=6")
+    (a, _), (b, _) = (fed(store, k, v, q, [60, *[1] * 10]) for store in (whole, recent))
+    for layer in range(2):
+        kept = [whole.pool.read(a.lanes[layer], head)[2] for head in range(2)]
+        x, y = (s.attend(seq, layer, q[layer, :1])[0][0] for s, seq in ((whole, a), (recent, b)))
+        assert not torch.allclose(x, y)
+        for head in range(2):  # the last six that are kept, by a bound on the text
+            lo = torch.tensor([int(kept[head][-6])])
+            want = whole.attend(a, layer, q[layer, :1], lo=lo)[0][0]
+            torch.testing.assert_close(y[2 * head : 2 * head + 2], want[2 * head : 2 * head + 2])
+
+
+@pytest.mark.parametrize("selector", ["quest:budget=1.0", "exact:budget=1.0", "recent:tokens=1000"])
+def test_a_selector_of_everything_changes_nothing(selector) -> None:
+    k, v, q = drawn(80)
+    stores = (CompressedStore(SPEC, "tova:budget=24,every=4", selector=s) for s in (None, selector))
+    (_, want), (_, got) = (fed(store, k, v, q, [60, *[1] * 20]) for store in stores)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
