@@ -116,11 +116,15 @@ class Assembled:
             "spills registers": self.spills > 0,
             "has a stack frame (a local array with an index that is not constant?)": self.frame > 0,
             "computes in float64 (a literal without f32()?)": ".f64" in self.ptx,
-            "calls a function (// or % of integers?)": re.search(r"\bcall\b", self.ptx) is not None
-            or self.count(r"\bCALL\b") > 0,
+            "calls a function (// or % of integers?)": self.calls(),
             "uses generic addresses (a numba array?)": self.count(r"\b(?:LD|ST)\.E\b") > 0,
         }
         return [f"{where} {what}" for what, breach in found.items() if breach]
+
+    def calls(self) -> bool:
+        """Calls, and what ptxas makes a call of. Shuffles have one of ptxas' own, for warps that have diverged."""
+        asked = re.search(r"\bcall\b|\b(div|rem)\.[su]\d\d\b|\b(div|sqrt)\.rn\b", self.ptx)
+        return bool(asked) or (self.count(r"\bCALL\b") > 0 and ".sync." not in self.ptx)
 
 
 def number(pattern: str, text: str) -> int:

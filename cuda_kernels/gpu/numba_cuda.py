@@ -9,7 +9,7 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 from . import ptx
-from .ptx.words import FUNCTIONS, WORDS, Instruction
+from .ptx.words import WORDS, Instruction
 
 LETTERS = {"u32": "r", "i32": "r", "u64": "l", "f32": "f"}
 
@@ -126,9 +126,7 @@ def _linked(function: Callable[..., Any], known: dict[Any, Any]) -> Callable[...
                 if hasattr(ptx, name):
                     setattr(twin, name, swap(getattr(ptx, name)))
             return twin
-        if value is ptx.atomic_add:
-            return cuda.atomic.add
-        if isinstance(value, FunctionType) and value in FUNCTIONS:
+        if isinstance(value, FunctionType) and hasattr(value, "inlined"):
             if value not in known:
                 known[value] = cuda.jit(device=True, inline="always")(_linked(value, known))
             return known[value]
@@ -143,13 +141,17 @@ def _linked(function: Callable[..., Any], known: dict[Any, Any]) -> Callable[...
 def _teach_arrays() -> None:
     cudadecl, cudaimpl, types = _numba("cudadecl"), _numba("cudaimpl"), _numba("types")
 
-    def typed(key: Callable[..., Any]) -> type:
-        return type(key.__name__, (cudadecl.Cuda_array_decl,), {"key": key})
+    def record(key: Callable[..., Any], like: type) -> None:
+        template = type(key.__name__, (like,), {"key": key})
+        cudadecl.registry.register_global(key)(template)
 
     for key, lower in (
         (ptx.shared, cudaimpl.cuda_shared_array_integer),
         (ptx.local, cudaimpl.cuda_local_array_integer),
     ):
-        cudadecl.registry.register_global(key)(typed(key))
+        record(key, cudadecl.Cuda_array_decl)
         cudaimpl.registry.lower(key, types.IntegerLiteral, types.Any)(lower)
         cudaimpl.registry.lower(key, types.IntegerLiteral, types.Any, types.IntegerLiteral)(lower)
+    record(ptx.atomic_add, cudadecl.Cuda_atomic_add)
+    lower = cudaimpl.registry.lower(ptx.atomic_add, types.Array, types.intp, types.Any)
+    lower(cudaimpl.ptx_atomic_add_tuple)

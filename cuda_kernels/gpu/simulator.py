@@ -79,6 +79,13 @@ class Memory:
         raise SimulationError("this memory has no multicast addresses")
 
 
+def _closed_gate() -> threading.Lock:
+    """One thread waits with `acquire`, another lets it go with `release`."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
 class Block:
     """What the threads of a block share."""
 
@@ -95,7 +102,7 @@ class Lane:
     def __init__(self, block: Block, thread: int, memory: Memory) -> None:
         self.block, self.thread, self.memory = block, thread, memory
         self.number = thread % WARP
-        self.go, self.state = threading.Semaphore(0), "ready"
+        self.go, self.state = _closed_gate(), "ready"
         self.offered: Any = None
         self.taken: list[Any] = []
         self.arrays = 0
@@ -166,7 +173,7 @@ class Scheduler:
     def __init__(self, blocks: list[Block], memory: Memory, seed: int | None, deadline: float):
         self.blocks, self.memory, self.deadline = blocks, memory, deadline
         self.draw = random.Random(seed) if seed is not None else None
-        self.back, self.failure = threading.Semaphore(0), None
+        self.back, self.failure = _closed_gate(), None
         self.failure: BaseException | None
 
     def run(self, body: Callable[[], None]) -> None:

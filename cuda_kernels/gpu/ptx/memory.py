@@ -162,6 +162,11 @@ def fence() -> None:
     lane().fence()
 
 
+@word("fence.proxy.alias;")
+def fence_alias() -> None:
+    """Order accesses to the same memory under its own and its multicast address."""
+
+
 @word(
     "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2 {$0,$1,$2,$3}, [$4];",
     "u32 u32 u32 u32",

@@ -41,7 +41,6 @@ class Instruction:
 
 
 WORDS: dict[Callable[..., Any], Instruction] = {}
-FUNCTIONS: list[Callable[..., Any]] = []
 
 
 def word(
@@ -59,8 +58,8 @@ def word(
 
 
 def device_function(function: Word) -> Word:
-    """Make a function over words callable from kernels; it is inlined."""
-    FUNCTIONS.append(function)
+    """Make a function over words callable from kernels; it is inlined. Builders may make their own."""
+    function.__dict__["inlined"] = True
     return function
 
 
