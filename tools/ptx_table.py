@@ -66,16 +66,16 @@ def import_kernels() -> None:
 
 
 def chosen(names: list[str]) -> Iterator[tuple[Variant, tuple[int, int]]]:
-    """Give each variant of the tables with each architecture it is for."""
+    """Give the first variant of each table with each architecture it is for, the others with sm_90: it takes seconds."""
     import_kernels()
     for name, kernel in sorted(KERNELS.items()):
         if names and name not in names:
             continue
-        for entry in kernel.table:
+        for place, entry in enumerate(kernel.table):
             constants = dict(entry)
             oldest = constants.pop("arch", 80)
             for arch in ARCHITECTURES:
-                if arch[0] * 10 + arch[1] >= oldest:
+                if arch[0] * 10 + arch[1] >= oldest and (place == 0 or arch == (9, 0)):
                     yield kernel(**constants), arch
 
 
