@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from models import FAMILIES, tiny
 from plait.parallel import Pipeline, PlanError
-from plait.parallel.pipeline.microbatches import item_count, microbatches
+from plait.parallel.labels import item_count
+from plait.parallel.pipeline.microbatches import microbatches
 from plait.parallel.pipeline.split import balanced, split_of
 
 
