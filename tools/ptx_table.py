@@ -66,7 +66,7 @@ def import_kernels() -> None:
 
 
 def chosen(names: list[str]) -> Iterator[tuple[Variant, tuple[int, int]]]:
-    """Give the first variant of each table with each architecture it is for, the others with sm_90: it takes seconds."""
+    """Give the first variant of each table with each architecture, the others with sm_90: each takes seconds."""
     import_kernels()
     for name, kernel in sorted(KERNELS.items()):
         if names and name not in names:

@@ -188,9 +188,10 @@ class Scheduler:
             self._turns(lanes)
         except SimulationError as error:
             self.failure = error
-        for one in lanes:  # after a failure: let them unwind
+        for one in lanes:  # after a failure: let them unwind, one by one
             if one.state != "done":
                 one.go.release()
+                self.back.acquire()
         for worker in workers:
             worker.join()
         if self.failure is not None:
