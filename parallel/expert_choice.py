@@ -72,9 +72,12 @@ class Experts(Choice):
         if self.pad and (not self.capacity or self.exchange == "sums"):
             because = "with pad=true sends every expert its capacity of rows"
             return because, "give capacity=, and not exchange=sums"
-        if self.pad and plan.cp.size > 1 and plan.kvp.size == 1:
-            because = f"with pad=true needs equally many tokens on all ranks, which cp={plan.cp.size} does not promise"
-            return because, "use pad=false, or cp=1"
+        uneven = "tp:sp" if plan.sequence_parallel else f"cp={plan.cp.size}"
+        if self.pad and (plan.sequence_parallel or (plan.cp.size > 1 and plan.kvp.size == 1)):
+            because = (
+                f"with pad=true needs as many tokens on every rank, which {uneven} does not promise"
+            )
+            return because, "use pad=false, or tp without :sp and cp=1"
         if self.nodes > 1 and (self.size % self.nodes or self.pad or self.exchange == "sums"):
             because = f"with nodes={self.nodes} sends tokens to nodes, in numbers as they come"
             return (

@@ -209,7 +209,8 @@ def test_padding_reads_nothing_and_sends_its_formula() -> None:
     [
         ("dp2 ep2,pad=true", "give capacity="),
         ("tp2 ep2,capacity=1.0,pad=true,exchange=sums", "not exchange=sums"),
-        ("cp2 ep2,capacity=1.0,pad=true", "cp=1"),
+        ("cp2 ep2,capacity=1.0,pad=true", "which cp=2 does not promise"),
+        ("tp2:sp ep2,capacity=1.0,pad=true", "which tp:sp does not promise"),
         ("dp4 ep4,nodes=3", "use nodes in {1, 2, 4}"),
     ],
 )

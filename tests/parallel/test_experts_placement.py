@@ -117,12 +117,14 @@ def test_two_ranks(tmp_path: Path) -> None:
     moved = write(tmp_path, "moved", 4, (3, 0), (2, 1))
     copied = write(tmp_path, "copied", 4, (3, 0, 1), (2, 1))
     eight = write(tmp_path, "eight", 8, (7, 0, 1, 4, 5, 6), (2, 3, 1, 7))
+    three = write(tmp_path, "three", 3, (2,), (0, 1))
     cases: list[Any] = [
         (placed, f"dp2 ep2,placement={copied}", "mixtral", 4),
         (placed, f"tp2 ep2,placement={eight}", "qwen3_moe", 2),
         (placed, f"tp2 ep2,exchange=tokens,placement={copied}", "gpt_oss", 2),
         (placed, f"dp2:shard ep2,placement={copied}", "qwen2_moe", 2),
         (measure, case(f"kvp2 ep2,placement={moved}", "deepseek", ("steps", "undo"))),
+        (trained, case(f"dp2 ep2,placement={three}", "mixtral", None, num_local_experts=3), 2),
         (copies_apart, f"dp2 ep2,placement={copied}", "mixtral", 1),
         (homes_swapped, f"dp2 ep2,placement={moved}", "mixtral", 1),
     ]
@@ -130,7 +132,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     for i, each in enumerate(cases):
         errors = worst([answer[i] for answer in answers])
         print(each[0].__name__, each[1:], errors)
-        if each[0] in (placed, measure):
+        if each[0] in (placed, trained, measure):
             assert max(errors.values()) < EXACT, each
         else:
             assert not errors["gradients"] < 1e-3, each[0].__name__
