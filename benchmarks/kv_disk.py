@@ -115,16 +115,21 @@ class Ours:
         assert all(move.held)
 
 
-def main() -> None:
+def disk_parser(about: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark that moves pages to a directory and back."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=about, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--page", default="2MiB")
     parser.add_argument("--bytes", default="256MiB")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=4)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = disk_parser(__doc__).parse_args()
     size = parse_bytes(args.page)
     count = parse_bytes(args.bytes) // size
     pages, out = aligned_region(count, size), aligned_region(count, size)

@@ -1,8 +1,8 @@
 """The disk tier against a serving engine's file tier, in that engine's environment: store, cold load, damage.
 
-    .venv-vllm/bin/python benchmarks/kv_disk_peers.py vllm DIR [--page 2MiB] [--bytes 256MiB] [--rounds 7]
-    python benchmarks/kv_disk_peers.py sglang DIR ...        where `pip install --no-deps sglang` was done
-    python benchmarks/kv_disk_peers.py lmcache DIR ...       and of lmcache, aiofile, caio and sortedcontainers
+    .venv-vllm/bin/python benchmarks/kv_disk_peers.py DIR --peer vllm [--page 2MiB] [--bytes 256MiB] [--rounds 7]
+    python benchmarks/kv_disk_peers.py DIR --peer sglang ...   where `pip install --no-deps sglang` was done
+    python benchmarks/kv_disk_peers.py DIR --peer lmcache ...  and of lmcache, aiofile, caio and sortedcontainers
 
 Interleaved rounds over the same bytes in the same memory, `--threads` each where the peer has any. Raw is one
 preallocated file with O_DIRECT, without checksum or sync. plait checksums and syncs; the peers do neither. Files that
@@ -14,7 +14,6 @@ and it is told whether what is loaded is the page, a miss, or wrong.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
@@ -31,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from contest import heading
 from disk_contenders import PEERS, Contender, Memory, Plait
-from kv_disk import Raw
+from kv_disk import Raw, disk_parser
 
 from plait.kvstore.spec import parse_bytes
 
@@ -133,15 +132,8 @@ def injure(make: Callable[[Path], Contender], folder: Path, memory: Memory) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("peer", choices=sorted(PEERS))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--page", default="2MiB")
-    parser.add_argument("--bytes", default="256MiB")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=4)
+    parser = disk_parser(__doc__)
+    parser.add_argument("--peer", choices=sorted(PEERS), required=True)
     args = parser.parse_args()
     size = parse_bytes(args.page)
     memory = Memory(parse_bytes(args.bytes) // size, size)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 
 import numpy as np
+from numba import njit
 from torch import Tensor
 
 from ..cuda_kernels import write_tokens
@@ -97,16 +98,12 @@ def make_step(
     size = pool.spec.page_tokens
     bases = np.fromiter((seq.tokens for seq in seqs), np.int64, len(seqs))
     held = np.fromiter((len(seq.pages) for seq in seqs), np.int64, len(seqs))
-    more = -(-(bases + counts) // size) - held
     lasts = np.fromiter(
         (seq.pages[-1] if len(seq.pages) else 0 for seq in seqs), np.int64, len(seqs)
     )
-    written = bases % size
-    copy = (written != 0) & (counts > 0)
-    copy &= (pool.refcounts[lasts] > 1) | (pool.promised[lasts] > written)
-    afters = np.where((held > 0) & ~copy, lasts, -1)
-    pages = allocate(more + copy, afters)
-    parts = np.split(pages, np.cumsum(more + copy)[:-1]) if len(seqs) else []
+    copy, wanted, afters = _needs(bases, counts, held, lasts, pool.refcounts, pool.promised, size)
+    pages = allocate(wanted, afters)
+    parts = np.split(pages, np.cumsum(wanted)[:-1]) if len(seqs) > 1 else [pages] * len(seqs)
     copied: list[tuple[int, int, int] | None] = [None] * len(seqs)
     tables = []
     for at, seq in enumerate(seqs):
@@ -116,9 +113,24 @@ def make_step(
             parts[at] = parts[at][1:]
         else:
             tables.append(np.concatenate([seq.pages, parts[at]]) if len(parts[at]) else seq.pages)
-    swaps = np.array([c[1:] for c in copied if c is not None], np.int32).reshape(-1, 2)
-    pool.copy(swaps[:, 0], swaps[:, 1])
+    if swaps := [c[1:] for c in copied if c is not None]:
+        pool.copy(*np.array(swaps, np.int32).T)
     return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
+
+
+@njit(cache=True)
+def _needs(bases, counts, held, lasts, holders, promised, size):
+    """Say which last pages must be copied, how many pages each sequence needs, and which they would best follow."""
+    copy = np.zeros(len(bases), np.bool_)
+    wanted, afters = np.empty(len(bases), np.int64), np.full(len(bases), -1, np.int64)
+    for s in range(len(bases)):
+        written = bases[s] % size
+        if written != 0 and counts[s] > 0:
+            copy[s] = holders[lasts[s]] > 1 or promised[lasts[s]] > written
+        wanted[s] = -(-(bases[s] + counts[s]) // size) - held[s] + copy[s]
+        if held[s] > 0 and not copy[s]:
+            afters[s] = lasts[s]
+    return copy, wanted, afters
 
 
 def check_rows(

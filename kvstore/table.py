@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 
@@ -30,8 +31,6 @@ class PageTable:
         self.indptr = np.zeros(len(pages) + 1, np.int64)
         np.cumsum(counts, out=self.indptr[1:])
         self.indices = np.concatenate(pages) if pages else np.empty(0, np.int32)
-        rest = self.lengths - (counts - 1) * page_tokens
-        self.last_page_len = np.where(counts > 0, rest, 0)
 
     @cached_property
     def kv_indptr(self) -> Tensor:
@@ -46,7 +45,9 @@ class PageTable:
     @cached_property
     def kv_last_page_len(self) -> Tensor:
         """Tokens in each sequence's last page (0 for an empty sequence)."""
-        return torch.from_numpy(self.last_page_len.astype(np.int32))
+        counts = np.diff(self.indptr)
+        rest = self.lengths - (counts - 1) * self.page_tokens
+        return torch.from_numpy(np.where(counts > 0, rest, 0).astype(np.int32))
 
     def pages(self, at: int) -> np.ndarray:
         """Page numbers of the sequence at one place in the batch."""
@@ -59,12 +60,19 @@ class PageTable:
 
         Shape: first, counts `[seqs]` -> `[sum(counts)]` int64, in sequence order.
         """
-        total = int(counts.sum())
-        owner = np.repeat(np.arange(len(counts)), counts)
-        begin = np.cumsum(counts) - counts
-        position = first[owner] + np.arange(total) - begin[owner]
-        page = self.indices[self.indptr[owner] + position // self.page_tokens].astype(np.int64)
-        return page * self.page_tokens + position % self.page_tokens
+        return _slots(self.indptr, self.indices, first, counts, self.page_tokens)
+
+
+@njit(cache=True)
+def _slots(indptr, indices, first, counts, page_tokens):
+    slots = np.empty(counts.sum(), np.int64)
+    n = 0
+    for s in range(len(counts)):
+        for token in range(first[s], first[s] + counts[s]):
+            page = np.int64(indices[indptr[s] + token // page_tokens])
+            slots[n] = page * page_tokens + token % page_tokens
+            n += 1
+    return slots
 
 
 def consecutive(pages: np.ndarray) -> bool:

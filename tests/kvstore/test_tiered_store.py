@@ -122,6 +122,29 @@ def test_a_lossy_codec_comes_back_close() -> None:
         store.close(seq)
 
 
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_pages_of_latent_attention_come_back(codec, tmp_path) -> None:
+    """Keys only, whose first columns are the values."""
+    if codec == "zstd":
+        pytest.importorskip("zstandard")
+    spec = KVSpec(3, 1, 6, 4, torch.float32, value_dim=4, shared_kv=True)
+    options = {"spec": spec, "codec": codec, "host_bytes": "1MiB", "disk": tmp_path / "c"}
+    rows = torch.randn(3, 22, 1, 6)
+    for cached in (0, 20):
+        with make(num_pages=8, disk_bytes="1MiB", **options) as store:
+            seq = store.open(range(22))
+            assert seq.cached_tokens == cached
+            step = store.reserve([seq], [22 - cached])
+            for layer in range(3):
+                store.append(step, layer, rows[layer, cached:])
+            store.commit(step)
+            for layer in range(3):
+                k, v = store.keys_values(seq, layer)
+                assert torch.equal(k, rows[layer])
+                assert torch.equal(v, rows[layer, ..., :4])
+            store.close(seq)
+
+
 def test_the_next_process_finds_what_was_flushed(tmp_path) -> None:
     options = {"disk": tmp_path / "c", "disk_bytes": "1MiB", "secret": None}
     store = make(**options)
