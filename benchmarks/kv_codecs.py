@@ -6,7 +6,8 @@
 One layer's keys, `[tokens, 8, 128]` in bfloat16, one thread. "bits" are real ones. quanto and HQQ code groups of 64 as
 their cache layers do (`_quantize`, `_dequantize`); int4, int2 and kivi take groups of 64 beside them. All take turns.
 Billions of elements a CPU second, min / median / max of the rounds, and the ratio of medians to each peer of the same
-bits. "error" is the squared error over the squared keys.
+bits. "error" is the squared error over the squared keys. Ours decode into a page that is there (`decode_into`), as the
+store does; the peers make new tensors, which is what their caches do at every step.
 """
 
 from __future__ import annotations
@@ -60,8 +61,13 @@ class Contender:
 
 def ours(k: Tensor, chain: str, bits: str) -> Contender:
     """One of our codecs."""
-    codec, layout = find_codec(chain), PageLayout.of(k)
-    return Contender(chain, bits, lambda: codec.encode(k), lambda data: codec.decode(data, layout))
+    codec, page = find_codec(chain), torch.empty_like(k)
+
+    def decode(data: Any) -> Tensor:
+        codec.decode_into(data, page)
+        return page
+
+    return Contender(chain, bits, lambda: codec.encode(k), decode)
 
 
 def peers(k: Tensor) -> list[Contender]:

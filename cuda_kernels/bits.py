@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .workers import run_rows
 
-TILE = 1 << 16  # codes: they and what they are made of fit the second cache
+TILE = 1 << 18  # codes: they fit the second cache, and calls are few
 WORDS = {1: np.uint64, 2: np.uint32, 4: np.uint16}  # as many codes as make one byte
 
 

@@ -228,8 +228,8 @@ def dequantise_mx(
 ) -> Tensor:
     """Undo `quantise_mx`. Shape: -> `[rows, width]` of the dtype."""
     x = torch.empty(codes.shape[0], width, dtype=dtype)
-    parts = [t.cpu().contiguous().numpy() for t in (scales, codes)]
-    dequantise_mx_into(*parts, form, x)
+    s, c = (t.cpu().contiguous().numpy() for t in (scales, codes))
+    dequantise_mx_into(s, c, form, x)
     return x.to(codes.device)
 
 
@@ -264,8 +264,8 @@ def dequantise_nvfp4(
 ) -> Tensor:
     """Undo `quantise_nvfp4`. Shape: -> `[rows, width]` of the dtype."""
     x = torch.empty(codes.shape[0], width, dtype=dtype)
-    parts = [t.cpu().contiguous().numpy() for t in (scales, codes)]
-    dequantise_nvfp4_into(*parts, whole, x)
+    s, c = (t.cpu().contiguous().numpy() for t in (scales, codes))
+    dequantise_nvfp4_into(s, c, whole, x)
     return x.to(codes.device)
 
 

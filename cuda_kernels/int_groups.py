@@ -19,6 +19,8 @@ from .bits import pack_tiles, packed_width, unpack_tiles
 from .halves import narrow, widen
 from .numbers import bits_of, half_of
 
+COLUMNS = 1024  # done together: a group of them stays in the second cache
+
 
 def quantise_reference(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise groups along dim 1 in plain torch.
@@ -71,7 +73,7 @@ def _ends(row, wide):
     return low, high
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _round(wide, low, scale, top, codes):
     for i in range(wide.size):
         code = np.rint((wide[i] - low) / scale)
@@ -123,7 +125,9 @@ def _widen_ends(row, wide, low, high):
         high[c] = key if key > high[c] else high[c]
 
 
-@njit(nogil=True, cache=True)
+@njit(
+    nogil=True, cache=True, error_model="numpy"
+)  # a look for zeros would keep it from being vector code
 def _round_row(wide, low, scale, top, codes):
     for c in range(wide.size):
         code = np.rint((wide[c] - low[c]) / scale[c])
@@ -134,40 +138,52 @@ def _round_row(wide, low, scale, top, codes):
 def _quantise_columns(x, top, codes, scales, lows):
     """Groups along a column. Shape: x, codes `[groups, group, inner]`, scales, lows `[groups, inner]`."""
     groups, group, inner = x.shape
-    wide = np.empty((group, inner), np.float32)
-    least, largest = np.empty(inner, np.int32), np.empty(inner, np.int32)
-    low, step = np.empty(inner, np.float32), np.empty(inner, np.float32)
+    wide = np.empty((group, COLUMNS), np.float32)
+    least, largest = np.empty(COLUMNS, np.int32), np.empty(COLUMNS, np.int32)
+    low, step = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
     bad = 0
     for g in range(groups):
-        least[:], largest[:] = 0x7FFFFFFF, -0x7FFFFFFF
-        for t in range(group):
-            _widen_ends(x[g, t], wide[t], least, largest)
-        for c in range(inner):
-            first = _number(least[c])
-            scales[g, c] = narrow((_number(largest[c]) - first) / top, scales)
-            lows[g, c] = narrow(first, lows)
-            scale = widen(scales[g, c])
-            low[c] = widen(lows[g, c])
-            if not (np.isfinite(scale) and np.isfinite(low[c])):
-                bad += 1
-            step[c] = scale if scale > 0 else np.inf  # anything over infinity is code 0
-        for t in range(group):
-            _round_row(wide[t], low, step, top, codes[g, t])
+        for a in range(0, inner, COLUMNS):
+            b = min(a + COLUMNS, inner)
+            n = b - a
+            least[:], largest[:] = 0x7FFFFFFF, -0x7FFFFFFF
+            for t in range(group):
+                _widen_ends(x[g, t, a:b], wide[t, :n], least[:n], largest[:n])
+            for c in range(n):
+                first = _number(least[c])
+                scales[g, a + c] = narrow((_number(largest[c]) - first) / top, scales)
+                lows[g, a + c] = narrow(first, lows)
+                scale = widen(scales[g, a + c])
+                low[c] = widen(lows[g, a + c])
+                if not (np.isfinite(scale) and np.isfinite(low[c])):
+                    bad += 1
+                step[c] = scale if scale > 0 else np.inf  # anything over infinity is code 0
+            for t in range(group):
+                _round_row(wide[t, :n], low[:n], step[:n], top, codes[g, t, a:b])
     return bad
 
 
 @njit(nogil=True, cache=True)
 def _dequantise_row(codes, scale, low, out):
     for c in range(codes.size):
-        out[c] = narrow(np.float32(codes[c]) * widen(scale[c]) + widen(low[c]), out)
+        out[c] = narrow(np.float32(codes[c]) * scale[c] + low[c], out)
+
+
+@njit(nogil=True, cache=True)
+def _widen_run(row, wide):
+    for c in range(row.size):
+        wide[c] = widen(row[c])
 
 
 @njit(nogil=True, cache=True)
 def _dequantise_columns(codes, scales, lows, x):
-    groups, group, _ = codes.shape
+    groups, group, inner = codes.shape
+    scale, low = np.empty(inner, np.float32), np.empty(inner, np.float32)
     for g in range(groups):
+        _widen_run(scales[g], scale)
+        _widen_run(lows[g], low)
         for t in range(group):
-            _dequantise_row(codes[g, t], scales[g], lows[g], x[g, t])
+            _dequantise_row(codes[g, t], scale, low, x[g, t])
 
 
 def quantise_into(

@@ -91,9 +91,9 @@ class PageEncoding:
 
     def _decode(self, data: np.ndarray, lengths: list[int], stage: Staging, row: int) -> bool:
         at = self._data_at
-        for length, (codec, layout), part in zip(lengths, self._both(), stage.parts, strict=True):
+        for length, codec, part in zip(lengths, self._codecs, stage.parts, strict=True):
             try:
-                part[row] = codec.decode(data[at : at + length], layout)
+                codec.decode_into(data[at : at + length], part[row])
             except CodecError:
                 return False
             at += length

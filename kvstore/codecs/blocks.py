@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ...cuda_kernels.bits import packed_width
-from .codec import PageLayout, PageToBytes, need_floats, need_length, readable
+from .codec import InPlace, PageLayout, need_floats
 
 
 @dataclass(frozen=True)
-class Blocked(PageToBytes):
+class Blocked(InPlace):
     """A head of some bytes, then a byte or more for each block, then packed codes.
 
     Blocks do not cross vectors: the last one of a head whose dim is no multiple is shorter.
@@ -76,10 +76,7 @@ class Blocked(PageToBytes):
         self.quantise(x.reshape(-1, page.shape[-1]), *self._parts(data, layout))
         return data
 
-    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+    def fill(self, data: np.ndarray, page: Tensor) -> None:
         """Codes times scales."""
-        need_length(data, self.max_bytes(layout), self.name)
-        work = torch.float32 if layout.dtype == torch.float64 else layout.dtype
-        x = torch.empty(layout.vectors, layout.shape[-1], dtype=work)
-        self.dequantise(*self._parts(readable(data), layout), x)
-        return x.to(layout.dtype).reshape(layout.shape)
+        parts = self._parts(data, PageLayout.of(page))
+        self.dequantise(*parts, page.view(-1, page.shape[-1]))

@@ -121,6 +121,39 @@ class PageToBytes(CodecPart):
             CodecError: if `encode` cannot have made these bytes.
         """
 
+    def decode_into(self, data: np.ndarray, page: Tensor) -> None:
+        """Read it back into a contiguous page in host memory; new memory costs as much as decoding.
+
+        Raises:
+            CodecError: as `decode`; the page may then hold anything.
+        """
+        page.copy_(self.decode(data, PageLayout.of(page)))
+
+
+class InPlace(PageToBytes):
+    """Decodes into memory that is there; float64 by way of float32."""
+
+    @abstractmethod
+    def fill(self, data: np.ndarray, page: Tensor) -> None:
+        """Read as many bytes as must be into a contiguous page of 16 or 32 bits."""
+
+    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+        """Read it back, into new memory."""
+        page = torch.empty(layout.shape, dtype=layout.dtype)
+        self.decode_into(data, page)
+        return page
+
+    def decode_into(self, data: np.ndarray, page: Tensor) -> None:
+        """Read it back."""
+        layout = PageLayout.of(page)
+        need_length(data, self.max_bytes(layout), self.name)
+        if page.dtype != torch.float64:
+            self.fill(readable(data), page)
+            return
+        narrow = torch.empty(page.shape)
+        self.fill(readable(data), narrow)
+        page.copy_(narrow)
+
 
 class BytesToBytes(CodecPart):
     """Makes bytes fewer. Always lossless."""
@@ -215,11 +248,29 @@ class Codec:
         Raises:
             CodecError: if `encode` cannot have made these bytes of such a page.
         """
-        layouts, limits = self._layouts(layout), self._limits(layout)
+        return self._unpage(
+            self.writer.decode(self._unpack(data, layout), self._layouts(layout)[-1]), layout
+        )
+
+    def decode_into(self, data: np.ndarray, page: Tensor) -> None:
+        """Read a page back into memory that is there.
+
+        Raises:
+            CodecError: as `decode`; the page may then hold anything.
+        """
+        if self.pages or not page.is_contiguous() or page.device.type != "cpu":
+            page.copy_(self.decode(data, PageLayout.of(page)))
+        else:
+            self.writer.decode_into(self._unpack(data, PageLayout.of(page)), page)
+
+    def _unpack(self, data: np.ndarray, layout: PageLayout) -> np.ndarray:
+        limits = self._limits(layout)
         for part, limit in zip(self.packers[::-1], limits[-2::-1], strict=True):
             data = part.decode(data, limit)
-        page = self.writer.decode(data, layouts[-1])
-        for part, before in zip(self.pages[::-1], layouts[-2::-1], strict=True):
+        return data
+
+    def _unpage(self, page: Tensor, layout: PageLayout) -> Tensor:
+        for part, before in zip(self.pages[::-1], self._layouts(layout)[-2::-1], strict=True):
             page = part.decode(page, before)
         return page
 

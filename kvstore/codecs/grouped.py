@@ -13,7 +13,7 @@ from torch import Tensor
 from ...cuda_kernels.bits import packed_width
 from ...cuda_kernels.int_groups import dequantise_into, quantise_into
 from ...cuda_kernels.numbers import bits_of, half_of
-from .codec import CodecError, PageLayout, PageToBytes, need_floats, need_length, readable
+from .codec import CodecError, InPlace, PageLayout, need_floats
 
 
 class Groups(NamedTuple):
@@ -38,7 +38,7 @@ class Groups(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Grouped(PageToBytes):
+class Grouped(InPlace):
     """16-bit scales, as many low ends, then packed codes. Real bits per element: `bits + 32 / group`.
 
     Scales are bfloat16 for bfloat16 pages, else float16, which values beyond 65504 do not fit: cast those pages
@@ -89,15 +89,11 @@ class Grouped(PageToBytes):
             )
         return data
 
-    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+    def fill(self, data: np.ndarray, page: Tensor) -> None:
         """Low ends plus codes times scales."""
-        need_length(data, self.max_bytes(layout), self.name)
-        cut = self.groups(layout)
-        work = torch.float32 if layout.dtype == torch.float64 else layout.dtype
-        parts = self._parts(readable(data), cut, work)
-        x = torch.empty(cut.shape, dtype=work)
-        dequantise_into(*parts, cut.bits, cut.size, cut.channels, x)
-        return x.to(layout.dtype).reshape(layout.shape)
+        cut = self.groups(PageLayout.of(page))
+        parts = self._parts(data, cut, page.dtype)
+        dequantise_into(*parts, cut.bits, cut.size, cut.channels, page.view(cut.shape))
 
 
 def check_group(name: str, bits: int, group: int) -> None:

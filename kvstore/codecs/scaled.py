@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...cuda_kernels.scaled_rows import dequantise_rows_into, quantise_rows_into
-from .codec import CodecError, PageLayout, PageToBytes, need_floats, need_length, readable
+from .codec import CodecError, InPlace, PageLayout, need_floats
 
 
 @dataclass(frozen=True)
-class Scaled(PageToBytes):
+class Scaled(InPlace):
     """Eight-bit codes, then float32 scales; a vector is its codes times its scale.
 
     Real bits per element: `8 + 32 / head_dim`. A vector of nothing but subnormal numbers becomes zeros.
@@ -43,14 +43,11 @@ class Scaled(PageToBytes):
         data[layout.numel :] = scales.view(np.uint8)
         return data
 
-    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+    def fill(self, data: np.ndarray, page: Tensor) -> None:
         """Codes times scales."""
-        need_length(data, self.max_bytes(layout), self.name)
-        work = torch.float32 if layout.dtype == torch.float64 else layout.dtype
-        x = torch.empty(layout.vectors, layout.shape[-1], dtype=work)
-        scales = data[layout.numel :].copy().view(np.float32)
-        dequantise_rows_into(scales, readable(data[: layout.numel]).reshape(x.shape), self.whole, x)
-        return x.to(layout.dtype).reshape(layout.shape)
+        rows, size = page.view(-1, page.shape[-1]), page.numel()
+        scales = data[size:].copy().view(np.float32)
+        dequantise_rows_into(scales, data[:size].reshape(rows.shape), self.whole, rows)
 
 
 @dataclass(frozen=True)

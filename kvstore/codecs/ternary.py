@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ...cuda_kernels.numbers import bits_of, half_of
 from ...cuda_kernels.sign_groups import dequantise_signs_into, quantise_signs_into, signs_bytes
-from .codec import CodecError, PageLayout, PageToBytes, need_floats, need_length, readable
+from .codec import CodecError, InPlace, PageLayout, need_floats
 from .grouped import check_group
 from .kivi import by_channels
 
 
 @dataclass(frozen=True)
-class Ternary(PageToBytes):
+class Ternary(InPlace):
     """16-bit scales, then codes, five to a byte. Real bits per element: `1.6 + 16 / group`."""
 
     name: ClassVar[str] = "ternary"
@@ -70,11 +70,8 @@ class Ternary(PageToBytes):
             )
         return data
 
-    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+    def fill(self, data: np.ndarray, page: Tensor) -> None:
         """Signs times scales."""
-        need_length(data, self.max_bytes(layout), self.name)
-        work = torch.float32 if layout.dtype == torch.float64 else layout.dtype
-        x = torch.empty(self._cuts(layout)[0], dtype=work)
-        scales, codes = self._parts(readable(data), layout, work)
-        dequantise_signs_into(scales, codes, True, x)
-        return x.to(layout.dtype).reshape(layout.shape)
+        layout = PageLayout.of(page)
+        scales, codes = self._parts(data, layout, page.dtype)
+        dequantise_signs_into(scales, codes, True, page.view(self._cuts(layout)[0]))

@@ -18,11 +18,11 @@ from torch import Tensor
 from ...cuda_kernels.bits import packed_width
 from ...cuda_kernels.hadamard import dequantise_turbo_into, quantise_turbo_into
 from ...cuda_kernels.numbers import bits_of, half_of
-from .codec import CodecError, PageLayout, PageToBytes, need_floats, need_length, readable
+from .codec import CodecError, InPlace, PageLayout, need_floats
 
 
 @dataclass(frozen=True)
-class Turbo(PageToBytes):
+class Turbo(InPlace):
     """16-bit norms, then packed codes. Real bits per element: `bits + 16 / head_dim`.
 
     Relative squared error on vectors without structure: 0.36, 0.12, 0.034, 0.0093 with 1, 2, 3, 4 bits.
@@ -66,10 +66,7 @@ class Turbo(PageToBytes):
             )
         return data
 
-    def decode(self, data: np.ndarray, layout: PageLayout) -> Tensor:
+    def fill(self, data: np.ndarray, page: Tensor) -> None:
         """Levels times norm, rotated back."""
-        need_length(data, self.max_bytes(layout), self.name)
-        work = torch.float32 if layout.dtype == torch.float64 else layout.dtype
-        x = torch.empty(layout.vectors, layout.shape[-1], dtype=work)
-        dequantise_turbo_into(*self._parts(readable(data), layout, work), self.bits, self.seed, x)
-        return x.to(layout.dtype).reshape(layout.shape)
+        norms, codes = self._parts(data, PageLayout.of(page), page.dtype)
+        dequantise_turbo_into(norms, codes, self.bits, self.seed, page.view(-1, page.shape[-1]))

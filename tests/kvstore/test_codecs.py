@@ -160,6 +160,9 @@ def test_real_bytes_are_the_promised_ones(chain, dtype, shape) -> None:
     got = codec.decode(data.copy(), layout)
     assert PageLayout.of(got) == layout
     assert torch.equal(got, codec.decode(data, layout))
+    into = torch.full_like(page, 7.0)
+    codec.decode_into(data, into)
+    assert torch.equal(got, into)
     data.flags.writeable = False  # as zstd gives them
     assert torch.equal(got, codec.decode(data, layout))
     shifted = np.empty(data.size + 1, np.uint8)[1:]  # as they lie behind keys of an odd length
