@@ -8,6 +8,9 @@ Source: FlashDecoding; Helix Parallelism (arXiv 2507.07120) section 2.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from .gpu import ptx
 from .gpu.kernel import Variant, kernel
-from .gpu.ptx import f32, i32, u32, u64
+from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
 
@@ -111,6 +114,35 @@ def merge_plain(
     return merged, merged_lse
 
 
+def merge_function(shards: int, dtype: torch.dtype) -> Callable[..., Any]:
+    """Make the device function that merges 16 bytes of each shard, by `weights`, their lse."""
+    width, unpack, _ = VECTORS[dtype]
+
+    @device_function
+    def merge_pieces(words, weights, logit, acc):
+        """Leave the merged numbers in `acc`; return the lse. `logit` joins the denominator."""
+        top = ptx.larger(LOWEST, logit)
+        for s in range(shards):
+            top = ptx.larger(top, weights[s])
+        total = ptx.exp2(f32(logit - top) * LOG2E)
+        x = ptx.local(width, f32)
+        for i in range(width):
+            acc[i] = f32(0)
+        for s in range(shards):
+            weight = ptx.exp2(f32(weights[s] - top) * LOG2E)
+            unpack(words[4 * s], words[4 * s + 1], words[4 * s + 2], words[4 * s + 3], x, 0)
+            total += weight
+            for i in range(width):
+                # what an empty shard holds may be NaN
+                acc[i] += f32(0) if weight == f32(0) else f32(weight * x[i])
+        scale = f32(0) if total == f32(0) else ptx.reciprocal(total)
+        for i in range(width):
+            acc[i] *= scale
+        return f32(top + ptx.log2(total) * LN2)
+
+    return merge_pieces
+
+
 @kernel(
     threads=128,
     table=[
@@ -125,7 +157,8 @@ def merge_plain(
 )
 def merge_rows(shards, vectors, dtype, sink, threads):
     """Merge rows of `vectors` 16-byte pieces, one thread for each; block y is a head if there are sinks."""
-    width, unpack, pack = VECTORS[dtype]
+    width, _, pack = VECTORS[dtype]
+    merge_pieces = merge_function(shards, dtype)
     shift = (vectors - 1).bit_length()  # lanes of a row: a power of two, the last may idle
     rows_a_block, lane_mask = threads >> shift, (1 << shift) - 1
     words = 4 * shards
@@ -145,27 +178,12 @@ def merge_rows(shards, vectors, dtype, sink, threads):
             v[4 * s], v[4 * s + 1], v[4 * s + 2], v[4 * s + 3] = ptx.ld16_once(first)
             weights[s] = ptx.ld_f32(lse + (at + u64(s) * all_rows) * u64(4))
         logit = ptx.ld_f32(sinks + u64(u32(head)) * u64(4)) if sink else f32(-np.inf)
-        top = ptx.larger(LOWEST, logit)
-        for s in range(shards):
-            top = ptx.larger(top, weights[s])
-        total = ptx.exp2(f32(logit - top) * LOG2E)
-        acc, x = ptx.local(width, f32), ptx.local(width, f32)
-        for i in range(width):
-            acc[i] = f32(0)
-        for s in range(shards):
-            weight = ptx.exp2(f32(weights[s] - top) * LOG2E)
-            unpack(v[4 * s], v[4 * s + 1], v[4 * s + 2], v[4 * s + 3], x, 0)
-            total += weight
-            for i in range(width):
-                # what an empty shard holds may be NaN
-                acc[i] += f32(0) if weight == f32(0) else f32(weight * x[i])
-        scale = f32(0) if total == f32(0) else ptx.reciprocal(total)
-        for i in range(width):
-            acc[i] *= scale
+        acc = ptx.local(width, f32)
+        merged_lse = merge_pieces(v, weights, logit, acc)
         a, b, c, d = pack(acc, 0)
         ptx.st16(out + place, a, b, c, d)
         if piece == i32(0):
-            ptx.st_f32(out_lse + at * u64(4), f32(top + ptx.log2(total) * LN2))
+            ptx.st_f32(out_lse + at * u64(4), merged_lse)
 
     return body
 

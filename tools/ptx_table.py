@@ -122,9 +122,9 @@ class Assembled:
         return [f"{where} {what}" for what, breach in found.items() if breach]
 
     def calls(self) -> bool:
-        """Calls, and what ptxas makes a call of. Shuffles have one of ptxas' own, for warps that have diverged."""
+        """Calls, and what ptxas makes a call of. Shuffles and barriers have one of ptxas' own, for diverged warps."""
         asked = re.search(r"\bcall\b|\b(div|rem)\.[su]\d\d\b|\b(div|sqrt)\.rn\b", self.ptx)
-        return bool(asked) or (self.count(r"\bCALL\b") > 0 and ".sync." not in self.ptx)
+        return bool(asked) or (self.count(r"\bCALL\b") > 0 and ".sync" not in self.ptx)
 
 
 def number(pattern: str, text: str) -> int:

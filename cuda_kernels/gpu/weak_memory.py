@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .simulator import Block, Lane, Memory, SimulationError
@@ -27,6 +27,7 @@ class WeakMemory(Memory):
         multicast: the address that stands for offset 0 of all of them at once.
         delays: draws how many turns a thread loses at each flag; None: none.
         naps: seconds that it may sleep there too, for ranks in other processes.
+        device_of: which device a block is on; what has device scope does not reach another one.
     """
 
     def __init__(
@@ -35,11 +36,15 @@ class WeakMemory(Memory):
         multicast: int = 1 << 56,
         delays: random.Random | None = None,
         naps: float = 0.0,
+        device_of: Callable[[Block], Any] = lambda block: "the only one",
     ) -> None:
+        self.device_of = device_of
         self.regions, self.multicast, self.delays, self.naps = regions, multicast, delays, naps
         self.clock = 0
         self.views: dict[Any, View] = {}  # of lanes, and of blocks: as they began
-        self.hidden: dict[Any, list[Write]] = {}  # of lanes, and of blocks: what others do not see
+        self.hidden: dict[
+            Any, list[Write]
+        ] = {}  # of lanes, blocks and devices: what others do not see
         self.published: dict[Block, list[tuple[int, Write]]] = {}  # and when
 
     def load(self, lane: Lane, address: int, size: int) -> bytes:
@@ -50,7 +55,8 @@ class WeakMemory(Memory):
         taken, regions = self._view(lane)
         data = bytearray(regions[region][address - base : address - base + size])
         own = [write for when, write in self.published.get(lane.block, ()) if when > taken]
-        for write in (*own, *self.hidden.get(lane.block, ()), *self.hidden.get(lane, ())):
+        mine = (self._device(lane), lane.block, lane)
+        for write in (*own, *(write for key in mine for write in self.hidden.get(key, ()))):
             _overlay(data, address, *write)
         return bytes(data)
 
@@ -75,11 +81,12 @@ class WeakMemory(Memory):
 
     def add(self, lane: Lane, address: int, value: int, acquire: bool) -> int:
         self._dawdle(lane)
-        self._publish(lane)
-        before = super().add(lane, address, value, acquire)
-        if acquire:
-            self._look(lane)
-        return before
+        if acquire:  # of device scope: what it publishes stays on the device
+            mine = self.hidden.pop(lane.block, []) + self.hidden.pop(lane, [])
+            self.hidden.setdefault(self._device(lane), []).extend(mine)
+        else:
+            self._publish(lane)
+        return super().add(lane, address, value, acquire)
 
     def fence(self, lane: Lane) -> None:
         self._publish(lane)
@@ -95,7 +102,7 @@ class WeakMemory(Memory):
                 self.views[lane] = max(views, key=lambda view: view[0])
 
     def finish(self, block: Block) -> None:
-        for key in (*block.lanes, block):
+        for key in (self._device(block.lanes[0]), block, *block.lanes):
             self._write(self.hidden.pop(key, []))
             self.views.pop(key, None)
         self.published.pop(block, None)
@@ -105,6 +112,9 @@ class WeakMemory(Memory):
         if not 0 <= offset < self.regions[0][1]:
             raise SimulationError(f"{address:#x} is no multicast address")
         return [base + offset for base, _ in self.regions]
+
+    def _device(self, lane: Lane) -> tuple[str, Any]:
+        return "device", self.device_of(lane.block)
 
     def _region(self, address: int) -> int | None:
         inside = (i for i, (base, size) in enumerate(self.regions) if base <= address < base + size)
@@ -126,7 +136,8 @@ class WeakMemory(Memory):
         return self.clock, [ctypes.string_at(base, size) for base, size in self.regions]
 
     def _publish(self, lane: Lane) -> None:
-        writes = self.hidden.pop(lane.block, []) + self.hidden.pop(lane, [])
+        mine = (self._device(lane), lane.block, lane)
+        writes = [write for key in mine for write in self.hidden.pop(key, ())]
         self._write(writes)
         self.clock += 1
         self.published.setdefault(lane.block, []).extend((self.clock, one) for one in writes)

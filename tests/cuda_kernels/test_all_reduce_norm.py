@@ -41,7 +41,9 @@ class Ranks:
         normed = torch.zeros(self.world, ROWS, HIDDEN, dtype=out)
         total, scales = torch.zeros_like(xs), torch.ones(self.world, ROWS)
         regions = [(buffer.data_ptr(), buffer.numel()) for buffer in self.buffers]
-        memory = WeakMemory(regions, delays=random.Random(self.seed))
+        memory = WeakMemory(
+            regions, delays=random.Random(self.seed), device_of=lambda block: block.y
+        )
         variant = getattr(self.module, schedule)(
             world=self.world, hidden=HIDDEN, dtype=dtype, layer_norm=layer_norm, fp8=fp8,
             slot_bytes=SLOT, blocks=BLOCKS, virtual=True, threads=THREADS,
