@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,7 @@ class LanePool:
         self.places = np.zeros((num_pages, self.size), np.int32)
         self.received = torch.zeros(num_pages, self.size) if received else None
         self.peak_pages = 0
+        self.spare: Callable[[], bool] = lambda: False  # gives pages back that nobody needs
 
     @property
     def bytes_per_page(self) -> int:
@@ -64,7 +66,9 @@ class LanePool:
             want = pool.capacity + max(short, pool.capacity // 4)
             if self.max_pages is not None:
                 want = min(want, self.max_pages)
-            if want - pool.capacity < short:
+            while want - pool.capacity < count - pool.free_pages and self.spare():
+                pass
+            if want - pool.capacity < count - pool.free_pages:
                 raise PoolExhausted(count, pool.free_pages, pool.held_pages, pool.capacity)
             extra = want - pool.capacity
             pool.grow(want)

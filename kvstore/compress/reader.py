@@ -18,6 +18,7 @@ from ..spec import KVSpec
 from .compression import Compression
 from .lanes import LanePool
 from .layers import LayerKeeper
+from .prefixes import KeptPrefixes
 from .reading import LaneRows, attend_lanes, attend_whole, by_sequence, hear, lane_rows, regions
 from .report import check_lanes, report
 from .sequence import KeptSequence, KeptStep, listed
@@ -35,6 +36,7 @@ class KeptReader:
     what: tuple[Compression | None, ...]
     pool: LanePool
     keeper: LayerKeeper
+    prefixes: KeptPrefixes
     selector: Selector | None
     _lock: Any  # a threading.RLock, which is no class
     _sequences: dict[int, KeptSequence]
@@ -170,7 +172,9 @@ class KeptReader:
     def report(self) -> dict[str, float]:
         """Say what is kept and what it takes; see `report.report`."""
         with self._lock:
-            return report(self.spec, self.pool, list(self._sequences.values()))
+            return report(
+                self.spec, self.pool, list(self._sequences.values()), self.prefixes.sequences
+            )
 
     def check_integrity(self) -> None:
         """Prove that pages, counts and places tell one story.
@@ -179,7 +183,7 @@ class KeptReader:
             IntegrityError: naming what does not hold.
         """
         with self._lock:
-            check_lanes(self.pool, list(self._sequences.values()))
+            check_lanes(self.pool, [*self._sequences.values(), *self.prefixes.sequences])
 
     def _rows_of(self, seqs: Listing[KeptSequence], step: KeptStep) -> list[int]:
         return [int(step.rows[step.seqs.index(seq)]) for seq in seqs]

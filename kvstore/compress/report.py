@@ -13,20 +13,28 @@ from .lanes import LanePool
 from .sequence import KeptSequence
 
 
-def report(spec: KVSpec, pool: LanePool, seqs: Listing[KeptSequence]) -> dict[str, float]:
-    """Count tokens and bytes of all open sequences on this rank.
+def report(
+    spec: KVSpec, pool: LanePool, seqs: Listing[KeptSequence], prefixes: Listing[KeptSequence]
+) -> dict[str, float]:
+    """Count tokens of all open sequences, and bytes, those kept for later prompts included, on this rank.
 
     `text_tokens` were seen, `kept_tokens` is the mean of what layers and heads keep of them. `held_bytes` are those of
     pages in use, with the places of their tokens, and `coded_bytes` the coded part of them; `whole_bytes` what all
     tokens would take; `peak_bytes` the most that exact pages ever took at once.
     """
-    coded = {id(run): run.num_bytes for seq in seqs for own in seq.coded for run in own.runs}
+    coded = {
+        id(run): run.num_bytes
+        for seq in (*seqs, *prefixes)
+        for own in seq.coded
+        for run in own.runs
+    }
     held = pool.pool.held_pages * pool.bytes_per_page + sum(coded.values())
     kept = [float(seq.kept.mean()) for seq in seqs]
     text = sum(seq.tokens for seq in seqs)
     whole = text * spec.bytes_per_token
     return {
         "sequences": len(seqs),
+        "prefixes": len(prefixes),
         "text_tokens": text,
         "kept_tokens": sum(kept),
         "held_bytes": held,

@@ -27,6 +27,7 @@ class KeptSequence:
         lanes: what is kept, by layer.
         coded: pages in fewer bits, by layer.
         queries: the newest queries of each layer, as many as its scorer votes with while decoding.
+        cached_tokens: those that `open` found kept already; ids, key: the prompt's, if it may be found by others.
         memory: what the selector remembers, by layer and head.
     """
 
@@ -41,6 +42,8 @@ class KeptSequence:
         self.step: KeptStep | None = None
         self.closed = self.broken = False
         self.cached_tokens = 0
+        self.ids: np.ndarray | None = None
+        self.key = b""
 
     def forget(self) -> None:
         """Be as new; the lanes are the store's to empty."""

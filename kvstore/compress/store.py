@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Listing
@@ -11,16 +12,19 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import StepError
+from ..identity import Identity, check_tenant, prefix_key
 from ..select.selector import Selector
 from ..spec import KVSpec, plan_pages
 from ..step import check_rows
+from ..tokens import TokenIds, as_token_ids
 from .choice import Chooser, ModelFacts
-from .coded import PageCoder, Tiers
+from .coded import Tiers
+from .compose import page_coder, selector_of
 from .compression import Compression, CompressionError, by_layer
 from .lanes import LanePool, Lanes
 from .layers import LayerKeeper
+from .prefixes import KeptPrefixes
 from .reader import KeptReader
-from .scorers import Scorer
 from .sequence import KeptSequence, KeptStep, listed
 from .shard import Shard
 
@@ -42,6 +46,10 @@ class CompressedStore(KeptReader):
         facts: what scorers such as `expected`, `triattention` and `critical` know of the model.
         shard: the ranks that hold parts of the same sequences.
         selector: which of the kept tokens a step of one row a sequence reads, such as "rocket:budget=256"; default all.
+        identity: what kept tokens are true for; see `Identity`.
+
+    Attributes:
+        private: some scorer looks at queries, so that what is kept serves its own request only.
 
     State: one lock around all calls.
     """
@@ -57,6 +65,7 @@ class CompressedStore(KeptReader):
         facts: ModelFacts | None = None,
         shard: Shard | None = None,
         selector: str | Selector | None = None,
+        identity: Identity | None = None,
     ) -> None:
         if spec.shared_kv:
             raise CompressionError(
@@ -65,17 +74,23 @@ class CompressedStore(KeptReader):
         self.spec, self.shard = spec, shard or Shard()
         self.what = by_layer(spec.layers, scorer, layers)
         kinds = [what.scorer for what in self.what if what is not None]
-        self.selector = None if selector is None else _selector(selector, kinds)
+        self.selector = None if selector is None else selector_of(selector, kinds)
         self.private = any(kind.private for kind in kinds)
         one = replace(spec, layers=1, kv_heads=1)
         first, most = plan_pages(one, device_bytes, num_pages, grow=True)
         self.pool = LanePool(one, first, most, any(kind.received for kind in kinds))
         chooser = Chooser(spec.layers, facts or ModelFacts(), self.shard)
-        coder = _coder(spec, codec, self.what, self.selector)
+        coder = page_coder(spec, codec, self.what, self.selector)
         self.keeper = LayerKeeper(self.pool, self.what, chooser, coder)
         self._lock = threading.RLock()
         self._sequences: dict[int, KeptSequence] = {}
         self._next = 0
+        self.prefixes = KeptPrefixes()
+        tiers = "none" if coder is None else str(coder.tiers)
+        said = f"{tiers}; {'; '.join(map(str, self.what))}"  # what was evicted or coded is part of what a page is
+        self._identity = replace(identity or Identity(), codec=said).digest(spec)
+        self._secret = os.urandom(32)
+        self.pool.spare = self._spare
 
     def join(self, shard: Shard) -> None:
         """Keep a part of sequences that other ranks share; `parallelize` says which.
@@ -92,20 +107,57 @@ class CompressedStore(KeptReader):
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def open(self) -> KeptSequence:
-        """Start a sequence."""
-        return self.open_batch(1)[0]
+    def open(self, token_ids: TokenIds | None = None, tenant: str | None = None) -> KeptSequence:
+        """Start a sequence; see `open_batch`."""
+        return self.open_batch([token_ids], tenant)[0]
 
-    def open_batch(self, count: int) -> list[KeptSequence]:
-        """Start some sequences."""
+    def open_batch(
+        self, prompts: int | Listing[TokenIds | None], tenant: str | None = None
+    ) -> list[KeptSequence]:
+        """Start sequences: some empty ones, or one for each row of token ids.
+
+        With ids, from what was kept of the longest text that an earlier sequence's prompt ended with and this one
+        begins with (`cached_tokens`), unless the store is `private` or cut over kvp ranks.
+        """
+        rows = [None] * prompts if isinstance(prompts, int) else prompts
+        ids = [None if row is None else as_token_ids(row) for row in rows]
+        shared = not self.private and self.shard.rule.shards == 1
+        key = prefix_key(self._secret, self._identity, check_tenant(tenant))
         with self._lock:
-            return [self._open() for _ in range(count)]
+            return [self._open(row if shared else None, key) for row in ids]
 
-    def _open(self) -> KeptSequence:
-        seq = KeptSequence(self, self._next, self.spec.layers, self.spec.kv_heads)
-        self._sequences[self._next] = seq
-        self._next += 1
+    def _open(self, ids: np.ndarray | None = None, key: bytes = b"") -> KeptSequence:
+        seq = self._made()
+        self._sequences[seq.number] = seq
+        found = None if ids is None else self.prefixes.find(key, ids)
+        if found is not None:
+            self._share(found, seq)
+            seq.cached_tokens = seq.tokens
+        seq.ids, seq.key = ids, key
         return seq
+
+    def _made(self) -> KeptSequence:
+        self._next += 1
+        return KeptSequence(self, self._next - 1, self.spec.layers, self.spec.kv_heads)
+
+    def _share(self, seq: KeptSequence, twin: KeptSequence) -> None:
+        twin.copy(seq)
+        twin.lanes = [self.pool.share(lanes) for lanes in seq.lanes]
+
+    def _spare(self) -> bool:
+        """Lose a text that no sequence stands on, to make room; False if there is none."""
+        oldest = self.prefixes.drop()
+        if oldest is not None:
+            self._empty(oldest)
+        return oldest is not None
+
+    def evict(self) -> int:
+        """Lose all texts that are kept for later prompts; return how many."""
+        with self._lock:
+            count = len(self.prefixes)
+            while self._spare():
+                pass
+            return count
 
     def close(self, seqs: KeptSequence | Iterable[KeptSequence]) -> None:
         """End sequences; pages nobody else holds become free."""
@@ -132,8 +184,7 @@ class CompressedStore(KeptReader):
         with self._lock:
             self._idle(seq)
             twin = self._open()
-            twin.copy(seq)
-            twin.lanes = [self.pool.share(lanes) for lanes in seq.lanes]
+            self._share(seq, twin)
             return twin
 
     def reorder(
@@ -264,12 +315,23 @@ class CompressedStore(KeptReader):
             for at, seq in enumerate(step.seqs):
                 seq.add(int(step.counts[at]), int(step.rows[at]))
                 seq.step = None
+                self._remember(seq)
             for layer in range(self.spec.layers):
                 for at, seq in enumerate(step.seqs):
                     self.keeper.again(seq, layer)
                     if at not in first:
                         self.keeper.age(seq, layer, int(step.counts[at]))
             step.state = "committed"
+
+    def _remember(self, seq: KeptSequence) -> None:
+        """Keep what stands at the end of a prompt whose ids are known, for prompts that begin with it."""
+        if seq.ids is None or seq.text != seq.prompt or seq.text > len(seq.ids):
+            return
+        ids = seq.ids[: seq.text]
+        if not self.prefixes.holds(seq.key, ids):
+            twin = self._made()
+            self._share(seq, twin)
+            self.prefixes.add(seq.key, ids, twin)
 
     def abort(self, step: KeptStep | KeptSequence) -> None:
         """Drop a step. A later prompt that had begun to choose cannot be undone: its sequence can only be closed."""
@@ -306,63 +368,5 @@ class CompressedStore(KeptReader):
             raise _busy(seq)
 
 
-def _coder(
-    spec: KVSpec, codec: str | Tiers | None, what: Listing[Compression | None], selector: Selector | None
-) -> PageCoder | None:  # fmt: skip
-    """What codes pages; refuse what does not go with it.
-
-    Raises:
-        CompressionError: saying why.
-    """
-    if codec is None:
-        return None
-    tiers = Tiers.parse(codec) if isinstance(codec, str) else codec
-    tiers.check(spec)
-    if selector is not None:
-        raise CompressionError(
-            f"selector={selector} with codec={tiers}: coded pages are decoded whole at each step, so choosing among "
-            "them saves nothing; use one of the two"
-        )
-    for own in what:
-        if own is not None and own.cadence:
-            raise CompressionError(
-                f"{own} chooses again while decoding, and coded pages are not written again; use every=0"
-            )
-        if own is None and tiers.ranked:
-            raise CompressionError(
-                f"codec={tiers} ranks tokens, and a layer without scorer has no ranks; give it one, or a single codec"
-            )
-    return PageCoder(tiers, spec)
-
-
 def _busy(seq: KeptSequence) -> StepError:
     return StepError(f"sequence {seq.number} has an open step; commit or abort it first")
-
-
-def _selector(given: str | Selector, kinds: list[Scorer]) -> Selector:
-    """Read a selector, or refuse one that does not go with what evicts.
-
-    Raises:
-        CompressionError: saying why.
-    """
-    # Not at the top of the file: one of the selectors scores prompts by a scorer of ours.
-    from ..select.registry import find_selector
-
-    selector = find_selector(given)
-    if selector.across_layers:
-        raise CompressionError(
-            f"selector={selector} lets layers read what another layer chose, and layers that evict do "
-            "not hold the same tokens; use a selector of single layers such as rocket or quest, or a KVStore"
-        )
-    if selector.queries(1 << 40):
-        raise CompressionError(
-            f"selector={selector} filters prompts that are kept whole; with a scorer use "
-            "selector=rocket, or use a KVStore"
-        )
-    heard = [kind for kind in kinds if kind.received]
-    if heard:
-        raise CompressionError(
-            f"selector={selector} with {heard[0]}: it counts the attention that every token receives, and a "
-            "selector reads only some; use another scorer, or no selector"
-        )
-    return selector

@@ -80,8 +80,10 @@ class CompressedCache(Cache):
 
     Args:
         store: see `compressed_store`.
-        input_ids: the prompts, `[batch, tokens]` or one row; what they are does not matter, only how many.
+        input_ids: the prompts, `[batch, tokens]` or one row. Where the store is not private, they find what was kept
+            of texts they begin with, if all rows find equally much.
         attention_mask: as given to `generate`, if rows are padded.
+        tenant: whose prompts these are.
         repeats: rows that `generate` makes of each prompt: its `num_beams` or `num_return_sequences`.
 
     State: a forward is a step of the store, committed when the next begins or the cache is closed.
@@ -93,17 +95,30 @@ class CompressedCache(Cache):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         repeats: int = 1,
+        tenant: str | None = None,
     ) -> None:
         super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
         rows = 1 if input_ids.dim() == 1 else len(input_ids)
         self.store = store
-        self.seqs: list[KeptSequence] = store.open_batch(rows * repeats)
+        self.seqs: list[KeptSequence] = self._open(input_ids, attention_mask, rows, repeats, tenant)
         given = None if attention_mask is None else attention_mask.reshape(rows, -1)
         self.mask = None if given is None else given.repeat_interleave(repeats, 0).bool().cpu()
-        self.columns = 0  # committed ones
+        self.columns = self.cached_tokens = self.seqs[0].tokens if self.seqs else 0
         self.step: KeptStep | None = None
         self.valid = torch.ones(rows * repeats, 0, dtype=torch.bool)  # of the step's columns
         self._fresh: tuple[Tensor, Tensor] | None = None
+
+    def _open(
+        self, ids: Tensor, mask: Tensor | None, rows: int, repeats: int, tenant: str | None
+    ) -> list[KeptSequence]:
+        if mask is not None and not bool(mask.all()):
+            return self.store.open_batch(rows * repeats)
+        prompts = list(ids.reshape(rows, -1).repeat_interleave(repeats, 0))
+        seqs = self.store.open_batch(prompts, tenant)
+        if len({seq.tokens for seq in seqs}) > 1:  # rows go on from one column together
+            self.store.close(seqs)
+            return self.store.open_batch(rows * repeats)
+        return seqs
 
     @property
     def tokens(self) -> int:

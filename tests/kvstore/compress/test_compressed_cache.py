@@ -236,3 +236,20 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="stands in for 'sdpa'"):
         compressed_store(model, "snapkv")
     store.check_integrity()
+
+
+def test_a_document_is_computed_once_for_scorers_of_keys() -> None:
+    model, ids = model_of("llama"), tokens(1, 60)
+    store = compressed_store(model, "keydiff:budget=0.5", page_tokens=4)
+    with CompressedCache(store, ids[:, :50]) as cache:
+        run(model, ids[:, :50], None, cache, new=2)
+    counts: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: counts.append(out.shape[1])
+    )
+    with CompressedCache(store, ids) as cache:
+        assert cache.cached_tokens == 50
+        run(model, ids, None, cache, new=3)
+    hook.remove()
+    assert counts == [10, 1, 1]
+    store.check_integrity()

@@ -266,3 +266,78 @@ def test_the_newest_stay_under_a_threshold() -> None:
     seq = store.open()
     fed(store, seq, k, v, q, [20])
     assert places(store, seq, 0) == [[17, 18, 19]] * 2, "no key has a negative norm"
+
+
+# ---- texts that prompts share
+
+
+def prompted(store: CompressedStore, ids: list[int], more: int = 0, tenant: str | None = None):
+    """Open with ids and feed what is not kept yet; keys depend on the ids alone."""
+    gen = torch.Generator().manual_seed(9)
+    table = torch.randn(3, SPEC.layers, 50, 4, 6, dtype=torch.float64, generator=gen)
+    seq = store.open(ids, tenant)
+    found, rest = seq.cached_tokens, torch.tensor(ids[seq.cached_tokens :])
+    k, v, q = (x[:, rest] for x in table)
+    step, out = store.reserve([seq], [len(rest)]), torch.empty(0)
+    for layer in range(SPEC.layers):
+        store.append(step, layer, k[layer, :, :2], v[layer, :, :2])
+        out = store.attend(seq, layer, q[layer], step=step)[0]
+    store.commit(step)
+    return seq, found, out
+
+
+def test_scorers_of_keys_share_what_they_kept() -> None:
+    store = CompressedStore(SPEC, "keydiff:budget=0.4")
+    text, question = list(range(30)), [40, 41, 3, 7]
+    assert not store.private
+    first, found, _ = prompted(store, text)
+    assert found == 0
+    held = store.pool.pool.held_pages
+    second, found, out = prompted(store, [*text, *question])
+    assert found == 30
+    assert store.report()["prefixes"] == 2
+    by_fork = store.fork(first)
+    assert places(store, by_fork, 0) == places(store, first, 0)
+    fresh = CompressedStore(SPEC, "keydiff:budget=0.4")
+    other, _, _ = prompted(fresh, text)
+    _, found, want = prompted(fresh, [*text, *question])
+    assert found == 30
+    assert torch.equal(out, want)
+    for tenant, ids in (("b", [*text, 1]), (None, [*text[:-1], 31, 1]), (None, text)):
+        assert prompted(store, ids, tenant=tenant)[1] == 0, (
+            "another tenant, another text, nothing left"
+        )
+    store.check_integrity()
+    assert other.kept.sum() < 30 * 4
+    store.close(list(store._sequences.values()))
+    assert store.pool.pool.held_pages >= held, "kept for later prompts"
+    assert store.evict() > 0
+    assert store.report()["held_bytes"] == 0
+    assert second.closed
+
+
+def test_scorers_of_queries_do_not_share() -> None:
+    store = CompressedStore(SPEC, "snapkv:budget=0.4")
+    assert store.private
+    for _ in range(2):
+        assert prompted(store, list(range(30)))[1] == 0
+    assert prompted(store, list(range(31)))[1] == 0
+    assert store.report()["prefixes"] == 0
+
+
+def test_shared_texts_make_room() -> None:
+    page = SPEC.bytes_per_page // 4
+    store = CompressedStore(SPEC, "keydiff:budget=8", device_bytes=24 * page)
+    for start in range(8):
+        seq, _, _ = prompted(store, [start, *range(20)])
+        store.close(seq)
+    store.check_integrity()
+    assert 0 < store.report()["prefixes"] < 8
+
+
+def test_what_is_coded_is_part_of_the_key() -> None:
+    said = [
+        CompressedStore(SPEC, scorer, codec=codec)._identity
+        for scorer, codec in (("knorm", None), ("knorm:budget=0.5", None), ("knorm", "zstd"))
+    ]
+    assert len(set(said)) == 3

@@ -1,0 +1,69 @@
+"""What goes with what: codecs and selectors of a compressed store, read or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Listing
+
+from ..select.selector import Selector
+from ..spec import KVSpec
+from .coded import PageCoder, Tiers
+from .compression import Compression, CompressionError
+from .scorers import Scorer
+
+
+def page_coder(
+    spec: KVSpec, codec: str | Tiers | None, what: Listing[Compression | None], selector: Selector | None
+) -> PageCoder | None:  # fmt: skip
+    """What codes pages; refuse what does not go with it.
+
+    Raises:
+        CompressionError: saying why.
+    """
+    if codec is None:
+        return None
+    tiers = Tiers.parse(codec) if isinstance(codec, str) else codec
+    tiers.check(spec)
+    if selector is not None:
+        raise CompressionError(
+            f"selector={selector} with codec={tiers}: coded pages are decoded whole at each step, so choosing among "
+            "them saves nothing; use one of the two"
+        )
+    for own in what:
+        if own is not None and own.cadence:
+            raise CompressionError(
+                f"{own} chooses again while decoding, and coded pages are not written again; use every=0"
+            )
+        if own is None and tiers.ranked:
+            raise CompressionError(
+                f"codec={tiers} ranks tokens, and a layer without scorer has no ranks; give it one, or a single codec"
+            )
+    return PageCoder(tiers, spec)
+
+
+def selector_of(given: str | Selector, kinds: list[Scorer]) -> Selector:
+    """Read a selector, or refuse one that does not go with what evicts.
+
+    Raises:
+        CompressionError: saying why.
+    """
+    # Not at the top of the file: one of the selectors scores prompts by a scorer of ours.
+    from ..select.registry import find_selector
+
+    selector = find_selector(given)
+    if selector.across_layers:
+        raise CompressionError(
+            f"selector={selector} lets layers read what another layer chose, and layers that evict do "
+            "not hold the same tokens; use a selector of single layers such as rocket or quest, or a KVStore"
+        )
+    if selector.queries(1 << 40):
+        raise CompressionError(
+            f"selector={selector} filters prompts that are kept whole; with a scorer use "
+            "selector=rocket, or use a KVStore"
+        )
+    heard = [kind for kind in kinds if kind.received]
+    if heard:
+        raise CompressionError(
+            f"selector={selector} with {heard[0]}: it counts the attention that every token receives, and a "
+            "selector reads only some; use another scorer, or no selector"
+        )
+    return selector
