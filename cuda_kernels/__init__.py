@@ -7,6 +7,7 @@ from .merge import merge_states
 from .page_copy import Regions, copy_pages, write_tokens
 from .page_summary import summarise
 from .paged_attention import paged_attention
+from . import paged_decode  # noqa: F401, I001  (registers what CUDA runs for paged_attention)
 from .scores import Interleave, attention_reference
 from .top_k import top_k
 from .unit_scores import unit_scores

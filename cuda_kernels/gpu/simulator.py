@@ -86,6 +86,12 @@ def _closed_gate() -> threading.Lock:
     return gate
 
 
+class Offered(list[Any]):
+    """What the lanes of a warp have given, and what one of them has made of it for all."""
+
+    result: Any = None
+
+
 class Block:
     """What the threads of a block share."""
 
@@ -104,7 +110,7 @@ class Lane:
         self.number = thread % WARP
         self.go, self.state = _closed_gate(), "ready"
         self.offered: Any = None
-        self.taken: list[Any] = []
+        self.taken = Offered()
         self.arrays = 0
         self.scheduler: Scheduler
 
@@ -150,7 +156,7 @@ class Lane:
     def barrier(self) -> None:
         self._rest("barrier")
 
-    def exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any) -> Offered:
         """Give a value to the warp and take what all its lanes gave."""
         self.offered = value
         self._rest("warp")
@@ -257,7 +263,7 @@ class Scheduler:
     def _warp(self, warp: list[Lane]) -> bool:
         if len(warp) < WARP or any(one.state != "warp" for one in warp):
             return False
-        values = [one.offered for one in warp]
+        values = Offered(one.offered for one in warp)
         for one in warp:
             one.taken, one.state = values, "ready"
         return True

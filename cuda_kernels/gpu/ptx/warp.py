@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..simulator import Trap, lane
-from .arithmetic import bf16_high, bf16_low
 from .words import device_function, f32, i32, u32, u64, word
 
 
@@ -140,17 +139,26 @@ def mma_bf16(
     rows 2c, 2c + 1 (b0) and 8 more (b1) of column g; of C rows g (c0, c1) and g + 8 (c2, c3), columns 2c, 2c + 1.
     """
     held = lane().exchange((a0, a1, a2, a3, b0, b1))
-    a, b = np.zeros((16, 16), f32), np.zeros((16, 8), f32)
-    for number, frag in enumerate(held):
-        g, c = number >> 2, 2 * (number & 3)
-        for i in range(4):
-            a[g + 8 * (i & 1), c + 8 * (i >> 1)] = bf16_low(frag[i])
-            a[g + 8 * (i & 1), c + 8 * (i >> 1) + 1] = bf16_high(frag[i])
-        for i in range(2):
-            b[c + 8 * i, g], b[c + 8 * i + 1, g] = bf16_low(frag[4 + i]), bf16_high(frag[4 + i])
+    if held.result is None:
+        held.result = _product(np.array(held, u32))
     g, c = lane().number >> 2, 2 * (lane().number & 3)
-    product = a[[g, g + 8]] @ b[:, c : c + 2]
-    return product[0, 0] + c0, product[0, 1] + c1, product[1, 0] + c2, product[1, 1] + c3
+    product = held.result
+    return (
+        product[g, c] + c0,
+        product[g, c + 1] + c1,
+        product[g + 8, c] + c2,
+        product[g + 8, c + 1] + c3,
+    )
+
+
+def _product(held: Any) -> Any:
+    """Multiply what 32 lanes hold of A and B."""
+    pairs = (
+        np.stack([held << 16, held & 0xFFFF0000], -1).view(f32).reshape(8, 4, 6, 2)
+    )  # g c word half
+    a = pairs[:, :, :4].reshape(8, 4, 2, 2, 2)  # g c column-half row-half half
+    b = pairs[:, :, 4:]  # g c row-half half
+    return a.transpose(3, 0, 2, 1, 4).reshape(16, 16) @ b.transpose(2, 1, 3, 0).reshape(16, 8)
 
 
 @device_function
