@@ -1,5 +1,6 @@
 """Kernels: torch operators under `plait::`, each with a reference, a CPU and a fake implementation."""
 
+from . import paged_decode  # noqa: F401  (registers what CUDA runs for paged_attention)
 from .dense_attention import dense_attention
 from .expert_order import sort_by_expert
 from .expert_rows import permute_rows, unpermute_rows
@@ -7,7 +8,6 @@ from .merge import merge_states
 from .page_copy import Regions, copy_pages, write_tokens
 from .page_summary import summarise
 from .paged_attention import paged_attention
-from . import paged_decode  # noqa: F401, I001  (registers what CUDA runs for paged_attention)
 from .scores import Interleave, attention_reference
 from .top_k import top_k
 from .unit_scores import unit_scores

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("parallel", "kvstore", "collectives", "cuda_kernels")
 MAX_FILE, MAX_FUNCTION = 400, 60
 # "path" or "path:function" -> the reason why it may be longer
-LONGER: dict[str, str] = {}
+LONGER: dict[str, str] = {
+    "cuda_kernels/paged_decode.py:body": "one kernel: its parts share registers that would all be arguments",
+}
 
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -73,9 +73,10 @@ def chosen(names: list[str]) -> Iterator[tuple[Variant, tuple[int, int]]]:
             continue
         for place, entry in enumerate(kernel.table):
             constants = dict(entry)
-            oldest = constants.pop("arch", 80)
+            oldest, newest = constants.pop("arch", 80), constants.pop("newest", 100)
             for arch in ARCHITECTURES:
-                if arch[0] * 10 + arch[1] >= oldest and (place == 0 or arch == (9, 0)):
+                fits = oldest <= arch[0] * 10 + arch[1] <= newest
+                if fits and (place == 0 or arch == (9, 0)):
                     yield kernel(**constants), arch
 
 
