@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from exactness import Case, Pair, assert_exact, case, far, measure_all, world_of, worst
-from jobs import mpirun, run_job
+from jobs import finish, mpirun, start
 from models import tiny
 from plait.collectives import shm
 from plait.parallel import Plan, PlanError, parallelize, unparallelize
@@ -197,7 +197,8 @@ def test_steps_over_shared_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["mpi", "shm", "gloo"], ids="over {}".format)
 def test_steps_under_mpirun(backend: str, tmp_path: Path) -> None:
     script = str(Path(__file__).parents[1] / "compositions_job.py")
-    ended = run_job([*mpirun(4), script, backend, *ELSEWHERE], tmp_path, OMP_NUM_THREADS="1")
+    command = [*mpirun(4), script, backend, *ELSEWHERE]
+    ended = finish(start(command, tmp_path, OMP_NUM_THREADS="1"), tmp_path, timeout=600)
     assert ended.code == 0, ended.output
     for plan in ELSEWHERE:
         assert_exact(worst([said[plan] for said in ended.reports.values()]))
