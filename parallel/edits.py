@@ -251,6 +251,22 @@ class ReplaceTensor:
         pass
 
 
+@dataclass
+class HoldRows:
+    """What this rank read of the parameters that dp will shard: its rows of each, which stands on meta until then.
+
+    The shards' edit puts them in place; so no rank ever holds more than its rows and one tensor.
+    """
+
+    rows: dict[nn.Parameter, Tensor]
+
+    def apply(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
+
+
 class Edits:
     """An ordered list of edits, applied all or not at all."""
 

@@ -128,6 +128,15 @@ class ModelRanks(Holders):
         """Whether parameters are cut over dp between their uses (FSDP2)."""
         return self.plan.dp.size > 1 and self.plan.dp.kind == "shard"
 
+    def dp_rows(self, part: Tensor) -> Tensor:
+        """The rows of a part that this rank holds between its uses, by torch.chunk's rule, as FSDP2 cuts them.
+
+        Shape: [part, ...] -> [part/dp, ...]
+        """
+        sizes = primitive.chunk_sizes(part.shape[0], self.plan.dp.size)
+        at = self.groups.folding.coords(self.groups.rank)["dp"]
+        return part.narrow(0, sum(sizes[:at]), sizes[at])
+
     @property
     def spread(self) -> bool:
         """Whether one copy's ranks do not hold a whole model: dp shards it, or experts lie beyond."""

@@ -1,8 +1,9 @@
 """A training job that checkpoints every step in the background, and goes on from the last whole checkpoint.
 
-    torchrun --nproc-per-node 2 tests/resume.py PLAN FOLDER STEPS [KILLED_AT]
+    torchrun --nproc-per-node 2 tests/resume.py PLAN FOLDER STEPS
 
-The last rank kills itself (SIGKILL) after the step KILLED_AT, while that step's checkpoint may be half written.
+Where TEST_DIES_AFTER is set a host's last rank kills its launcher and itself (SIGKILL) after that step, as a host that
+is lost would, while that step's checkpoint may be half written.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from training import coordinate, token_loss
 ROWS = 4  # of the whole batch, over dp
 
 
-def run(plan: str, folder: str, steps: int, killed_at: int = -1) -> None:
+def run(plan: str, folder: str, steps: int) -> None:
     """Train up to ``steps``, from the last checkpoint there is; rank 0 writes the losses."""
-    fitted = Plan.parse(plan).fit(dist.get_world_size())
+    world, fitted = init(), Plan.parse(plan).fit(dist.get_world_size())
     model = parallelize(tiny("qwen3"), fitted)
     optimizer = track_optimizer(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    torch.manual_seed(
+        0
+    )  # the batches are drawn from torch's own generator, whose state is in the checkpoint
     step, pending = restore(model, optimizer, Path(folder)), None
     saving = dist.new_group()  # a save in the background must not meet the step's own collectives
     while step < steps:
@@ -52,7 +56,11 @@ def run(plan: str, folder: str, steps: int, killed_at: int = -1) -> None:
             process_group=saving,
         )
         dist.barrier()
-        if step - 1 == killed_at and dist.get_rank() == dist.get_world_size() - 1:
+        if (
+            os.environ.get("TEST_DIES_AFTER") == str(step - 1)
+            and world.local_rank == world.local_size - 1
+        ):
+            os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
     if pending is not None:
         pending.result()
@@ -60,7 +68,8 @@ def run(plan: str, folder: str, steps: int, killed_at: int = -1) -> None:
 
 def train_step(model: Any, optimizer: Any, step: int, parts: int, d: int) -> torch.Tensor:
     """One step on one part of the step's batch; returns the part's loss."""
-    ids = tokens(ROWS, 12, seed=step % 2).chunk(parts)[d]
+    seed = int(torch.randint(2, ()))  # alike on every rank
+    ids = tokens(ROWS, 12, seed=seed).chunk(parts)[d]
     model.loss_function = token_loss
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -76,6 +85,7 @@ def state_of(model: Any, optimizer: Any, step: int) -> dict[str, Any]:
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "step": torch.tensor(step),
+        "random": torch.get_rng_state(),
     }
 
 
@@ -90,6 +100,7 @@ def restore(model: Any, optimizer: Any, folder: Path) -> int:
     dcp.load(state, checkpoint_id=last)
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    torch.set_rng_state(state["random"])
     return int(state["step"])
 
 
@@ -97,9 +108,10 @@ def uninterrupted(steps: int) -> list[float]:
     """The losses of one process that nobody kills."""
     model = tiny("qwen3")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
     return [train_step(model, optimizer, step, 1, 0).item() for step in range(steps)]
 
 
 if __name__ == "__main__":
     with init():
-        run(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+        run(sys.argv[1], sys.argv[2], int(sys.argv[3]))

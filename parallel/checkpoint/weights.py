@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..edits import CutParameter, Edit, ReplaceTensor
+from ..edits import CutParameter, Edit, HoldRows, ReplaceTensor, SumGradient
 from ..errors import PlanError, listed
 from ..ranks import ModelRanks
 from .buffers import computed_buffers
@@ -37,12 +37,14 @@ META = torch.device("meta")
 
 def load(
     model: nn.Module,
-    edits: Iterable[Edit],
+    edits: Sequence[Edit],
     ranks: ModelRanks,
     weights: Weights,
     absent: Container[int] = (),
 ) -> list[Edit]:
     """Fill in the local part of every cut parameter, and return edits for the tensors that stay whole.
+
+    Of what dp shards only this rank's rows are kept (`HoldRows`).
 
     Args:
         absent: ids of the parameters that other stages hold; they are not read.
@@ -55,8 +57,12 @@ def load(
     cuts = [e for e in edits if isinstance(e, CutParameter)]
     if weights is None:
         return _cut_in_memory(cuts, ranks)
-    loading = Loading.of(model, ranks, weights)
-    return loading.cut(cuts) + loading.whole(cuts, absent) + loading.buffers()
+    apart = {
+        id(e.module._parameters[e.name]) for e in edits if isinstance(e, SumGradient) and e.over_dp
+    }
+    loading = Loading.of(model, ranks, weights, apart)
+    read = loading.cut(cuts) + loading.whole(cuts, absent) + loading.buffers()
+    return [*read, HoldRows(loading.rows)] if loading.rows else read
 
 
 def _cut_in_memory(cuts: list[CutParameter], ranks: ModelRanks) -> list[Edit]:
@@ -79,12 +85,20 @@ class Loading:
     ranks: ModelRanks
     stored: dict[str, Stored]
     names: dict[int, list[str]]
+    apart: set[int]
     made: dict[int, nn.Parameter] = field(default_factory=dict)
+    rows: dict[nn.Parameter, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, ranks: ModelRanks, weights: Weights) -> Loading:
-        """Open the files and check every name, shape and dtype before anything is read."""
-        loading = cls(model, ranks, by_model_names(model, stored_tensors(weights)), _names(model))
+    def of(
+        cls, model: nn.Module, ranks: ModelRanks, weights: Weights, apart: set[int] | None = None
+    ) -> Loading:
+        """Open the files and check every name, shape and dtype before anything is read.
+
+        ``apart`` are ids of parameters that dp does not shard though it shards others.
+        """
+        stored = by_model_names(model, stored_tensors(weights))
+        loading = cls(model, ranks, stored, _names(model), apart or set())
         loading._check_complete()
         return loading
 
@@ -131,7 +145,12 @@ class Loading:
     def _make(self, old: nn.Parameter, value: Tensor, name: str) -> None:
         check_numbers(value, name)
         value = value.to(dtype=old.dtype, device=rank_device(old.device))
-        self.made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
+        if not self.ranks.sharded or id(old) in self.apart:
+            self.made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
+            return
+        whole = nn.Parameter(torch.empty_like(value, device="meta"), old.requires_grad)
+        self.made[id(old)] = whole
+        self.rows[whole] = self.ranks.dp_rows(value).clone()
 
     def _stored(self, names: list[str]) -> Stored:
         return next(self.stored[n] for n in names if n in self.stored)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..axes import Shard
-from ..edits import Edit, SetAttribute, SumGradient
+from ..edits import CutParameter, Edit, HoldRows, SetAttribute, SumGradient
 from ..families import decoder_layers, is_transformers
 from ..ranks import ModelRanks
 from ..tensor import hook_gradient
@@ -36,6 +36,8 @@ class ShardParameters:
     mesh: DeviceMesh
     choice: Shard
     sums: list[SumGradient]
+    cuts: list[CutParameter]
+    rows: dict[nn.Parameter, Tensor]
     staged: bool = (
         False  # a stage's layers run without the model around them: each is a root of its own
     )
@@ -69,11 +71,29 @@ class ShardParameters:
             )
             made.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
             made.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may use other ones
+        self._fill()
         self._hook_sums(units)
         for surface in self._surfaces:
             surface.note()
         for _, _, p in self._kept:
             p.data = p.data.new_empty(0)
+
+    def _fill(self) -> None:
+        """Give the shards of parameters on meta the rows that were read for them."""
+        filled: dict[int, nn.Parameter] = {}
+        for module, name, p in self._kept:
+            if p not in self.rows:
+                continue
+            shard = module._parameters[name]
+            assert isinstance(shard, DTensor)
+            if id(p) not in filled:
+                value = DTensor.from_local(
+                    self.rows[p], shard.device_mesh, shard.placements, run_check=False,
+                    shape=shard.shape, stride=shard.stride(),
+                )  # fmt: skip
+                filled[id(p)] = nn.Parameter(value, p.requires_grad)
+            module._parameters[name] = filled[id(p)]  # FSDP2 takes it up when it first gathers
+        self.rows.clear()
 
     def _hook_sums(self, units: list[nn.Module]) -> None:
         """Move the hooks of partial gradients to the parameters that FSDP2 computes with; they live as long as it.
@@ -95,16 +115,22 @@ class ShardParameters:
 
         Collective: all dp ranks; one all-gather per parameter.
         """
-        full: dict[int, Tensor] = {}
+        full: dict[int, nn.Parameter] = {}
         for module, name, p in self._kept:
             if id(p) not in full:
                 shard = module._parameters[name]
                 assert isinstance(shard, DTensor)
-                full[id(p)] = shard.detach().full_tensor()
+                whole = shard.detach().full_tensor()
+                if p.is_meta:
+                    full[id(p)] = nn.Parameter(whole, shard.requires_grad)
+                    continue
                 p.requires_grad_(shard.requires_grad)
-                p.data = full[id(p)]
+                p.data = whole
+                full[id(p)] = p
+        for edit in self.cuts:
+            edit.local = full.get(id(edit.local), edit.local)
         for module, name, p in self._kept:
-            module._parameters[name] = p
+            module._parameters[name] = full[id(p)]
 
     def undo(self) -> None:
         while self._surfaces:
@@ -192,7 +218,9 @@ def shard_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[
             model.set_requires_gradient_sync(True)
 
     mesh = ranks.groups.device_mesh("dp")
+    cuts = [e for e in edits if isinstance(e, CutParameter)]
+    rows = next((e.rows for e in edits if isinstance(e, HoldRows)), {})
     return [
-        ShardParameters(model, mesh, choice, sums, staged),
+        ShardParameters(model, mesh, choice, sums, cuts, rows, staged),
         SetAttribute(model, "no_sync", no_sync),
     ]

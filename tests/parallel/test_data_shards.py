@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
-from exactness import Pair, assert_exact, case, worst
-from models import tiny, tokens
+from exactness import Pair, assert_exact, case, far, worst
+from models import keep_float64, tiny, tokens
 from plait.parallel import parallelize, unparallelize
+from plait.parallel.data.shards import ShardParameters
 from plait.parallel.edits import SumGradient
 from training import (
     assert_as_one_process,
@@ -22,7 +24,9 @@ from training import (
     batch_of,
     coordinate,
     gradient_errors,
+    labelled,
     loss,
+    parameter_errors,
     trained,
 )
 from world import run_calls, run_world
@@ -226,6 +230,53 @@ def saved(folder: str) -> list[str]:
 
 def test_save_pretrained(tmp_path: Path) -> None:
     assert run_world(saved, 4, str(tmp_path)) == [[]] * 4
+
+
+def read(plan: str, family: str, folder: str) -> dict[str, float]:
+    """From meta and files a rank never holds more of a sharded parameter than its rows, and trains the same."""
+    if dist.get_rank() == 0:
+        tiny(family).save_pretrained(folder)
+    dist.barrier()
+    reference = tiny(family)
+    with torch.device("meta"):
+        model = type(reference)(reference.config).double().eval()
+    held: list[int] = []
+    apply = ShardParameters.apply
+
+    def weighed(self: ShardParameters) -> None:
+        experts = {e.module.get_parameter(e.name) for e in self.sums if e.over_dp}
+        assert all(p.is_meta or p in experts for p in self.model.parameters())
+        held.append(sum(rows.numel() for rows in self.rows.values()))
+        apply(self)
+
+    with patch.object(ShardParameters, "apply", weighed):
+        parallelize(keep_float64(model), plan, weights=folder)
+    assert held[0] == sum(
+        p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)
+    )
+    pair = Pair(reference, model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (pair.reference, pair.model)]
+    backward(pair, loss=labelled, batch=4)
+    errors = {"gradients": max(gradient_errors(pair).values())}
+    for optimizer in optimizers:
+        optimizer.step()
+    errors["parameters"] = max(parameter_errors(pair).values())
+    unparallelize(model)
+    right = reference.state_dict()
+    return errors | {"after undo": max(far(v, right[n]) for n, v in model.state_dict().items())}
+
+
+READ = [
+    ("dp2:shard tp2", "llama"),
+    ("dp2:shard tp2 ep4", "mixtral"),
+    ("pp2 dp2:shard", "phi3"),
+]
+
+
+def test_weights_are_read_as_shards(tmp_path: Path) -> None:
+    calls = [(read, *each, str(tmp_path / each[1])) for each in READ]
+    for answers in zip(*run_calls(calls, 4, timeout=300), strict=True):
+        assert_exact(worst(answers))
 
 
 # --- a negative control -----------------------------------------------------------------------

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import signal
+import socket
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import run_job, torchrun
+from jobs import finish, run_job, start, torchrun
 from models import tiny
 from plait.parallel import Plan, PlanError
 from plait.parallel.shape import ModelShape
@@ -73,20 +78,64 @@ def curve(folder: Path) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
+def elastic(port: int) -> list[str]:
+    """One of at most two hosts with one rank each; when the other is lost, torchrun starts this one's rank again."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run"),
+        *("--rdzv-conf=last_call_timeout=25,keep_alive_interval=1,keep_alive_max_attempt=3",),
+        *("--max-restarts=3", "--monitor-interval=0.5"),
+    ]
+
+
+def wait_for(port: int, seconds: float = 120) -> None:
+    """Wait until somebody listens."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"nobody listens at {port}")
+
+
+SCRIPT = str(Path(__file__).parent.parent / "resume.py")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_killed_run_goes_on_under_another_plan(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_more_ranks(tmp_path: Path) -> None:
     steps, at = 5, random.randrange(1, 4)
-    script = str(Path(__file__).parent.parent / "resume.py")
-    job = [*torchrun(2), script, "dp2:shard", str(tmp_path), str(steps), str(at)]
-    ended = run_job(job, tmp_path / "reports")
-    assert ended.code != 0
+    job = [*torchrun(2), SCRIPT, "dp2:shard", str(tmp_path), str(steps)]
+    ended = run_job(job, tmp_path / "reports", TEST_DIES_AFTER=str(at))
+    assert ended.code == -signal.SIGKILL, ended.output
     assert len(curve(tmp_path)) == at + 1, ended.output
     run_world(run, 4, "dp2:shard", str(tmp_path), steps, timeout=250)
-    found, right = curve(tmp_path), uninterrupted(steps)
-    print(at, found)
+    as_if_nothing_happened(tmp_path, steps)
+
+
+def as_if_nothing_happened(folder: Path, steps: int) -> None:
+    found, right = curve(folder), uninterrupted(steps)
+    print(found)
     assert torch.tensor(found) == pytest.approx(torch.tensor(right), rel=1e-9)
     assert right[-1] < right[0]
+
+
+@pytest.mark.table
+@pytest.mark.filterwarnings("ignore")
+def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> None:
+    """A host dies at a random step; torchrun starts the other's rank again, alone, under the plan that fits."""
+    steps, at = 5, random.randrange(1, 4)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = [*elastic(port), SCRIPT, "dp2:shard", str(tmp_path), str(steps)]
+    first = start(job, tmp_path / "first")
+    wait_for(port)  # whoever comes first keeps the hosts' common state, and must live
+    second = start(job, tmp_path / "second", TEST_DIES_AFTER=str(at))
+    lost, ended = (finish(host, tmp_path / "none", timeout=500) for host in (second, first))
+    assert lost.code == -signal.SIGKILL, lost.output
+    assert ended.code == 0, ended.output
+    as_if_nothing_happened(tmp_path, steps)
 
 
 @pytest.mark.filterwarnings("ignore")
