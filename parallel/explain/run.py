@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from ..errors import PlanError
 from ..families import is_transformers
 from ..folding import Folding
 from ..groups import Groups
+from ..pipeline import split_of
 from ..plan import Plan
 from ..planner.catalogue import hardware as named
 from ..planner.hardware import Hardware
@@ -29,6 +29,7 @@ from .report import Communicator, Explanation, KeysAndValues, Traced, Weights
 from .scopes import Scopes
 from .timing import timed
 from .twin import twin_of
+from .weights import weights_of
 
 Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -74,11 +75,13 @@ def explain(
     run, left_out = executed(plan, rules)
     with torch.random.fork_rng(devices=[]), Groups.fake(Folding.of(plan), rank) as groups:
         whole = sum(p.numel() * p.element_size() for p in twin.parameters())
+        split = split_of(twin, plan.pp) if plan.pp.size > 1 and is_transformers(twin) else None
         edits, done = prepare(twin, run, groups, rules=rules)
         runs = _Runs(commit(twin, edits, done), groups, batch, context, inputs)
         with ByShape():
             steps = runs.all(backward)
-        said = _told(plan, run, runs, steps, _weights(twin, done, whole), left_out)
+        weights = weights_of(twin, done, plan, split, whole)
+        said = _told(plan, run, runs, steps, weights, left_out)
     return timed(said, part)
 
 
@@ -120,10 +123,16 @@ def token_count(text: str) -> int:
 
 
 def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
-    """Take out of a plan what `parallelize` would refuse today, each part on its own; name those parts."""
+    """Take out of a plan what is refused, or does not run on meta tensors, each part on its own; name those parts."""
     parts: dict[str, tuple[dict[str, Any], str]] = {
-        "dp": ({"dp": plan.dp}, "every parameter is counted on every dp rank"),
-        "pp": ({"pp": plan.pp}, "every layer is counted on every rank"),
+        "dp": (
+            {"dp": plan.dp},
+            "gathering parameters and scattering gradients (weights are a rank's own rows)",
+        ),
+        "pp": (
+            {"pp": plan.pp},
+            "what stages send; but for weights, each rank is shown with the layers of all",
+        ),
         "ep": ({"ep": plan.ep, "etp": plan.etp}, "every expert is counted whole on every rank"),
         "etp": ({"etp": plan.etp}, "every expert is counted whole on every rank"),
         "cp": ({"cp": plan.cp}, "every token is counted on every rank"),
@@ -164,19 +173,6 @@ def _refused(plan: Plan, rules: Rules | None) -> bool:
 
 def _name(twin: nn.Module) -> str:
     return type(twin).__name__
-
-
-def _weights(twin: nn.Module, done: Any, whole: int) -> Weights:
-    """Bytes of the cut twin's parameters; of the other ranks by their cuts, without running them."""
-    here = {id(p): p for p in twin.parameters()}
-    cuts = {id(c.local): c for c in done.parameters()}
-    common = sum(p.numel() * p.element_size() for key, p in here.items() if key not in cuts)
-    every = [common] * done.ranks.size
-    for cut in cuts.values():
-        for j, rank in enumerate(done.ranks.members):
-            every[j] += math.prod(cut.local_shape(done.ranks, rank)) * cut.local.element_size()
-    own = sum(p.numel() * p.element_size() for p in here.values())
-    return Weights(own, min(every), max(every), sum(every), whole)
 
 
 class _Runs:

@@ -61,7 +61,7 @@ def _head(said: Explanation) -> list[str]:
         lines.append(
             f"seconds are predicted for {said.hardware}, each collective alone (plait plan --list; --hardware)"
         )
-    lines += [f"not executed yet, so not in the numbers below: {part}" for part in said.left_out]
+    lines += [f"not in the numbers below: {part}" for part in said.left_out]
     return lines + [f"note: {note}" for note in said.notes]
 
 

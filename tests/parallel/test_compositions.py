@@ -83,14 +83,14 @@ SIXTEEN = [
 ]
 TABLE = {2: TWO, 4: FOUR, 6: SIX, 8: EIGHT, 16: SIXTEEN}
 SLICE = {
-    4: [FOUR[0], FOUR[8], FOUR[13]],
-    8: EIGHT[:5],
-}  # cases, of three steps, in the default suite
+    4: [FOUR[0], FOUR[13]],
+    8: [EIGHT[0], EIGHT[4]],
+}  # cases, of two steps, in the default suite  # cases, of three steps, in the default suite
 
 
 @pytest.mark.parametrize("ranks", SLICE)
 def test_steps_are_those_of_one_process(ranks: int) -> None:
-    assert_as_one_process(composed, [(each, 3) for each in SLICE[ranks]], ranks)
+    assert_as_one_process(composed, [(each, 2) for each in SLICE[ranks]], ranks)
 
 
 @pytest.mark.table
@@ -188,7 +188,9 @@ def over_shared_memory(plans: list[str], folder: str) -> list[dict[str, float]]:
 
 
 def test_steps_over_shared_memory(tmp_path: Path) -> None:
-    answers = run_world(over_shared_memory, 4, ELSEWHERE, str(tmp_path), backend=None, timeout=300)
+    answers = run_world(
+        over_shared_memory, 4, ELSEWHERE[:2], str(tmp_path), backend=None, timeout=300
+    )
     for errors in zip(*answers, strict=True):
         assert_exact(worst(errors))
 

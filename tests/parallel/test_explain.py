@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
 from models import tiny, tokens
@@ -265,13 +266,33 @@ def test_the_model_is_left_alone() -> None:
         ("pp2 tp2", "pp"),
     ],
 )
-def test_axes_without_execution_are_named(plan: str, word: str) -> None:
+def test_what_does_not_run_on_meta_is_named(plan: str, word: str) -> None:
     said = explain(plan, tiny("mixtral"), batch=2)
     assert [part.split(" ")[0] for part in said.left_out] == [word.split(" ")[0]]
-    assert "not executed yet" in str(said)
+    assert "not in the numbers below" in str(said)
     assert said.plan == str(Plan.parse(plan))
     assert said.plan != said.executed
     assert said.world_size == Plan.parse(plan).world_size
+
+
+def parameter_bytes(plan: str, family: str) -> int:
+    """What this rank holds after parallelize."""
+    model = parallelize(tiny(family), plan)
+    held = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in held)
+
+
+@pytest.mark.parametrize(
+    ("plan", "family"),
+    [("pp2 tp2", "llama"), ("dp2:shard tp2", "phi3"), ("pp2 dp2:shard ep2", "mixtral")],
+)
+def test_weights_of_stages_and_shards_are_those_of_every_rank(plan: str, family: str) -> None:
+    right = run_world(parameter_bytes, 4, plan, family, timeout=200)
+    found = [explain(plan, tiny(family), rank=rank).weights for rank in range(4)]
+    assert [w.bytes for w in found] == right
+    assert len(set(right)) > 1 or "shard" in plan
+    assert max(right) < 0.8 * found[0].whole
+    assert all((w.least, w.most) == (min(right), max(right)) for w in found)
 
 
 def test_an_executed_plan_leaves_nothing_out() -> None:
