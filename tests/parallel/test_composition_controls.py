@@ -1,6 +1,6 @@
 """Mutations of how axes meet, each of which the exactness of compositions must notice.
 
-Those of one axis stand with its tests: rows not unpermuted, tied copies apart, keys of the wrong head, lse of another base.
+Those of one axis stand with its tests: rows not unpermuted, tied copies apart, keys of the wrong head, and so on.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 def expert_gradients_like_everybodys() -> Any:
     """Experts are summed over edp, and averaged over dp as well, as if its ranks held the same experts."""
 
-    def gradient(self: Any, module: Any, name: str, place: Any) -> SumGradient:
-        return SumGradient(module, name, place.replicas)
+    def gradients(self: Any, module: Any, name: str, place: Any) -> list[SumGradient]:
+        return [SumGradient(module, name, place.replicas)]
 
-    return patch.object(role.RoutedExperts, "_gradient", gradient)
+    return patch.object(role.RoutedExperts, "_gradients", gradients)
 
 
 def mask_off_by_one_at_the_ring_boundary() -> Any:

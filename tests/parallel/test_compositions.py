@@ -85,7 +85,7 @@ TABLE = {2: TWO, 4: FOUR, 6: SIX, 8: EIGHT, 16: SIXTEEN}
 SLICE = {
     4: [FOUR[0], FOUR[13]],
     8: [EIGHT[0], EIGHT[4]],
-}  # cases, of two steps, in the default suite  # cases, of three steps, in the default suite
+}  # cases, of two steps, in the default suite
 
 
 @pytest.mark.parametrize("ranks", SLICE)
