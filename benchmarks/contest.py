@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,14 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> None:
     code = subprocess.run(command, env=environ, check=False).returncode
     if code:
         raise SystemExit(code)
+
+
+def launch_parts(script: str, arguments: Sequence[str], parts: dict[str, int], chosen: str) -> None:
+    """Run the parts of a script ("both": all), each with its ranks, and a folder that they share."""
+    for part, ranks in parts.items():
+        if chosen in {part, "both"}:
+            with tempfile.TemporaryDirectory() as folder:
+                launch(script, [*arguments, "--part", part, "--folder", folder], ranks)
 
 
 def launched() -> bool:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from contest import Contender, compete, heading, launch, launched, rank, say, table
+from contest import Contender, compete, heading, launch_parts, launched, rank, say, table
 from torch import Tensor
 
 SHAPE: dict[str, Any] = {
@@ -166,10 +165,7 @@ def main() -> None:
     if launched():
         one_rank(args) if args.part == "one" else two_ranks(args)
         return
-    for part, ranks in (("two", 2), ("one", 1)):
-        if args.part in {part, "both"}:
-            with tempfile.TemporaryDirectory() as folder:
-                launch(__file__, [*sys.argv[1:], "--part", part, "--folder", folder], ranks)
+    launch_parts(__file__, sys.argv[1:], {"two": 2, "one": 1}, args.part)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ for machines that others use too.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -103,11 +100,6 @@ class Due:
 @torch.no_grad()
 def work(args: argparse.Namespace) -> None:
     """Time one layer in all ways, in turn."""
-    os.sched_setaffinity(0, {int(os.environ["RANK"]) % (os.cpu_count() or 1)})
-    plait.init(args.backend)
-    if args.realtime:  # the backend's threads keep 20, so that what arrives is taken in
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
-    torch.set_num_threads(1)
     if args.model_link:
         primitive.start_all_to_all = Emulated(args.model_link * 1e9 / 8)
     model = make_model(args)
@@ -119,11 +111,6 @@ def work(args: argparse.Namespace) -> None:
         draw(calls, args)
     cache.release()
     auto(model, args)
-    if (
-        args.realtime
-    ):  # torch's store spins while it ends, and would starve a thread of less priority
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))
-    dist.destroy_process_group()
 
 
 def ways(model: Any, args: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
@@ -244,7 +231,7 @@ def auto(model: Any, args: argparse.Namespace) -> None:
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--link", default="loopback", help="loopback, or tbf's rate, e.g. 1gbit")
+    netns.add_options(parser)
     parser.add_argument("--model-link", type=float, default=0.0, help="Gbit/s; emulation")
     parser.add_argument("--backend", default="gloo")
     parser.add_argument("--batch", type=int, default=256)
@@ -254,20 +241,13 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--timeline", default="")
-    parser.add_argument("--realtime", action="store_true")
     args = parser.parse_args()
     if launched():
-        work(args)
-        return
-    slow = args.link != "loopback"
-    if slow and not netns.possible():
-        raise SystemExit("a slow link needs root, ip and tc; --model-link 1 emulates one without")
-    if args.realtime:  # the ranks inherit it
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))
-    with contextlib.suppress(KeyboardInterrupt):
-        netns.run(__file__, sys.argv[1:], args.ranks, args.link if slow else None)
+        with netns.rank(args, args.backend):
+            work(args)
+    else:
+        netns.start(__file__, args)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,19 @@ namespace through a token bucket, as through a network card of that rate.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import plait
 
 BRIDGE = "plaitbr"
 
@@ -66,6 +73,44 @@ def run(script: str, arguments: Sequence[str], ranks: int, rate: str | None) -> 
             down(ranks)
     if any(codes):
         raise SystemExit(f"ranks ended with {codes}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a benchmark over links."""
+    parser.add_argument("--link", default="loopback", help="loopback, or tbf's rate, e.g. 1gbit")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--realtime", action="store_true")
+
+
+def start(script: str, args: argparse.Namespace) -> None:
+    """Run a script as its options say; real-time priority (root) is for machines that others use too."""
+    slow = args.link != "loopback"
+    if slow and not possible():
+        raise SystemExit("a slow link needs root, ip and tc; hopb.py --model-link emulates one")
+    if args.realtime:  # the ranks inherit it
+        _prefer(20)
+    with contextlib.suppress(KeyboardInterrupt):
+        run(script, sys.argv[1:], args.ranks, args.link if slow else None)
+
+
+@contextlib.contextmanager
+def rank(args: argparse.Namespace, backend: str = "gloo") -> Iterator[None]:
+    """Be a rank that `start` started: a core to itself, one thread, and the world for so long."""
+    os.sched_setaffinity(0, {int(os.environ["RANK"]) % (os.cpu_count() or 1)})
+    plait.init(backend)
+    if args.realtime:  # the backend's threads keep 20, so that what arrives is taken in
+        _prefer(10)
+    torch.set_num_threads(1)
+    yield
+    if (
+        args.realtime
+    ):  # torch's store spins while it ends, and would starve a thread of less priority
+        _prefer(20)
+    dist.destroy_process_group()
+
+
+def _prefer(priority: int) -> None:
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
 
 
 def _start(

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest import Contender, compete, heading, launch, launched, rank, ratio, say, table
+from contest import Contender, compete, heading, launch_parts, launched, rank, ratio, say, table
 from torch import Tensor
 
 SIZES = {
@@ -192,12 +192,7 @@ def main() -> None:
     if launched():
         one_rank(args) if args.part == "one" else two_ranks(args)
         return
-    import sys
-
-    for part, ranks in (("two", args.ranks), ("one", 1)):
-        if args.part in {part, "both"}:
-            with tempfile.TemporaryDirectory() as folder:
-                launch(__file__, [*sys.argv[1:], "--part", part, "--folder", folder], ranks)
+    launch_parts(__file__, sys.argv[1:], {"two": args.ranks, "one": 1}, args.part)
 
 
 if __name__ == "__main__":

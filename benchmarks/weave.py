@@ -1,4 +1,4 @@
-"""A prefill under tensor parallelism on a slow link: sums in pieces behind each other's MLP, against whole sums.
+"""A prefill under tensor parallelism on a slow link: sums of pieces behind other pieces' attention and MLP, or whole.
 
 python benchmarks/weave.py --link 1gbit        # root: network namespaces, tbf on each rank's sending
 python benchmarks/weave.py --link loopback
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -27,11 +25,6 @@ import plait
 @torch.no_grad()
 def work(args: argparse.Namespace) -> None:
     """Time a prefill under every number of pieces, in turn."""
-    os.sched_setaffinity(0, {int(os.environ["RANK"]) % (os.cpu_count() or 1)})
-    plait.init("gloo")
-    if args.realtime:  # the backend's threads keep more, so that what arrives is taken in
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(10))
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.hidden,
@@ -49,11 +42,6 @@ def work(args: argparse.Namespace) -> None:
         name = "whole sums" if pieces == 1 else f"{pieces} pieces"
         calls[name] = lambda cut=cut: cut(ids, use_cache=False, logits_to_keep=1).logits
     report(calls, args)
-    if (
-        args.realtime
-    ):  # torch's store spins while it ends, and would starve a thread of less priority
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))
-    dist.destroy_process_group()
 
 
 def report(calls: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> None:
@@ -86,24 +74,18 @@ def report(calls: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> 
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--link", default="loopback", help="loopback, or tbf's rate, e.g. 1gbit")
+    netns.add_options(parser)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--pieces", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--realtime", action="store_true")
     args = parser.parse_args()
     if launched():
-        work(args)
-        return
-    slow = args.link != "loopback"
-    if slow and not netns.possible():
-        raise SystemExit("a slow link needs root, ip and tc")
-    if args.realtime:  # the ranks inherit it
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(20))
-    netns.run(__file__, sys.argv[1:], args.ranks, args.link if slow else None)
+        with netns.rank(args):
+            work(args)
+    else:
+        netns.start(__file__, args)
 
 
 if __name__ == "__main__":
