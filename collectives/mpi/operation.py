@@ -25,6 +25,7 @@ About = tuple[str, torch.Size | None, torch.dtype | None]
 BUSY_S = 1e-3
 SLOW_BYTES_PER_S = 0.5e9
 NAP_S = 50e-6
+STOPPED_S = 30.0  # a rank that then does not answer the roll call is given up, whatever the timeout
 
 
 class Operation:
@@ -134,14 +135,18 @@ class Operation:
         patience = self.group.timeout_s if timeout_s is None else timeout_s
         start = time.monotonic()
         busy_until = start + BUSY_S + sum(t.nbytes for t in self._tensors) / SLOW_BYTES_PER_S
+        look = start + STOPPED_S
         while not self.poll():
             now = time.monotonic()
             if now < busy_until:
                 os.sched_yield()
                 continue
             time.sleep(NAP_S)
-            if now > start + patience or self.group.engine.rollcall.left:
-                self.group.engine.give_up(self, now > start + patience, patience)
+            late = now > start + patience
+            if not late and now > look:
+                late, look = self.group.engine.misses_someone(self), time.monotonic() + STOPPED_S
+            if late or self.group.engine.rollcall.left:
+                self.group.engine.give_up(self, late, min(patience, now - start))
         if self.error is not None:
             raise self.error
 

@@ -34,6 +34,7 @@ NAP_S = 100e-6
 WARM_NAP_S = 2e-3
 WARM_NAPS = 20
 FAREWELL_S = 2.0
+SILENCE_S = 5.0  # of a rank that lives: it may compile, or hold the interpreter
 
 
 class Engine:
@@ -104,10 +105,7 @@ class Engine:
 
     def give_up(self, operation: Operation, late: bool, patience_s: float) -> None:
         """End an operation that is late, or waits for a rank that has left."""
-        group = operation.group
-        peer = operation.peer
-        asked = group.ranks if peer is None or peer < 0 else [group.ranks[peer]]
-        ranks = [r for r in asked if r != self.world.rank]
+        group, ranks = operation.group, self._waited_for(operation)
         left = self.rollcall.left
         if not late and (left.keys().isdisjoint(ranks) or self._arrives(operation)):
             return
@@ -120,6 +118,16 @@ class Engine:
         error = PeerLost(f"{operation} on {group} {ended}: {why}")
         if operation.fail(error):
             group.lost = group.lost or error
+
+    def misses_someone(self, operation: Operation) -> bool:
+        """Say whether a rank that an operation waits for has fallen silent: it is dead or stopped, not late."""
+        ranks = self._waited_for(operation)
+        return len(self.rollcall.ask(operation.group.group_name, ranks, SILENCE_S)) < len(ranks)
+
+    def _waited_for(self, operation: Operation) -> list[int]:
+        group, peer = operation.group, operation.peer
+        asked = group.ranks if peer is None or peer < 0 else [group.ranks[peer]]
+        return [r for r in asked if r != self.world.rank]
 
     def _arrives(self, operation: Operation) -> bool:
         """What a rank sent before it left may still come: give it a moment."""

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from jobs import report
 from plait.collectives import PeerLost, init
-from plait.collectives.mpi import register
+from plait.collectives.mpi import operation, progress, register
 
 TIMEOUT_S = 2.0
+PATIENT_S = 200.0  # as long as nobody waits for it: a stopped rank is given up before
 
 
 def talk(asynchronous: bool) -> None:
@@ -43,10 +44,13 @@ def go_away(how: str) -> None:
 def main(how: str) -> None:
     world = init(register(), timeout_s=60)
     talk(False)
-    dist.group.WORLD.set_timeout(timedelta(seconds=TIMEOUT_S))  # type: ignore[union-attr]
+    patient = how == "stop_patiently"
+    if patient:
+        operation.STOPPED_S, progress.SILENCE_S = 1.0, 1.0
+    dist.group.WORLD.set_timeout(timedelta(seconds=PATIENT_S if patient else TIMEOUT_S))  # type: ignore[union-attr]
     dist.barrier()
     if world.rank == 1:
-        go_away(how)
+        go_away(how.removesuffix("_patiently"))
     start = time.monotonic()
     try:
         while True:

@@ -69,6 +69,15 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stopped_rank_is_given_up_before_a_long_timeout(tmp_path: Path) -> None:
+    ended = lose("stop_patiently", tmp_path, ranks=3)
+    assert set(ended.reports) == {0, 2}, ended.output
+    for told in ended.reports.values():
+        assert "rank 1 does not answer: it is dead or stopped" in told["lost"]
+        assert told["seconds"] < BOUND_S
+
+
+@pytest.mark.slow
 def test_an_error_of_one_rank_reaches_the_others(tmp_path: Path) -> None:
     ended = lose("raise", tmp_path)
     assert set(ended.reports) == {0}, ended.output
