@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
     ended = run_job(
         [*mpirun(ranks, *options), str(LOST), how],
         folder,
-        PYTHONPATH=str(HERE.parent),
+        PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE.parents[1]}",
         OMP_NUM_THREADS="1",
     )
     assert time.monotonic() - started < 90
