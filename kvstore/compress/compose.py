@@ -29,6 +29,10 @@ def page_coder(
             "them saves nothing; use one of the two"
         )
     for own in what:
+        if own is not None and own.scorer.waits:
+            raise CompressionError(
+                f"{own} chooses after the text was repeated, and pages are coded as they come; use one of the two"
+            )
         if own is not None and own.cadence:
             raise CompressionError(
                 f"{own} chooses again while decoding, and coded pages are not written again; use every=0"

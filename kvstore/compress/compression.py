@@ -55,6 +55,10 @@ class Compression:
                 f"every={self.every}: {self.scorer} scores by every query of a text, which nobody keeps; use "
                 "every=0, or a scorer that decodes such as h2o, tova, streaming, snapkv, knorm, keydiff"
             )
+        if self.cadence and self.scorer.waits:
+            raise CompressionError(
+                f"every={self.every}: {self.scorer.name} scores a text by repeating it, not while decoding; use every=0"
+            )
         if self.scorer.joint and self.rule.by_head:
             raise CompressionError(
                 f"rule={self.rule} gives heads numbers of their own, and {self.scorer.name} keeps the same tokens in "
@@ -96,6 +100,10 @@ class Compression:
     def cadence(self) -> int:
         """Decoded tokens after which it chooses again; 0: never."""
         return self.every or 0
+
+    def hears(self, listens: bool) -> bool:
+        """Whether it wants to know the attention of a step's rows; `listens`: the step is for those that wait."""
+        return self.scorer.received and (listens if self.scorer.waits else self.cadence > 0)
 
     def keeps(self, prompt: int, text: int) -> int:
         """Tokens that a head keeps on average of a text; of a share, while decoding, as many as of its prompt."""

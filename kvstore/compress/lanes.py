@@ -131,8 +131,9 @@ class LanePool:
         )
         self._write(slots, torch.cat(k), torch.cat(v))
         self.places.reshape(-1)[slots] = np.concatenate(places)
-        if self.received is not None and received is not None:
-            self.received.view(-1)[torch.from_numpy(slots)] = torch.cat(received).float()
+        if self.received is not None:
+            heard = 0 if received is None else torch.cat(received).float()
+            self.received.view(-1)[torch.from_numpy(slots)] = heard
         lanes.counts = counts.astype(np.int64)
         return lanes
 

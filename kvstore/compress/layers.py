@@ -47,17 +47,32 @@ class LayerKeeper:
         keep = text if what is None else what.keeps(text, text)
         if whole is not None:
             heads = self._whole(*whole)
-            if what is not None and what.scorer.received:
+            if what is not None and what.scorer.received and not what.scorer.waits:
                 heads = self._heard(self._gathered(heads), q)
         else:
             heads = self._held(seq, layer)
         ranked = self.coder is not None and self.coder.tiers.ranked
         if self.coder is not None and whole is None:
             return  # later prompts are added whole, and coded as they grow old
-        if what is not None and (keep < text or what.rule.open or ranked):
+        if what is not None and what.scorer.waits:
+            if whole is not None:
+                self._store(seq, layer, heads)
+        elif what is not None and (keep < text or what.rule.open or ranked):
+            if whole is None:
+                step.evicted.add(at)
             self._choose(seq, layer, heads, q, what, keep)
         elif whole is not None:
             self._store(seq, layer, heads)
+
+    def choose(self, seq: KeptSequence, layer: int) -> None:
+        """Choose now, for a scorer that waited to be told."""
+        what = self.what[layer]
+        if what is None or not what.scorer.waits:
+            return
+        keep = what.keeps(seq.text, seq.text)
+        seq.chosen[layer] = seq.text
+        if keep < seq.text or what.rule.open:
+            self._choose(seq, layer, self._held(seq, layer), torch.empty(0, 1, 1), what, keep)
 
     def again(self, seq: KeptSequence, layer: int) -> None:
         """Choose among what a layer holds if enough tokens were decoded since it last did."""

@@ -94,8 +94,10 @@ def attend_whole(
     return dense_attention(q, k, v, low, high, options.scale, options.softcap)
 
 
-def hear(pool: LanePool, asked: LaneRows, lse: Tensor, scale: float, shard: Shard) -> None:
-    """Add to each token the attention it received from these rows, the group's mean.
+def hear(
+    pool: LanePool, asked: LaneRows, lse: Tensor, scale: float, shard: Shard, most: bool = False
+) -> None:
+    """Add to each token the attention it received from these rows, the group's mean; or keep the most of any.
 
     Collective: over kvp, one all-gather of lse: attention is a share of the whole text's.
     """
@@ -114,7 +116,11 @@ def hear(pool: LanePool, asked: LaneRows, lse: Tensor, scale: float, shard: Shar
         slots = torch.from_numpy(page * pool.size + index % pool.size)
         q = asked.q[rows].to(lse.dtype)
         logits = torch.einsum("ngd,td->ngt", q, keys[slots].to(lse.dtype)) * scale
-        weight = (logits - lse[rows][..., None]).exp().mean(1)  # [rows, tokens]
+        weight = (logits - lse[rows][..., None]).exp()
+        weight = weight.amax(1) if most else weight.mean(1)  # [rows, tokens]
         token = torch.from_numpy(index)
         seen = (token >= asked.lo[rows, None]) & (token < asked.hi[rows, None])
-        heard[slots] += weight.masked_fill(~seen, 0).sum(0).to(heard.dtype)
+        weight = weight.masked_fill(~seen, 0).to(heard.dtype)
+        heard[slots] = (
+            weight.amax(0).maximum(heard[slots]) if most else heard[slots] + weight.sum(0)
+        )

@@ -10,6 +10,7 @@ from .scorers import (
     ExpectedAttention,
     KeyDiff,
     Knorm,
+    KVzip,
     LagKV,
     Scorer,
     SnapKV,
@@ -19,7 +20,18 @@ from .scorers import (
 
 SCORERS: dict[str, type[Scorer]] = {
     kind.name: kind
-    for kind in (Critical, ExpectedAttention, H2O, KeyDiff, Knorm, LagKV, SnapKV, Streaming, Tova)
+    for kind in (
+        Critical,
+        ExpectedAttention,
+        H2O,
+        KeyDiff,
+        Knorm,
+        KVzip,
+        LagKV,
+        SnapKV,
+        Streaming,
+        Tova,
+    )
 }
 BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ada, Pyramid, Threshold, Uniform)}
 

@@ -119,7 +119,9 @@ class KeptStep:
     Attributes:
         counts: this rank's new tokens of each sequence; rows: new tokens over all ranks, `[seqs]`.
         whole: keys and values of a first prompt that no page holds, by (sequence, layer), until the layer chose.
-        written, chosen: layers that were appended; layers done with, for which queries were seen.
+        evicted: sequences of which tokens were evicted that were there before; listens: scorers that wait for it hear
+            the attention of this step's rows.
+        written, done: layers that were appended; sequences of each layer whose queries were seen.
 
     State: open -> committed | aborted.
     """
@@ -131,6 +133,8 @@ class KeptStep:
         self.whole: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.written: set[int] = set()
         self.done: dict[int, set[int]] = {}
+        self.evicted: set[int] = set()
+        self.listens = False
         self.state = "open"
 
     @property

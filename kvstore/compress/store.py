@@ -49,6 +49,7 @@ class CompressedStore(KeptReader):
         identity: what kept tokens are true for; see `Identity`.
 
     Attributes:
+        waits: some scorer chooses when `choose` is called, and not before.
         private: some scorer looks at queries, so that what is kept serves its own request only.
 
     State: one lock around all calls.
@@ -75,6 +76,7 @@ class CompressedStore(KeptReader):
         self.what = by_layer(spec.layers, scorer, layers)
         kinds = [what.scorer for what in self.what if what is not None]
         self.selector = None if selector is None else selector_of(selector, kinds)
+        self.waits = any(kind.waits for kind in kinds)
         self.private = any(kind.private for kind in kinds)
         one = replace(spec, layers=1, kv_heads=1)
         first, most = plan_pages(one, device_bytes, num_pages, grow=True)
@@ -315,13 +317,23 @@ class CompressedStore(KeptReader):
             for at, seq in enumerate(step.seqs):
                 seq.add(int(step.counts[at]), int(step.rows[at]))
                 seq.step = None
-                self._remember(seq)
+                if not self.waits:
+                    self._remember(seq)
             for layer in range(self.spec.layers):
                 for at, seq in enumerate(step.seqs):
                     self.keeper.again(seq, layer)
                     if at not in first:
                         self.keeper.age(seq, layer, int(step.counts[at]))
             step.state = "committed"
+
+    def choose(self, seqs: KeptSequence | Listing[KeptSequence]) -> None:
+        """Let scorers choose that wait to be told, such as KVzip after a reconstruction."""
+        with self._lock:
+            for seq in listed(seqs):
+                self._idle(seq)
+                for layer in range(self.spec.layers):
+                    self.keeper.choose(seq, layer)
+                self._remember(seq)
 
     def _remember(self, seq: KeptSequence) -> None:
         """Keep what stands at the end of a prompt whose ids are known, for prompts that begin with it."""
@@ -342,7 +354,7 @@ class CompressedStore(KeptReader):
                 seq.step = None
                 if seq.text == 0:
                     self._empty(seq)
-                elif step.rows[at] > 1 and any(at in done for done in step.done.values()):
+                elif at in step.evicted:
                     seq.broken = True
                 else:
                     seq.memory.clear()  # a selector may have seen the step's tokens

@@ -107,6 +107,7 @@ class CompressedCache(Cache):
         self.step: KeptStep | None = None
         self.valid = torch.ones(rows * repeats, 0, dtype=torch.bool)  # of the step's columns
         self._fresh: tuple[Tensor, Tensor] | None = None
+        self._listens = False
 
     def _open(
         self, ids: Tensor, mask: Tensor | None, rows: int, repeats: int, tenant: str | None
@@ -153,6 +154,7 @@ class CompressedCache(Cache):
             known = columns < self.mask.shape[1]
             self.valid[:, known] = self.mask[:, columns[known]]
         self.step = self.store.reserve(self.seqs, self.valid.sum(1).tolist())
+        self.step.listens = self._listens
 
     def _rows(self, x: Tensor) -> Tensor:
         """The valid tokens of all rows, end to end: [batch, heads, new, d] -> [tokens, heads, d]."""
@@ -221,6 +223,42 @@ class CompressedCache(Cache):
             self.store.commit(step)
             self.columns += self.valid.shape[1]
         elif step is not None:
+            self.store.abort(step)
+
+    def reconstruct(
+        self, model: Any, ids: Tensor, ask: Tensor | None = None, chunk: int = 2048
+    ) -> None:
+        """Let the model repeat its text, chunk by chunk, and keep what it needed for that (KVzip).
+
+        Args:
+            ids: the text that is cached, `[batch, tokens]`.
+            ask: ids that ask for a repetition, `[tokens]`, put before each chunk.
+
+        Raises:
+            ValueError: if the store's scorers do not wait for it, or the text is not the one that is cached.
+        """
+        self.commit()
+        if not self.store.waits or ids.shape != (len(self.seqs), self.columns):
+            raise ValueError(
+                f"reconstruct: {list(ids.shape)} ids for {len(self.seqs)} rows of {self.columns} cached tokens; give "
+                "the whole cached text, without padding, and make the store with scorer='kvzip:budget=...'"
+            )
+        before = ids[:, :0] if ask is None else ask.to(ids.device).expand(len(ids), -1)
+        self._listens = True
+        try:
+            for part in ids.split(chunk, 1):
+                with torch.no_grad():
+                    model(torch.cat([before, part], 1), past_key_values=self, logits_to_keep=1)
+                self._drop()
+        finally:
+            self._listens = False
+            self._drop()
+        self.store.choose(self.seqs)
+
+    def _drop(self) -> None:
+        """Forget the last forward."""
+        step, self.step, self._fresh = self.step, None, None
+        if step is not None:
             self.store.abort(step)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from .expected import ExpectedAttention
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import Knorm
+from .kvzip import KVzip
 from .lagkv import LagKV
 from .scorer import KEEP, Scorer
 from .snapkv import SnapKV
@@ -17,6 +18,7 @@ __all__ = [
     "KEEP",
     "Critical",
     "ExpectedAttention",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "LagKV",

@@ -23,12 +23,14 @@ class Scorer(Named):
         private: scores depend on the request's own queries: pages so chosen serve this request only.
         joint: all heads of a layer keep the same tokens.
         received: it scores by the attention that tokens received so far (`LayerView.received`).
+        waits: prompts are kept whole until it is told to choose (`CompressedStore.choose`).
         every: tokens decoded after which it is usual to score again; 0 if it is made for prompts.
     """
 
     private: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     received: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
     every: ClassVar[int] = 0
 
     def queries(self, tokens: int) -> int:

@@ -147,6 +147,7 @@ def codec_layout(page):
         ({"scorer": "knorm", "codec": "kivi:group=32"}, "cannot hold pages of 8 tokens"),
         ({"scorer": "knorm", "codec": "int4|int2"}, "each with @share but the last"),
         ({"scorer": "knorm", "codec": "none@0.7|int4@0.7|int2"}, "may sum to 1"),
+        ({"scorer": "kvzip", "codec": "int8"}, "use one of the two"),
         ({"scorer": "knorm", "codec": "gzip"}, "there is no codec"),
         ({"scorer": "knorm", "codec": "none@0.5|int4", "layers": {0: None}}, "has no ranks"),
     ],

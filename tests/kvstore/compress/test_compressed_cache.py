@@ -253,3 +253,37 @@ def test_a_document_is_computed_once_for_scorers_of_keys() -> None:
     hook.remove()
     assert counts == [10, 1, 1]
     store.check_integrity()
+
+
+def test_kvzip_keeps_what_the_text_needs_to_be_repeated() -> None:
+    """Against the attention weights that the model itself gives out, over the text and its repetition in one go."""
+    model, ids, ask = model_of("llama"), tokens(2, 30), tokens(1, 3, seed=7)[0]
+    store = compressed_store(model, "kvzip:budget=0.3", page_tokens=4)
+    with torch.no_grad(), CompressedCache(store, ids) as cache:
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="30 cached tokens"):
+            cache.reconstruct(model, ids[:, :20])
+        cache.commit()
+        assert int(cache.seqs[0].kept.min()) == 30, "whole until the text was repeated"
+        cache.reconstruct(model, ids, ask, chunk=16)
+        assert cache.get_seq_length() == 30
+        read = store.pool.read
+        kept = [
+            [[read(seq.lanes[layer], head)[2].tolist() for head in range(4)] for layer in range(LAYERS)]
+            for seq in cache.seqs
+        ]  # fmt: skip
+        store.check_integrity()
+        model(ids[:, :4], past_key_values=cache)
+    model.set_attn_implementation("eager")
+    score = torch.zeros(LAYERS, 2, 4, 30, dtype=torch.float64)
+    with torch.no_grad():
+        for part in ids.split(16, 1):
+            again = torch.cat([ids, ask.expand(2, -1), part], 1)
+            weights = torch.stack(model(again, output_attentions=True).attentions)
+            heard = weights[..., 30:, :30].unflatten(2, (4, 2)).amax((3, 4))
+            score = score.maximum(heard)
+    ranked = score.sort(dim=-1, descending=True, stable=True).indices
+    want = ranked[..., :9].sort(dim=-1).values
+    for row in range(2):
+        assert [want[layer, row].tolist() for layer in range(LAYERS)] == kept[row]
+    assert not store.private, "no request was asked"

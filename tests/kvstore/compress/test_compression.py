@@ -90,6 +90,7 @@ def test_by_objects_and_by_name_are_the_same() -> None:
         ("expected:every=4", "every query of a text"),
         ("critical:base=expected,every=4", "every query of a text"),
         ("critical:base=tova", "no heads to rank apart"),
+        ("kvzip:every=4", "by repeating it"),
         ("tova:rule=ada", "same tokens in all heads"),
         ("snapkv:windw=3", "no such option as 'windw'"),
         ("snap", "there is no scorer 'snap'"),
