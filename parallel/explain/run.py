@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...collectives.trace import Trace
 from ..api import commit, prepare, refuse_later_axes, shape_of
+from ..axes import Fssdp
 from ..errors import PlanError
 from ..families import is_transformers
 from ..folding import Folding
@@ -260,6 +261,10 @@ class _Runs:
             notes.append(
                 f"a prefill goes through them in {self.pieces} pieces of its tokens, one's all-reduce under way behind "
                 "another's attention or MLP"
+            )
+        if isinstance(self.twin._plait.plan.ep, Fssdp):
+            notes.append(
+                "fssdp: a first step, which copies no experts; later ones send weights as routing asks for"
             )
         return tuple(notes)
 

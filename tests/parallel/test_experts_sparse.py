@@ -54,6 +54,8 @@ def test_plans() -> None:
     ):
         with pytest.raises(PlanError, match=told):
             Plan.parse(text).validate()
+    said = Plan.parse("dp2 ep2:fssdp").explain(tiny("mixtral"), context=8)
+    assert "copies no experts" in " ".join(said.notes)
     with pytest.raises(PlanError, match="use spare <= 2"):
         Plan.parse("dp2 ep2:fssdp,spare=3").explain(tiny("mixtral"), context=8)
 
