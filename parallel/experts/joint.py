@@ -122,16 +122,16 @@ def adds(block: Any, routed: nn.Module, row: nn.Linear) -> bool:
     Where it multiplies one of them (Qwen2's gate), the factor would need a gradient from all ranks.
     """
     stand_ins: dict[int, Any] = {id(routed): Given(), id(row): Given()}
-    twin = copy.deepcopy(block, dict(stand_ins)).to_empty(device="cpu").float().eval()
     g = torch.Generator().manual_seed(0)
-    for tensor in [*twin.parameters(), *twin.buffers()]:
-        tensor.copy_(torch.randn(tensor.shape, generator=g) * tensor.numel() ** -0.5)
     width = row.out_features
     x = torch.randn(1, PROBE_TOKENS, width, generator=g)
     results = torch.randn(2, PROBE_TOKENS, width, generator=g)
     for part, out in zip(stand_ins.values(), results, strict=True):
         part.out = out
     try:
+        twin = copy.deepcopy(block, dict(stand_ins)).to_empty(device="cpu").float().eval()
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, generator=g) * tensor.numel() ** -0.5)
         found = twin(x).view(PROBE_TOKENS, width)
     except Exception:  # a block that does not take one activation is none that we know
         return False
