@@ -21,7 +21,7 @@ from plait.parallel import Experts, Fssdp, Plan, PlanError, RoutedExperts, paral
 from plait.parallel.experts import fssdp
 from plait.parallel.experts.fssdp import Materialiser, chunks_of, materialised
 from plait.parallel.experts.placement import Placement
-from training import backward, batch_of, coordinate, loss, trained
+from training import backward, batch_of, coordinate, labelled, loss, trained
 from world import run_calls
 
 HIDDEN, LATENT, FFN = 16, 4, 4
@@ -286,10 +286,19 @@ def test_two_ranks() -> None:
     assert sum(told["send"] for told in sparse) == 3 * sparse[0]["copies"] * chunk > 0
 
 
+def staged(plan: str) -> dict[str, float]:
+    """Under a pipeline the model's own loss is what its schedule knows."""
+    return trained(case(plan, "mixtral"), 2, loss=labelled)
+
+
 def test_four_ranks() -> None:
     calls: list[Any] = [
         (steps, "dp2 tp2 ep4:fssdp,spare=1", "qwen3_moe", 3),
         (steps, "dp4 ep2:fssdp", "mixtral", 2),
+        (steps, "dp2:shard tp2 ep4:fssdp,spare=1", "mixtral", 2),
+        (staged, "pp2 dp2 ep2:fssdp,spare=2"),
+        (staged, "pp2 dp2 ep2,nodes=2"),
+        (staged, "pp2 tp2 ep2,capacity=9.0,pad=true"),
     ]
     answers = run_calls(calls, 4, timeout=400)
     for i, each in enumerate(calls):
