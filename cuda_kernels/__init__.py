@@ -1,6 +1,7 @@
 """Kernels: torch operators under `plait::`, each with a reference, a CPU and a fake implementation."""
 
 from . import paged_decode  # noqa: F401  (registers what CUDA runs for paged_attention)
+from .attention_mass import attention_mass
 from .dense_attention import dense_attention
 from .expert_order import sort_by_expert
 from .expert_rows import permute_rows, unpermute_rows
@@ -15,6 +16,7 @@ from .unit_scores import unit_scores
 __all__ = [
     "Interleave",
     "Regions",
+    "attention_mass",
     "attention_reference",
     "copy_pages",
     "dense_attention",

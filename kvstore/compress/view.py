@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...cuda_kernels import attention_mass
 from .rotary import Rotary
 
 SCORE_ELEMENTS = 1 << 24  # rows of attention computed at once: 64 MiB of float32
@@ -87,6 +88,19 @@ def attention_rows(view: LayerView, q: Tensor) -> Tensor:
     own = torch.arange(tokens - n, tokens, device=q.device)
     later = torch.arange(tokens, device=q.device) > own[:, None]
     return logits.masked_fill(later, float("-inf")).softmax(-1)
+
+
+def attention_received(view: LayerView, q: Tensor) -> Tensor:
+    """Attention that each token received from the last queries, summed over them and their group.
+
+    Shape: q `[batch, heads, n, head_dim]` -> `[batch, kv_heads, tokens]`, float32 or float64
+    """
+    n, tokens = q.shape[2], view.tokens
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = grouped(q, view.kv_heads).to(wide).flatten(2, 3)  # [batch, kv_heads, group * n, d]
+    seen = torch.arange(tokens - n + 1, tokens + 1).repeat(rows.shape[2] // n)
+    pairs = zip(rows, view.k, strict=True)
+    return torch.stack([attention_mass(own, k, seen, q.shape[-1] ** -0.5) for own, k in pairs])
 
 
 def attention_columns(view: LayerView, q: Tensor) -> Tensor:

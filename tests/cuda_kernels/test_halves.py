@@ -86,6 +86,7 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
         ("cuda_kernels/expert_gradients.py", ("halves.py",)),
         ("cuda_kernels/expert_rows.py", ("halves.py",)),
         ("cuda_kernels/paged_attention.py", ("exp.py", "halves.py")),
+        ("cuda_kernels/attention_mass.py", ("exp.py",)),
         ("cuda_kernels/page_summary.py", ("halves.py",)),
         ("cuda_kernels/top_k.py", ("halves.py",)),
         ("cuda_kernels/unit_scores.py", ("paged_attention.py", "halves.py")),

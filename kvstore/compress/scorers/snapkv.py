@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..view import LayerView, attention_rows
+from ..view import LayerView, attention_received
 from .scorer import KEEP, Scorer
 
 
@@ -48,8 +48,9 @@ class SnapKV(Scorer):
         """Votes of the window; the window itself stays."""
         q = view.last_queries(min(self.window, max(keep, 1)), self.name)
         before = view.tokens - q.shape[2]
-        votes = attention_rows(view, q)[..., :before].mean(3)  # [batch, kv_heads, group, before]
-        votes = votes.mean(2) if self.pool == "avg" else votes.sum(2)
+        votes = attention_received(view, q)[..., :before] / q.shape[2]
+        if self.pool == "avg":  # pooling is linear: before the group's mean or after it
+            votes = votes / (q.shape[1] // view.kv_heads)
         if before:
             pooled = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
             votes = pooled(votes, self.kernel, stride=1, padding=self.kernel // 2)
