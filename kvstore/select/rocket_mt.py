@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -44,7 +44,8 @@ class RocketMT(Rocket):
         count = split(view.tokens, keep, 0, view.keys.shape[-1]).kept
         keys = view.keys[view.pages.long()].flatten(0, 1)[: view.tokens].transpose(0, 1)
         seen = LayerView(keys[None], keys[None], q.transpose(0, 1)[None], layer=view.layer)
-        scores = STAGE_ONE.score(seen, count)[0]
+        # A later turn may be shorter than the window: then all of it votes.
+        scores = replace(STAGE_ONE, window=len(q)).score(seen, count)[0]
         kept = torch.stack(keep_best(scores, torch.full((view.kv_heads,), count)))
         chunk, _ = self._stage(view, count, keep)
         rows = keys.gather(1, kept[:, :, None].expand(-1, -1, keys.shape[-1])).transpose(0, 1)

@@ -265,12 +265,13 @@ def filtered(q: Tensor, k: Tensor, rows: Tensor, count: int) -> list[int]:
     return kept + list(range(tokens - queries, tokens))
 
 
-def test_a_prompt_filters_and_decoded_tokens_join() -> None:
+@pytest.mark.parametrize("queries", [32, 2])
+def test_a_prompt_filters_and_decoded_tokens_join(queries) -> None:
     selector = RocketMT(budget=40)
     view = view_of(300)
     seen = replace(view, tokens=290)
     rng = torch.Generator().manual_seed(3)
-    rows = torch.randn(32, HEADS * GROUP, WIDTH, dtype=torch.float64, generator=rng) * 2
+    rows = torch.randn(queries, HEADS * GROUP, WIDTH, dtype=torch.float64, generator=rng) * 2
     count = split(290, 40, 0, WIDTH).kept
     assert 40 < count < 290
     selector.prompt(rows, seen)
