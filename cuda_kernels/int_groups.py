@@ -16,9 +16,12 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, packed_width, unpack_tiles
+from .gpu.toolchain import usable
 from .halves import narrow, widen
+from .int_groups_gpu import dequantise_launch, quantise_launch, serves
 from .numbers import bits_of, half_of
 
+CANNOT = "quantise_groups: infinities, NaN, or values too large for 16-bit scales"
 COLUMNS = 1024  # done together: a group of them stays in the second cache
 
 
@@ -255,7 +258,7 @@ def quantise_groups(
     codes, scales, lows = (t.cpu() for t in _room(x, bits, group, channels))
     flat = codes.view(-1, codes.shape[-1]).numpy()
     if not quantise_into(x.cpu(), bits, group, channels, flat, bits_of(scales), bits_of(lows)):
-        raise ValueError("quantise_groups: infinities, NaN, or values too large for 16-bit scales")
+        raise ValueError(CANNOT)
     return codes.to(x.device), scales.to(x.device), lows.to(x.device)
 
 
@@ -290,6 +293,42 @@ def _(
     bits: int, group: int, channels: bool, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+
+
+@quantise_groups.register_kernel("cuda")
+def quantise_groups_cuda(
+    x: Tensor, bits: int, group: int, channels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise rows in one launch; what the kernel does not serve goes by way of the host."""
+    x = x.contiguous()
+    fits = not channels and serves(x.dtype, x.shape[-1], bits, group) and x.data_ptr() % 16 == 0
+    if not fits or not x.numel() or not usable():
+        parts = quantise_groups(x.cpu(), bits, group, channels)
+        return parts[0].to(x.device), parts[1].to(x.device), parts[2].to(x.device)
+    codes, scales, lows = _room(x, bits, group, channels)
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    variant, grid, args = quantise_launch(x, bits, group, codes, scales, lows, flag)
+    variant.launch(grid, *args)
+    if bool(flag):
+        raise ValueError(CANNOT)
+    return codes, scales, lows
+
+
+@dequantise_groups.register_kernel("cuda")
+def dequantise_groups_cuda(
+    codes: Tensor, scales: Tensor, lows: Tensor,
+    bits: int, group: int, channels: bool, width: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Undo it in one launch."""
+    parts = [t.contiguous() for t in (codes, scales, lows)]
+    if channels or not serves(dtype, width, bits, group) or not codes.numel() or not usable():
+        s, low = parts[1].cpu(), parts[2].cpu()
+        x = dequantise_groups(parts[0].cpu(), s, low, bits, group, channels, width, dtype)
+        return x.to(codes.device)
+    x = codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+    variant, grid, args = dequantise_launch(*parts, bits, group, x)
+    variant.launch(grid, *args)
+    return x
 
 
 # inlines halves.py 5f21b6c6

@@ -19,6 +19,7 @@ from plait.cuda_kernels.int_groups import (
     quantise_groups,
     quantise_reference,
 )
+from plait.cuda_kernels.int_groups_gpu import dequantise_launch, quantise_launch, serves
 from plait.cuda_kernels.sign_groups import signs_reference
 from plait.kvstore import KVSpec, KVStore
 from plait.kvstore.codecs import (
@@ -728,3 +729,40 @@ def test_calibrated_parts_are_equal_by_their_numbers_and_have_no_text() -> None:
             find_codec(text)
     with pytest.raises(CodecError, match=r"calibrated for \[2, 8\], the page is \[16, 3, 8\]"):
         Codec((KSort.of(k),), Bfp(), ()).encode(noise(16, 3, 8))
+
+
+# ---- the CUDA kernels, simulated
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("bits", "group"), [(2, 16), (4, 32), (8, 16)])
+def test_cuda_kernels_code_as_the_cpu_does(dtype, bits, group) -> None:
+    x = noise(5, 64, dtype=dtype)
+    x[1, :group] = 2.5
+    x[2] = 0
+    if dtype == torch.bfloat16:
+        x[3] *= 2.0**100
+        x[4] *= 2.0**-128  # with scales that are subnormal
+    wanted = quantise_groups(x, bits, group, False)
+    got, flag = [torch.full_like(part, 99) for part in wanted], torch.zeros(1, dtype=torch.int32)
+    assert serves(dtype, 64, bits, group)
+    variant, grid, args = quantise_launch(x, bits, group, *got, flag)
+    variant.simulate(grid, *args)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert not flag.any()
+    back = torch.full_like(x, float("nan"))
+    variant, grid, args = dequantise_launch(*wanted, bits, group, back)
+    variant.simulate(grid, *args)
+    assert torch.equal(back, dequantise_groups(*wanted, bits, group, False, 64, dtype))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[3, 40] = bad
+        variant, grid, args = quantise_launch(x, bits, group, *got, flag.zero_())
+        variant.simulate(grid, *args)
+        assert flag.item() == 1
+
+
+def test_cuda_kernels_take_whole_groups_only() -> None:
+    assert not serves(torch.bfloat16, 80, 4, 32)
+    assert not serves(torch.bfloat16, 64, 3, 32)
+    assert not serves(torch.float64, 64, 4, 32)
+    assert not serves(torch.bfloat16, 48, 4, 48)

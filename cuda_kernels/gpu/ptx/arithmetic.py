@@ -172,6 +172,12 @@ def divide(a: Any, b: Any) -> Any:
     return f32(a) / f32(b)
 
 
+@word("fma.rn.f32 $0, $1, $2, $3;", "f32", "f32 f32 f32", pure=True)
+def multiply_add(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+    return f32(float(a) * float(b) + float(c))
+
+
 @word("tanh.approx.f32 $0, $1;", "f32", "f32", pure=True)
 def tanh(x: Any) -> Any:
     return np.tanh(f32(x))

@@ -1,0 +1,185 @@
+"""Groups of a token's channels to codes of 2, 4 or 8 bits and back, on a GPU: one thread for 16 bytes of the page.
+
+What it makes is what `int_groups.py` makes on the CPU, bit for bit: the lanes of a group agree on its ends by shuffles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gpu import ptx
+from .gpu.kernel import Variant, kernel
+from .gpu.ptx import device_function, f32, i32, u32, u64
+from .gpu.vectors import VECTORS
+
+BITS = (2, 4, 8)
+SMALL, LARGE = 2.0**-60, 2.0**60
+
+
+@device_function
+def _quotient(x, by, inverse):
+    """x / by rounded as IEEE says, from an inverse rounded as well; `div.rn` would be a call."""
+    near = f32(x * inverse)
+    return ptx.multiply_add(ptx.multiply_add(f32(-by), near, x), inverse, near)
+
+
+@device_function
+def _half_pair_bf16(low, high):
+    return ptx.bf16x2(low, high)
+
+
+@device_function
+def _half_pair_f16(low, high):
+    return ptx.f16x2(low, high)
+
+
+HALVES = {
+    torch.bfloat16: (_half_pair_bf16, ptx.bf16_low, ptx.bf16_high),
+    torch.float16: (_half_pair_f16, ptx.f16_low, ptx.f16_high),
+    torch.float32: (_half_pair_f16, ptx.f16_low, ptx.f16_high),
+}
+TABLE = [
+    {"lanes": 4, "bits": bits, "dtype": torch.bfloat16} for bits in BITS
+] + [{"lanes": 16, "bits": 4, "dtype": torch.float32}]  # fmt: skip
+
+
+def _stores(size: int):
+    """Store and load so many bytes of codes, held in two words."""
+    if size == 8:
+
+        @device_function
+        def store(place, a, b):
+            ptx.st8(place, a, b)
+
+        @device_function
+        def load(place):
+            return ptx.ld8(place)
+
+        return store, load
+    one = {1: (ptx.st1, ptx.ld1), 2: (ptx.st2, ptx.ld2), 4: (ptx.st4, ptx.ld4)}[size]
+    put, get = one
+
+    @device_function
+    def store(place, a, b):
+        put(place, a)
+
+    @device_function
+    def load(place):
+        return get(place), u32(0)
+
+    return store, load
+
+
+@kernel(threads=256, table=TABLE)
+def quantise_int_rows(lanes, bits, dtype, threads):
+    """Quantise groups of `lanes` 16-byte pieces; `flag` becomes 1 if a group cannot be coded."""
+    width, unpack, _ = VECTORS[dtype]
+    pair, low_of, high_of = HALVES[dtype]
+    shift, top, size = (lanes - 1).bit_length(), (1 << bits) - 1, width * bits // 8
+    first = min(width, 32 // bits)  # codes of the first word
+    store, _ = _stores(size)
+    top_inverse = 1 / top
+
+    def body(x: u64, codes: u64, scales: u64, lows: u64, flag: u64, vectors: i32):
+        at = i32(ptx.block() * i32(threads) + ptx.thread())
+        inside = at < vectors
+        held = at if inside else i32(vectors - i32(1))  # every lane takes part in the shuffles
+        a, b, c, d = ptx.ld16_once(x + u64(u32(held)) * u64(16))
+        v = ptx.local(width, f32)
+        unpack(a, b, c, d, v, 0)
+        low, high, odd = v[0], v[0], f32(0)
+        for i in range(width):
+            low, high = ptx.smaller(low, v[i]), ptx.larger(high, v[i])
+            odd += f32(v[i] - v[i])  # NaN if one is not finite
+        for step in range(shift):
+            low = ptx.smaller(low, ptx.shuffle_xor(low, i32(1 << step)))
+            high = ptx.larger(high, ptx.shuffle_xor(high, i32(1 << step)))
+        halves = pair(_quotient(f32(high - low), f32(top), f32(top_inverse)), low)
+        scale, low = low_of(halves), high_of(halves)
+        if odd != f32(0) or f32(scale - scale) != f32(0) or f32(low - low) != f32(0):
+            ptx.st4(flag, u32(1))
+        lift = f32(1)  # so that neither the scale nor its inverse is subnormal
+        if scale < f32(SMALL):
+            lift = f32(LARGE * LARGE)
+        elif scale > f32(LARGE):
+            lift = f32(SMALL * SMALL)
+        lifted = f32(scale * lift)
+        inverse = ptx.reciprocal(lifted)  # near; one step makes it nearest
+        inverse = ptx.multiply_add(
+            inverse, ptx.multiply_add(f32(-lifted), inverse, f32(1)), inverse
+        )
+        first_word, second_word = u32(0), u32(0)
+        for i in range(width):
+            code = u32(0)
+            if scale > f32(0):
+                near = ptx.nearest(_quotient(f32(f32(v[i] - low) * lift), lifted, inverse))
+                code = u32(min(max(near, i32(0)), i32(top)))
+            if i < first:
+                first_word = u32(first_word | (code << u32(i * bits)))
+            else:
+                second_word = u32(second_word | (code << u32((i - first) * bits)))
+        if inside:
+            store(codes + u64(u32(at)) * u64(size), first_word, second_word)
+            if (at & i32(lanes - 1)) == i32(0):
+                group = u64(u32(at) >> u32(shift)) * u64(2)
+                ptx.st2(scales + group, u32(halves & u32(0xFFFF)))
+                ptx.st2(lows + group, u32(halves >> u32(16)))
+
+    return body
+
+
+@kernel(threads=256, table=TABLE)
+def dequantise_int_rows(lanes, bits, dtype, threads):
+    """Undo `quantise_int_rows`."""
+    width, _, pack = VECTORS[dtype]
+    _, low_of, _ = HALVES[dtype]
+    shift, mask, size = (lanes - 1).bit_length(), (1 << bits) - 1, width * bits // 8
+    first = min(width, 32 // bits)
+    _, load = _stores(size)
+
+    def body(codes: u64, scales: u64, lows: u64, x: u64, vectors: i32):
+        at = i32(ptx.block() * i32(threads) + ptx.thread())
+        if at >= vectors:
+            return
+        first_word, second_word = load(codes + u64(u32(at)) * u64(size))
+        group = u64(u32(at) >> u32(shift)) * u64(2)
+        scale, low = low_of(ptx.ld2(scales + group)), low_of(ptx.ld2(lows + group))
+        v = ptx.local(width, f32)
+        for i in range(width):
+            held = first_word if i < first else second_word
+            code = u32(u32(held >> u32((i * bits) & 31)) & u32(mask))
+            # a product by itself: the compiler would fuse it with the sum, and the CPU rounds twice
+            v[i] = f32(ptx.multiply_add(ptx.f32_of(i32(code)), scale, f32(0)) + low)
+        a, b, c, d = pack(v, 0)
+        ptx.st16(x + u64(u32(at)) * u64(16), a, b, c, d)
+
+    return body
+
+
+def serves(dtype: torch.dtype, width: int, bits: int, group: int) -> bool:
+    """Say whether the kernels take such rows: groups that are whole, and a power of two of 16-byte pieces to 32."""
+    if dtype not in VECTORS or bits not in BITS:
+        return False
+    lanes, rest = divmod(group * dtype.itemsize, 16)
+    return rest == 0 and lanes in (1, 2, 4, 8, 16, 32) and width % group == 0
+
+
+def quantise_launch(
+    x: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, lows: Tensor, flag: Tensor
+) -> tuple[Variant, int, tuple[int, ...]]:
+    """Choose the variant, the grid and the arguments for contiguous tensors."""
+    lanes, vectors = group * x.element_size() // 16, x.numel() * x.element_size() // 16
+    variant = quantise_int_rows(lanes=lanes, bits=bits, dtype=x.dtype)
+    pointers = tuple(t.data_ptr() for t in (x, codes, scales, lows, flag))
+    return variant, -(-vectors // variant.threads), (*pointers, vectors)
+
+
+def dequantise_launch(
+    codes: Tensor, scales: Tensor, lows: Tensor, bits: int, group: int, x: Tensor
+) -> tuple[Variant, int, tuple[int, ...]]:
+    """Choose the variant, the grid and the arguments for contiguous tensors."""
+    lanes, vectors = group * x.element_size() // 16, x.numel() * x.element_size() // 16
+    variant = dequantise_int_rows(lanes=lanes, bits=bits, dtype=x.dtype)
+    pointers = tuple(t.data_ptr() for t in (codes, scales, lows, x))
+    return variant, -(-vectors // variant.threads), (*pointers, vectors)
