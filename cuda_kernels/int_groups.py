@@ -320,13 +320,12 @@ def dequantise_groups_cuda(
     bits: int, group: int, channels: bool, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Undo it in one launch."""
-    parts = [t.contiguous() for t in (codes, scales, lows)]
+    c, s, low = codes.contiguous(), scales.contiguous(), lows.contiguous()
     if channels or not serves(dtype, width, bits, group) or not codes.numel() or not usable():
-        s, low = parts[1].cpu(), parts[2].cpu()
-        x = dequantise_groups(parts[0].cpu(), s, low, bits, group, channels, width, dtype)
+        x = dequantise_groups(c.cpu(), s.cpu(), low.cpu(), bits, group, channels, width, dtype)
         return x.to(codes.device)
     x = codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
-    variant, grid, args = dequantise_launch(*parts, bits, group, x)
+    variant, grid, args = dequantise_launch(c, s, low, bits, group, x)
     variant.launch(grid, *args)
     return x
 

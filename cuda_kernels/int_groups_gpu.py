@@ -5,6 +5,8 @@ What it makes is what `int_groups.py` makes on the CPU, bit for bit: the lanes o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,21 +46,21 @@ TABLE = [
 ] + [{"lanes": 16, "bits": 4, "dtype": torch.float32}]  # fmt: skip
 
 
-def _stores(size: int):
-    """Store and load so many bytes of codes, held in two words."""
+@device_function
+def _store8(place, a, b):
+    ptx.st8(place, a, b)
+
+
+@device_function
+def _load8(place):
+    return ptx.ld8(place)
+
+
+def _stores(size: int) -> tuple[Any, Any]:
+    """Give what stores and loads so many bytes of codes, held in two words."""
     if size == 8:
-
-        @device_function
-        def store(place, a, b):
-            ptx.st8(place, a, b)
-
-        @device_function
-        def load(place):
-            return ptx.ld8(place)
-
-        return store, load
-    one = {1: (ptx.st1, ptx.ld1), 2: (ptx.st2, ptx.ld2), 4: (ptx.st4, ptx.ld4)}[size]
-    put, get = one
+        return _store8, _load8
+    put, get = {1: (ptx.st1, ptx.ld1), 2: (ptx.st2, ptx.ld2), 4: (ptx.st4, ptx.ld4)}[size]
 
     @device_function
     def store(place, a, b):
