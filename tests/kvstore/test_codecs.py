@@ -734,8 +734,15 @@ def test_calibrated_parts_are_equal_by_their_numbers_and_have_no_text() -> None:
 # ---- the CUDA kernels, simulated
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("bits", "group"), [(2, 16), (4, 32), (8, 16)])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group"),
+    [
+        (torch.bfloat16, 2, 16),
+        (torch.bfloat16, 4, 32),
+        (torch.float16, 8, 16),
+        (torch.float32, 4, 16),
+    ],
+)
 def test_cuda_kernels_code_as_the_cpu_does(dtype, bits, group) -> None:
     x = noise(5, 64, dtype=dtype)
     x[1, :group] = 2.5
