@@ -475,6 +475,7 @@ def test_plans_run_over_it(world: World, plan: str, op: str) -> None:
     model(ids[:, :5])
     with Trace() as trace:
         out = model(ids[:, :36], use_cache=True)
+        last = out
         for at in range(36, 40):
             last = model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
     assert far(out.logits, reference(ids[:, :36]).logits) < 1e-9

@@ -112,7 +112,8 @@ def test_both_are_better_than_none(routing: Routing) -> None:
         assert copied[layer].measured < made[layer].measured <= before.measured
         assert copied[layer].measured < 1.2
         assert copied[layer].measured == pytest.approx(copied[layer].predicted, rel=0.1)
-    assert made[layer].hop_rows <= even[layer].hop_rows
+    last = [*even][-1]
+    assert made[last].hop_rows <= even[last].hop_rows
 
 
 def dispatched(path: str) -> tuple[list[int], list[int], Routing]:
