@@ -25,7 +25,7 @@ def pool(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def room(dtype: torch.dtype) -> Tensor:
-    return torch.full((30, HEADS, WIDTH), 777.0, dtype=dtype)
+    return torch.full((33, HEADS, WIDTH), 777.0, dtype=dtype)
 
 
 @given(

@@ -25,7 +25,7 @@ def test_version() -> None:
 def test_commands_are_a_decision() -> None:
     """Growth of the command line is a decision: this list is edited with it."""
     commands = [c.name or c.callback.__name__ for c in app.registered_commands]
-    assert sorted(commands) == ["bench", "doctor", "explain", "plan"]
+    assert sorted(commands) == ["bench", "doctor", "experts", "explain", "plan"]
     (kv,) = app.registered_groups
     assert kv.name == "kv"
     assert sorted(c.callback.__name__ for c in kv.typer_instance.registered_commands) == [
