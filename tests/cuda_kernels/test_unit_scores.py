@@ -91,8 +91,8 @@ def test_bad_shapes_are_refused() -> None:
         unit_scores(torch.zeros(HEADS, 1, WIDTH), keys, pages, 29)
     with pytest.raises(ValueError, match="do not fit"):
         summarise(keys, pages, 0, 4, 4, room(torch.bfloat16), room(torch.bfloat16))
-    with pytest.raises(ValueError, match="do not lie in 30 units of 1"):
-        summarise(keys, pages, 0, 28, 1, room(torch.float32), room(torch.float32), shift=9)
+    with pytest.raises(ValueError, match="do not lie in 33 units of 1"):
+        summarise(keys, pages, 0, 28, 1, room(torch.float32), room(torch.float32), shift=6)
 
 
 def test_operators_check_out() -> None:
