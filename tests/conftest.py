@@ -13,14 +13,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
 
 import world
 
-# The same examples at every run: what fails anywhere fails everywhere. New ones: pytest --hypothesis-profile search
-settings.register_profile("search", print_blob=True)
-settings.register_profile("same", derandomize=True, print_blob=True)
-settings.load_profile("same")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw the same examples at every run, so that what fails anywhere fails everywhere.
+
+    New ones: `pytest --hypothesis-profile search`. The environments of single tools have no hypothesis.
+    """
+    if not config.pluginmanager.hasplugin("hypothesispytest"):
+        return
+    from hypothesis import settings
+
+    settings.register_profile("search", print_blob=True)
+    settings.register_profile("same", derandomize=True, print_blob=True)
+    settings.load_profile("same")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
