@@ -10,54 +10,18 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 
-from exactness import EXACT, Case, Pair, case, far, gradient_errors, worst
-from models import tokens
+from exactness import EXACT, Case, Pair, case, worst
 from plait.collectives.trace import Trace
 from plait.parallel.data import replicas
 from plait.parallel.edits import SumGradient
 from plait.parallel.experts import dispatch, role
 from plait.parallel.experts.place import Place
+from routing_extremes import nan_logits, one_way, single_token
 from training import trained
 from world import run_calls
 
 TOKENS = "tp2 ep2,exchange=tokens"
 SUMS = "tp2 ep2,exchange=sums"
-
-
-def one_way(plan: str) -> dict[str, float]:
-    """All tokens go to the first two experts, which one rank holds."""
-    pair = Pair.of(case(plan, "gpt_oss"))
-    for model in (pair.reference, pair.model):
-        for layer in model.model.layers:
-            layer.mlp.router.bias.data[:2] += 100.0
-    return compared(pair, tokens(2, 9))
-
-
-def single_token(plan: str) -> dict[str, float]:
-    """One token, so that a rank has none to start from."""
-    return compared(Pair.of(case(plan, "mixtral")), tokens(1, 1))
-
-
-def compared(pair: Pair, ids: torch.Tensor) -> dict[str, float]:
-    logits = []
-    for model in (pair.reference, pair.model):
-        out = model(ids, use_cache=False).logits
-        (out * torch.linspace(0, 1, out.shape[-1], dtype=out.dtype)).sum().backward()
-        logits.append(out)
-    missing = [n for n, p in pair.model.named_parameters() if p.grad is None]
-    assert not missing, f"without a gradient: {missing}"
-    return {"logits": far(logits[1], logits[0]), "gradients": max(gradient_errors(pair).values())}
-
-
-def nan_logits(plan: str) -> dict[str, float]:
-    """NaN in the router makes the same numbers NaN as in one process, and nothing hangs."""
-    pair = Pair.of(case(plan, "gpt_oss"))
-    for model in (pair.reference, pair.model):
-        model.model.layers[1].mlp.router.bias.data[1] = float("nan")
-    with torch.no_grad():
-        right, found = (m(tokens(2, 9)).logits for m in (pair.reference, pair.model))
-    assert right.isnan().any()
-    return {"nan": float((right.isnan() != found.isnan()).sum())}
 
 
 def sent(plan: str) -> dict[str, float]:
@@ -77,7 +41,9 @@ def sent(plan: str) -> dict[str, float]:
 
 
 def test_routing_without_work_for_all() -> None:
-    calls = [(f, plan) for plan in (TOKENS, SUMS) for f in (one_way, single_token, nan_logits)]
+    calls: list[Any] = []
+    for plan in (TOKENS, SUMS):
+        calls += [(one_way, plan), (single_token, plan, "mixtral"), (nan_logits, plan)]
     calls += [(one_way, "dp2 ep2"), (sent, TOKENS), (sent, "dp2 ep2"), (sent, "dp2 etp2")]
     answers = run_calls(calls, 2, timeout=300)
     for i, call in enumerate(calls):
