@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,33 @@ def launch(script: str, arguments: Sequence[str], ranks: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", script, *arguments]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    code = subprocess.run(command, env=environ, check=False).returncode
+    if code:
+        raise SystemExit(code)
+
+
+def mpirun(script: str, arguments: Sequence[str], ranks: int) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment that run a script again under mpirun; root may, as in a container.
+
+    Raises:
+        FileNotFoundError: there is no mpirun, beside this Python or on the path.
+    """
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    found = shutil.which("mpirun", path=places)
+    if found is None:
+        raise FileNotFoundError("no mpirun: pip install 'plait[mpi]'")
+    command = [found, "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environ = {**os.environ, **root, "OMP_NUM_THREADS": "1"}
+    return [*command, sys.executable, script, *arguments], environ
+
+
+def launch_mpi(script: str, arguments: Sequence[str], ranks: int) -> None:
+    """Run a script again under mpirun, and wait for it."""
+    try:
+        command, environ = mpirun(script, arguments, ranks)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
     code = subprocess.run(command, env=environ, check=False).returncode
     if code:
         raise SystemExit(code)

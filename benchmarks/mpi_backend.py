@@ -10,18 +10,16 @@ remains of the minimum and of the median after that. `--realtime` (root): see sh
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mpi4py
 import torch
 import torch.distributed as dist
+from contest import launch_mpi
 from shm_collectives import hold_core
 
 from plait.collectives.launch import Launch
@@ -125,22 +123,10 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes")
     parser.add_argument("--realtime", action="store_true")
     args = parser.parse_args()
-    if Launch.detect().launcher != "alone":
-        return work(args)
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        sys.exit("no mpirun: pip install 'plait[mpi]'")
-    command = [
-        mpirun,
-        "--oversubscribe",
-        "-n",
-        str(args.ranks),
-        sys.executable,
-        __file__,
-        *sys.argv[1:],
-    ]
-    sys.exit(subprocess.call(command))
+    if Launch.detect().launcher == "alone":
+        launch_mpi(__file__, sys.argv[1:], args.ranks)
+    else:
+        work(args)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ later of both ranks; the table in collectives/mpi/strided.py says from which run
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from contest import launch_mpi
 from shm_collectives import hold_core
 from torch import Tensor
 
@@ -90,13 +88,10 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes")
     parser.add_argument("--realtime", action="store_true")
     args = parser.parse_args()
-    if Launch.detect().launcher != "alone":
-        return work(args)
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        sys.exit("no mpirun: pip install 'plait[mpi]'")
-    sys.exit(subprocess.call([mpirun, "-n", "2", sys.executable, __file__, *sys.argv[1:]]))
+    if Launch.detect().launcher == "alone":
+        launch_mpi(__file__, sys.argv[1:], 2)
+    else:
+        work(args)
 
 
 if __name__ == "__main__":

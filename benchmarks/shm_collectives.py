@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest import heading, launch, launched, say
+from contest import heading, launch, launched, mpirun, say
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
@@ -129,13 +128,10 @@ def in_mpi(options: argparse.Namespace) -> None:
 
 def measure_mpi(arguments: list[str], ranks: int) -> dict[str, list[float]]:
     """Run this script under mpirun; without one there is no column for it."""
-    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
-    if mpirun is None:
+    try:
+        command, environ = mpirun(__file__, ["--mpi-rank", *arguments], ranks)
+    except FileNotFoundError:
         return {}
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [mpirun, "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
-    command += [sys.executable, __file__, "--mpi-rank", *arguments]
-    environ = {**os.environ, **root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
