@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..compress import CompressedStore, Compression, KeptSequence, KeptStep, ModelFacts, Rotary
 from .pages import InPages, read_pages_in_place
-from .transformers import PlaitLayer, spec_of
+from .rows import RowCache
+from .transformers import spec_of
 
 
 def compressed_store(
@@ -72,7 +72,7 @@ def _agrees(own: Rotary, module: nn.Module, attention: nn.Module) -> bool:
     return torch.allclose(theirs.float(), own.rotate(probe, places[0]), atol=1e-4)
 
 
-class CompressedCache(Cache):
+class CompressedCache(RowCache):
     """A transformers cache of which each head keeps what matters. Padding is not stored.
 
     A forward of more than one token is a prompt: its attention is the model's own, then the layer chooses. Close it, or
@@ -89,6 +89,9 @@ class CompressedCache(Cache):
     State: a forward is a step of the store, committed when the next begins or the cache is closed.
     """
 
+    store: CompressedStore
+    seqs: list[KeptSequence]
+
     def __init__(
         self,
         store: CompressedStore,
@@ -97,10 +100,9 @@ class CompressedCache(Cache):
         repeats: int = 1,
         tenant: str | None = None,
     ) -> None:
-        super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
+        super().__init__(store)
         rows = 1 if input_ids.dim() == 1 else len(input_ids)
-        self.store = store
-        self.seqs: list[KeptSequence] = self._open(input_ids, attention_mask, rows, repeats, tenant)
+        self.seqs = self._open(input_ids, attention_mask, rows, repeats, tenant)
         given = None if attention_mask is None else attention_mask.reshape(rows, -1)
         self.mask = None if given is None else given.repeat_interleave(repeats, 0).bool().cpu()
         self.columns = self.cached_tokens = self.seqs[0].tokens if self.seqs else 0
@@ -261,49 +263,17 @@ class CompressedCache(Cache):
         if step is not None:
             self.store.abort(step)
 
-    def close(self) -> None:
-        """End the sequences; their pages are free."""
-        self.commit()
-        self.store.close(self.seqs)
-        self.seqs = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "seqs", None):
-            self.close()
-
     def _select(self, rows: list[int]) -> None:
-        self.commit()
-        self.seqs = self.store.reorder(self.seqs, rows)
+        super()._select(rows)
         self.mask = None if self.mask is None else self.mask[rows]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give each beam what it kept; pages are shared."""
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row; the copies share their pages."""
-        self._select(torch.arange(len(self.seqs)).repeat_interleave(repeats).tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._select(indices.tolist())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens of each row, those since the last choice at most; the number is negative or zero."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
-            )
-        self.commit()
-        for seq in self.seqs:
-            self.store.truncate(seq, max(0, seq.length + tokens_to_remove))
+        super().crop(tokens_to_remove)
         self.columns += tokens_to_remove
+
+    def _left(self, length: int, change: int) -> int:
+        return max(0, super()._left(length, change))  # a padded row is shorter than its columns
 
     def reset(self) -> None:
         """Forget all tokens."""

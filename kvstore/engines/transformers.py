@@ -15,18 +15,19 @@ view of the pages where they follow each other, else a copy. `pages` has one tha
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Protocol, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..identity import Identity
+from ..sequence import Sequence
 from ..spec import KVSpec
 from ..step import Step
 from ..store import KVStore
 from .pages import InPages
+from .rows import RowCache
 
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -87,54 +88,7 @@ def weights_digest(model: nn.Module) -> str:
     return hasher.hexdigest()
 
 
-class LayerWriter(Protocol):
-    """The cache of a `PlaitLayer`."""
-
-    @property
-    def tokens(self) -> int:
-        """Columns of each row so far."""
-        ...
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one layer's new tokens; give what attention shall be given."""
-        ...
-
-
-class PlaitLayer(CacheLayerMixin):
-    """One attention layer of a `PlaitCache`."""
-
-    is_sliding = False  # windows are the mask's: all tokens are kept
-    is_croppable = True
-
-    def __init__(self, cache: LayerWriter, number: int) -> None:
-        super().__init__()
-        self.cache = cache
-        self.number = number
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the store was there first."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append new tokens and give all: [batch, kv_heads, new, d] -> [batch, kv_heads, all, d]."""
-        return self.cache.write(self.number, key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens."""
-        return self.cache.tokens + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens of each row so far."""
-        return self.cache.tokens
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-
-class PlaitCache(Cache):
+class PlaitCache(RowCache):
     """A transformers cache in pages, which starts from the longest cached prefix of its prompts.
 
     `generate` skips what is cached: it computes the tokens after `get_seq_length()` only. Rows of a
@@ -153,6 +107,9 @@ class PlaitCache(Cache):
     State: a forward is a step of the store, committed when the next begins or the cache is closed.
     """
 
+    store: KVStore
+    seqs: list[Sequence]
+
     def __init__(
         self,
         store: KVStore,
@@ -167,8 +124,7 @@ class PlaitCache(Cache):
                 f"the store's selector={store.selector} chooses what is read in the pages: give in_place=True, and "
                 "call read_pages_in_place(model)"
             )
-        super().__init__(layers=[PlaitLayer(self, layer) for layer in range(store.spec.layers)])
-        self.store = store
+        super().__init__(store)
         rows = input_ids[None] if input_ids.dim() == 1 else input_ids
         rows = rows.repeat_interleave(repeats, 0)
         padded = attention_mask is not None and not bool(attention_mask.all())
@@ -276,48 +232,9 @@ class PlaitCache(Cache):
         for seq, row, told in zip(self.seqs, ids, known, strict=True):
             self.store.tell(seq, row[len(told) : max(seq.length, len(told))])
 
-    def close(self) -> None:
-        """End the sequences; their pages stay cached in the store."""
-        self.commit()
-        self.store.close(self.seqs)
-        self.seqs = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "seqs", None):  # a cache that goes out of scope keeps no pages
-            self.close()
-
     def _select(self, rows: list[int]) -> None:
-        self.commit()
         self._told = self._told and rows == list(range(len(self.seqs)))
-        self.seqs = self.store.reorder(self.seqs, rows)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give each beam the tokens it chose; pages are shared."""
-        self._select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row; the copies share their pages."""
-        self._select(torch.arange(len(self.seqs)).repeat_interleave(repeats).tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._select(indices.tolist())
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of each row; the number is negative or zero."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
-            )
-        self.commit()
-        for seq in self.seqs:
-            self.store.truncate(seq, seq.length + tokens_to_remove)
+        super()._select(rows)
 
     def reset(self) -> None:
         """Forget all tokens, of this cache; what is in the store stays cached."""
