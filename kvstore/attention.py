@@ -152,14 +152,30 @@ def row_pointers(
     return indptr
 
 
-def causal_bounds(indptr: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def row_bounds(
+    lo: Tensor | None, hi: Tensor | None,
+    indptr: np.ndarray, lengths: np.ndarray, device: torch.device | str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The local tokens `[lo, hi)` each row sees: as given, else by the rules of `KVStore.attend`.
+
+    Raises:
+        ValueError: if a row would see past its sequence's end.
+    """
+    if hi is None:
+        hi = torch.from_numpy(_causal_bounds(indptr, lengths)).to(device)
+    elif not hi.is_meta and _past_end(hi, indptr, lengths):
+        raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
+    return torch.zeros_like(hi) if lo is None else lo.clamp(min=0), hi
+
+
+def _causal_bounds(indptr: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The last row of each sequence sees all of it, the one before it one token less, ..."""
     rows = indptr[1:] - indptr[:-1]
     left = np.repeat(indptr[1:], rows) - 1 - np.arange(indptr[-1])
     return np.maximum(np.repeat(lengths, rows) - left, 0)
 
 
-def past_end(hi: Tensor, indptr: np.ndarray, lengths: np.ndarray) -> bool:
+def _past_end(hi: Tensor, indptr: np.ndarray, lengths: np.ndarray) -> bool:
     """Say whether a row's bound lies beyond its sequence; a wrong shape is the kernel's to refuse."""
     if hi.dim() != 1 or hi.numel() != indptr[-1]:
         return False

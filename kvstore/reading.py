@@ -8,7 +8,6 @@ from collections.abc import Sequence as Listing
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..cuda_kernels import Interleave
@@ -16,9 +15,8 @@ from .attention import (
     LayerPages,
     ScoreOptions,
     attend_pages,
-    causal_bounds,
     gather,
-    past_end,
+    row_bounds,
     row_pointers,
     with_sink,
 )
@@ -125,11 +123,7 @@ class PageReader:
             step = seqs.step_alone()
         table = self.page_table(seqs, step)
         indptr = row_pointers(len(table.lengths), q, q_indptr, step)
-        if hi is None:
-            hi = torch.from_numpy(causal_bounds(indptr, table.lengths)).to(q.device)
-        elif not hi.is_meta and past_end(hi, indptr, table.lengths):
-            raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
-        lo = torch.zeros_like(hi) if lo is None else lo.clamp(min=0)
+        lo, hi = row_bounds(lo, hi, indptr, table.lengths, q.device)
         options = ScoreOptions(
             self.spec.head_dim**-0.5 if scale is None else scale,
             softcap,

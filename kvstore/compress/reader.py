@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cuda_kernels import Interleave, merge_states
-from ..attention import ScoreOptions, causal_bounds, past_end, row_pointers, with_sink
+from ..attention import ScoreOptions, row_bounds, row_pointers, with_sink
 from ..select.attend import attend_selected
 from ..select.selector import Selector
 from ..spec import KVSpec
@@ -71,13 +71,7 @@ class KeptReader:
             if q_indptr is None:
                 q_indptr = np.concatenate([[0], np.cumsum(self._rows_of(given, step))]).tolist()
         indptr = row_pointers(len(given), q, q_indptr, None)
-        if hi is None:
-            high = causal_bounds(indptr, lengths)
-        elif past_end(hi, indptr, lengths):
-            raise ValueError("attend: hi reaches past a sequence's end (did you forget step=?)")
-        else:
-            high = hi.cpu().numpy()
-        low = np.zeros_like(high) if lo is None else lo.clamp(min=0).cpu().numpy()
+        low, high = (b.cpu().numpy() for b in row_bounds(lo, hi, indptr, lengths, "cpu"))
         options = ScoreOptions(self.spec.head_dim**-0.5 if scale is None else scale, softcap)
         with self._lock:
             o, lse = self._attend(given, layer, q, indptr, low, high, lengths, options, step)
