@@ -12,9 +12,8 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, packed_width, unpack_tiles
-from .halves import widen
 from .minifloats import MINIFLOATS, round_to, table_of
-from .numbers import bits_of, narrow_run
+from .numbers import bits_of, narrow_run, widen_run
 
 INFINITE = np.uint32(0x7F800000)
 NAN_SCALE = 255
@@ -28,18 +27,6 @@ def lift_of(rule: str, mantissa_bits: int) -> int:
     "floor" may saturate the largest element; "even" rounds it to the element's mantissa first; "ceil" never saturates.
     """
     return 1 << (22 - mantissa_bits) if rule == "even" else LIFTS[rule]
-
-
-@njit(nogil=True, cache=True)
-def _largest(row, wide):
-    """Widen a run; give the bits of its largest magnitude, NaN above all."""
-    worst = np.int32(0)
-    for i in range(row.size):
-        value = np.float32(widen(row[i]))
-        wide[i] = value
-        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
-        worst = size if size > worst else worst
-    return np.uint32(worst)
 
 
 @njit(nogil=True, cache=True)
@@ -58,7 +45,7 @@ def _quantise_mx(x, size, lift, top, form, largest, scales, codes):
         for b in range(scales.shape[1]):
             start, stop = b * size, min((b + 1) * size, width)
             run = wide[: stop - start]
-            worst = _largest(x[r, start:stop], run)
+            worst = widen_run(x[r, start:stop], run)
             if worst > INFINITE:
                 scales[r, b] = NAN_SCALE
                 codes[r, start:stop] = 0
@@ -120,7 +107,7 @@ def _quantise_nvfp4(x, size, whole, both, byte_table, table, scales, codes):
         for b in range(scales.shape[1]):
             start, stop = b * size, min((b + 1) * size, width)
             run, out, alt = wide[: stop - start], codes[r, start:stop], other[: stop - start]
-            largest = np.uint32(_largest(x[r, start:stop], run)).view(np.float32)
+            largest = np.uint32(widen_run(x[r, start:stop], run)).view(np.float32)
             scale, factor = _nvfp4_scale(largest, six, whole, byte_table)
             _round_run(run, factor, 1, low, top, 3, out)
             if both:
@@ -280,4 +267,4 @@ def _rooms(x: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
     return scales, x.new_empty(rows, packed_width(width, bits), dtype=torch.uint8)
 
 
-# inlines halves.py and minifloats.py and numbers.py f8184d26
+# inlines halves.py and minifloats.py and numbers.py fab62cc0

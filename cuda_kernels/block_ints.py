@@ -12,25 +12,20 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
-from .halves import narrow, widen
-from .numbers import bits_of
+from .halves import narrow
+from .numbers import bits_of, widen_run
 
 NAN_SCALE = 255
 MICRO_BLOCK = 16
 
 
 @njit(nogil=True, cache=True)
-def _widen_run(row, wide):
+def _field(row, wide):
     """Widen a run; give the exponent field of its largest magnitude, 255 if one is NaN; infinities count as 254."""
-    worst = np.int32(0)
-    for i in range(row.size):
-        value = np.float32(widen(row[i]))
-        wide[i] = value
-        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
-        worst = size if size > worst else worst
+    worst = np.int64(widen_run(row, wide))
     if worst > 0x7F800000:
         return NAN_SCALE
-    return min(np.int64(worst) >> 23, 254)
+    return min(worst >> 23, 254)
 
 
 @njit(nogil=True, cache=True)
@@ -55,7 +50,7 @@ def _quantise_blocks(x, size, bits, scales, codes):
     for r in range(rows):
         for b in range(scales.shape[1]):
             start, stop = b * size, min((b + 1) * size, width)
-            field = _widen_run(x[r, start:stop], wide[: stop - start])
+            field = _field(x[r, start:stop], wide[: stop - start])
             scales[r, b] = field
             if field == NAN_SCALE:
                 codes[r, start:stop] = 0
@@ -90,7 +85,7 @@ def _quantise_micro(x, magnitude, scales, pairs, codes):
     for r in range(rows):
         for b in range(scales.shape[1]):
             start, stop = b * MICRO_BLOCK, min((b + 1) * MICRO_BLOCK, width)
-            field = _widen_run(x[r, start:stop], wide[: stop - start])
+            field = _field(x[r, start:stop], wide[: stop - start])
             scales[r, b] = field
             less = np.uint8(0)
             for i in range(0, stop - start, 2):
@@ -199,4 +194,4 @@ def blocks_reference(x: Tensor, bits: int, size: int) -> Tensor:
     return ((blocks / step).round().clamp(-top, top) * step).flatten(-2)
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py and numbers.py d0442bf9

@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .halves import narrow
+from .halves import narrow, widen
 
 LOOKS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
@@ -20,6 +20,18 @@ def bits_of(x: Tensor) -> np.ndarray:
 def half_of(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit float for scales of such a page: its own, so that nothing overflows in it; float16 for wider ones."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+
+
+@njit(nogil=True, cache=True)
+def widen_run(row, wide):
+    """Widen a run; give the bits of its largest magnitude, NaN above all."""
+    worst = np.int32(0)
+    for i in range(row.size):
+        value = np.float32(widen(row[i]))
+        wide[i] = value
+        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
+        worst = size if size > worst else worst
+    return np.uint32(worst)
 
 
 @njit(nogil=True, cache=True)

@@ -11,9 +11,8 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
-from .halves import widen
 from .minifloats import round_to, table_of
-from .numbers import bits_of, narrow_run
+from .numbers import bits_of, narrow_run, widen_run
 
 TINY = np.float32(2.0**-126)
 
@@ -27,17 +26,6 @@ def scaled_reference(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     scaled = (wide * inverse).clamp(-largest, largest)
     codes = scaled.round().to(torch.int8) if whole else scaled.to(torch.float8_e4m3fn)
     return codes, scale[:, 0]
-
-
-@njit(nogil=True, cache=True)
-def _widen_row(row, wide):
-    worst = np.int32(0)
-    for i in range(row.size):
-        value = np.float32(widen(row[i]))
-        wide[i] = value
-        size = np.int32(np.int32(value.view(np.int32)) & np.int32(0x7FFFFFFF))
-        worst = size if size > worst else worst
-    return worst
 
 
 @njit(nogil=True, cache=True)
@@ -60,9 +48,9 @@ def _quantise(x, whole, scales, codes):
     wide, bad = np.empty(width, np.float32), 0
     largest = np.float32(127) if whole else np.float32(448)
     for r in range(rows):
-        worst = _widen_row(x[r], wide)
+        worst = widen_run(x[r], wide)
         bad += worst >= 0x7F800000
-        scale = np.float32(np.int32(worst).view(np.float32) / largest)
+        scale = np.float32(np.uint32(worst).view(np.float32) / largest)
         scales[r] = scale
         inverse = np.float32(1) / scale if scale >= TINY else np.float32(0)
         if whole:
@@ -111,4 +99,4 @@ def dequantise_rows_into(scales: np.ndarray, codes: np.ndarray, whole: bool, x: 
     )
 
 
-# inlines halves.py and minifloats.py and numbers.py f8184d26
+# inlines halves.py and minifloats.py and numbers.py fab62cc0
