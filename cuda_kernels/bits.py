@@ -144,17 +144,12 @@ def pack_tiles(
 
     Shape: `[units, ..., width]` of codes -> out `[rows, packed_width]`; tile `[stop - start, ..., width]`
     """
-    rows, step = math.prod(shape[1:-1]), _step(shape)
 
-    def part(a: int, b: int) -> None:
-        room = np.empty((min(step, b - a), *shape[1:]), np.uint8)
-        for start in range(a, b, step):
-            stop = min(start + step, b)
-            tile = room[: stop - start]
-            quantise(start, stop, tile)
-            pack_into(tile.reshape(-1, shape[-1]), bits, out[start * rows : stop * rows])
+    def fill(start: int, stop: int, packed: np.ndarray, tile: np.ndarray) -> None:
+        quantise(start, stop, tile)
+        pack_into(tile.reshape(-1, shape[-1]), bits, packed)
 
-    run_rows(part, shape[0], step)
+    _each_tile(fill, shape, out)
 
 
 def unpack_tiles(
@@ -162,19 +157,25 @@ def unpack_tiles(
     shape: tuple[int, ...], bits: int, data: np.ndarray,
 ) -> None:  # fmt: skip
     """Unpack and dequantise tile by tile; the inverse of `pack_tiles`."""
-    rows, step = math.prod(shape[1:-1]), _step(shape)
+
+    def read(start: int, stop: int, packed: np.ndarray, tile: np.ndarray) -> None:
+        unpack_into(packed, bits, tile.reshape(-1, shape[-1]))
+        dequantise(start, stop, tile)
+
+    _each_tile(read, shape, data)
+
+
+def _each_tile(
+    visit: Callable[[int, int, np.ndarray, np.ndarray], None],
+    shape: tuple[int, ...], data: np.ndarray,
+) -> None:  # fmt: skip
+    """Call `visit(start, stop, packed, tile)` for runs of units whose codes fit the cache."""
+    rows, step = math.prod(shape[1:-1]), max(1, TILE // math.prod(shape[1:]))
 
     def part(a: int, b: int) -> None:
         room = np.empty((min(step, b - a), *shape[1:]), np.uint8)
         for start in range(a, b, step):
             stop = min(start + step, b)
-            tile = room[: stop - start]
-            unpack_into(data[start * rows : stop * rows], bits, tile.reshape(-1, shape[-1]))
-            dequantise(start, stop, tile)
+            visit(start, stop, data[start * rows : stop * rows], room[: stop - start])
 
     run_rows(part, shape[0], step)
-
-
-def _step(shape: tuple[int, ...]) -> int:
-    """Units of a tile."""
-    return max(1, TILE // math.prod(shape[1:]))

@@ -92,34 +92,34 @@ def _butterflies(tile, power):
 
 
 @njit(nogil=True, cache=True)
+def _sign(tile, signs, at, power):
+    """Multiply by the signs of a turn, the coordinates that turn by the norm of the matrix too."""
+    factor = np.float32(1 / np.sqrt(power))
+    for i in range(signs.size):
+        row = tile[i * LANES : (i + 1) * LANES]
+        inside = at <= i and i < at + power
+        size = np.float32(signs[i] * (factor if inside else np.float32(1)))
+        for j in range(LANES):
+            row[j] *= size
+
+
+@njit(nogil=True, cache=True)
 def _turn(tile, signs, power, width):
     """Rotate a tile. Shape: tile `[width * LANES]`, lanes fastest."""
-    factor = np.float32(1 / np.sqrt(power))
     for number in range(1 if power == width else 3):
         at = (width - power) if number == 1 else 0
-        for i in range(width):
-            row = tile[i * LANES : (i + 1) * LANES]
-            inside = at <= i and i < at + power
-            size = np.float32(signs[number, i] * (factor if inside else np.float32(1)))
-            for j in range(LANES):
-                row[j] *= size
+        _sign(tile, signs[number], at, power)
         _butterflies(tile[at * LANES : (at + power) * LANES], power)
 
 
 @njit(nogil=True, cache=True)
 def _turn_back(tile, signs, power, width):
-    factor = np.float32(1 / np.sqrt(power))
     steps = 1 if power == width else 3
     for back in range(steps):
         number = steps - 1 - back
         at = (width - power) if number == 1 else 0
         _butterflies(tile[at * LANES : (at + power) * LANES], power)
-        for i in range(width):
-            row = tile[i * LANES : (i + 1) * LANES]
-            inside = at <= i and i < at + power
-            size = np.float32(signs[number, i] * (factor if inside else np.float32(1)))
-            for j in range(LANES):
-                row[j] *= size
+        _sign(tile, signs[number], at, power)
 
 
 @njit(nogil=True, cache=True)
