@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -182,7 +183,7 @@ def main() -> None:
     show(console, rows, lines)
     if options.json:
         options.json.write_text(
-            json.dumps([row.as_dict() for row in (*rows, *lines)], indent=1) + "\n"
+            json.dumps([asdict(row) for row in (*rows, *lines)], indent=1) + "\n"
         )
     if options.picture and rows:
         draw(rows, options.picture)

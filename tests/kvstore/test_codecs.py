@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -364,15 +365,8 @@ def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
 def test_damaged_bytes_are_refused_or_another_page(chain, change, seed) -> None:
     codec, wanted = find_codec(chain), noise(32, 1, 9)
     layout, draws = PageLayout.of(wanted), np.random.default_rng(seed)
-    data = codec.encode(wanted).copy()
-    if change == "random":
-        data = draws.integers(0, 256, data.size, dtype=np.uint8)
-    elif change == "flip":
-        data[draws.integers(data.size)] ^= 1 << draws.integers(8)
-    elif change == "cut":
-        data = data[: draws.integers(data.size)]
-    else:
-        data = np.concatenate([data, data])
+    data = codec.encode(wanted)
+    data = damaged(data, change, draws, data.size)
     try:
         got = codec.decode(data, layout)
     except CodecError:
@@ -703,13 +697,7 @@ def test_kvtc_in_a_store_and_as_a_stream() -> None:
 def test_damaged_kvtc_is_refused_or_another_page(change, seed) -> None:
     x = lowrank(1, 32, 3)
     codec = Kvtc.calibrate(lowrank(1, 200, 0), bits=2)
-    data, draws = codec.encode(x).copy(), np.random.default_rng(seed)
-    if change == "flip":
-        data[draws.integers(data.size)] ^= 1 << draws.integers(8)
-    elif change == "cut":
-        data = data[: draws.integers(data.size)]
-    else:
-        data = draws.integers(0, 256, 50, dtype=np.uint8)
+    data = damaged(codec.encode(x), change, np.random.default_rng(seed), 50)
     try:
         assert codec.decode(data, PageLayout.of(x)).shape == x.shape
     except CodecError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,15 +131,8 @@ def test_damaged_bytes_are_refused_or_another_page(chain, change, seed) -> None:
     """Never a crash, never another layout, never more memory than a page takes."""
     codec, wanted = find_codec(chain), page(shape=(2, 4, 8))
     layout, draws = PageLayout.of(wanted), np.random.default_rng(seed)
-    data = codec.encode(wanted).copy()
-    if change == "random":
-        data = draws.integers(0, 256, draws.integers(0, 300), dtype=np.uint8)
-    elif change == "flip":
-        data[draws.integers(data.size)] ^= 1 << draws.integers(8)
-    elif change == "cut":
-        data = data[: draws.integers(data.size)]
-    else:
-        data = np.concatenate([data, data])
+    size = draws.integers(0, 300) if change == "random" else 0
+    data = damaged(codec.encode(wanted), change, draws, size)
     try:
         got = codec.decode(data, layout)
     except CodecError:
