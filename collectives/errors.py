@@ -17,3 +17,7 @@ class PeerLost(RuntimeError):
 
 class CallMismatch(RuntimeError):
     """Ranks of a group are in different calls; the message shows both sides."""
+
+
+class PeerMemoryError(RuntimeError):
+    """Ranks cannot map each other's memory; every rank of the group gets it, with the same words."""

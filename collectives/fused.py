@@ -1,7 +1,8 @@
 """All-reduce, residual add and norm in one step: what stands between the matrix products of a cut decoder layer.
 
-A group that can do it in one kernel has a method `all_reduce_norm` (backend `shm`, see shm/fused.py); on any other it
-is an all-reduce, then the add and the norm. Both are differentiable, and all ranks hold the same bits.
+A group that can do it in one kernel has a method `all_reduce_norm` (backend `shm`, see shm/fused.py), or its ranks'
+devices have each other's memory mapped (CUDA, see peer_norm.py); on any other it is an all-reduce, then the add and the
+norm. All are differentiable, and all ranks hold the same bits.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.autograd import Function
 from ..cuda_kernels.add_rms_norm import add_rms_norm, rms_norm_reference
 from ..cuda_kernels.quantised import TOPS, quantise_rows
 from . import primitive
+from .peer_norm import norm_of
 from .primitive import Group
 
 
@@ -109,7 +111,7 @@ def _compute(
     quantised: torch.dtype | None, *, keep: bool = False,
 ) -> tuple[Any, Tensor]:  # fmt: skip
     """In one kernel if the group has one; ``keep``: do not overwrite ``x``."""
-    kernel = getattr(group, "all_reduce_norm", None)
+    kernel = getattr(group, "all_reduce_norm", None) or norm_of(group, x)
     done = kernel and kernel(x, residual, weight, bias, eps, quantised)
     if done is not None:
         return done

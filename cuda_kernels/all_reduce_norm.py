@@ -193,7 +193,7 @@ def norm_two_shot(world, hidden, dtype, layer_norm, fp8, slot_bytes, blocks, vir
 def norm_multimem(world, hidden, dtype, layer_norm, fp8, slot_bytes, blocks, virtual, threads):
     """As two-shot, with the sum and its spreading done by the switch; `multicast` stands for all buffers at once.
 
-    Slot 0 of a parity holds this rank's rows, slot 1 the sums. bfloat16 only.
+    The first half of a parity's slots holds this rank's rows, the second the sums. bfloat16 only.
     """
     layout, per_row = Layout(world, slot_bytes, blocks), hidden * dtype.itemsize
     row_of = row_functions(world, hidden, dtype, layer_norm, fp8, threads)
@@ -201,7 +201,8 @@ def norm_multimem(world, hidden, dtype, layer_norm, fp8, slot_bytes, blocks, vir
     copy_row, add_in_switch, spread = row_of.copy_row, row_of.add_in_switch, row_of.spread
     round_and_store, finish = row_of.round_and_store, row_of.finish
     slots, parity_bytes, set_bytes = layout.slots, layout.parity_bytes, layout.set_bytes
-    beside = slot_bytes // (per_row + STATISTICS) * per_row
+    half = layout.half_bytes
+    beside = half // (per_row + STATISTICS) * per_row
 
     def body(
         peers: u64, multicast: u64, rank: i32, x: u64, residual: u64, weight: u64, bias: u64,
@@ -216,7 +217,7 @@ def norm_multimem(world, hidden, dtype, layer_norm, fp8, slot_bytes, blocks, vir
         step = ptx.ld4(own)
         here = u64(slots) + u64(step & u32(1)) * u64(parity_bytes)
         step = u32(step + u32(1))
-        sums_at = here + u64(slot_bytes)
+        sums_at = here + u64(half)
         first = i32(ptx.block() * i32(world))
         flags = u64(HEAD) + u64(u32(first)) * u64(4)
         run = first

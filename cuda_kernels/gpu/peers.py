@@ -45,6 +45,11 @@ class Layout:
         return self.world * self.slot_bytes
 
     @property
+    def half_bytes(self) -> int:
+        """Half the slots of a parity, where two places are enough whatever the number of ranks."""
+        return self.world * self.slot_bytes // 32 * 16
+
+    @property
     def total_bytes(self) -> int:
         """Two parities of slots: a rank can be one step ahead of another, never two."""
         return self.slots + 2 * self.parity_bytes
