@@ -1,11 +1,12 @@
-"""Forward, and forward with backward, of a Mixtral-shaped model on two ranks of one thread: plait against transformers.
+"""Forward, and forward with backward, of a Mixtral-shaped model on two ranks of one thread: plait against its peers.
 
     python benchmarks/experts.py [--rounds 5] [--batch 4] [--length 256]
 
-All contenders live in the same processes and take turns: one untouched process, plait under each of --plans, and
-transformers' own expert parallel (EP2 over FSDP2, and EP2 over TP2). Ranks along dp are given the same batch here, so
-that everyone's logits can be compared. A second table is of the experts of one layer alone, on one rank: plait's
-grouped products against transformers' implementations.
+All contenders live in the same processes and take turns: one untouched process, plait under each of --plans,
+transformers' own expert parallel (EP2 over FSDP2, and EP2 over TP2) and, where installed, DeepSpeed's AutoEP (alone and
+folded with its AutoTP). Ranks along dp are given the same batch here, so that everyone's logits can be compared.
+A second table is of one layer of experts over two ranks, against Megatron-Core's where installed (expert_peers.py says
+how); a third of the experts of one layer alone, on one rank: plait's grouped products against transformers'.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from contest import Contender, compete, heading, launch_parts, launched, rank, say, table
+from expert_peers import deepspeed_engine, installed, megatron_layer
 from torch import Tensor
 
 SHAPE: dict[str, Any] = {
@@ -52,11 +54,24 @@ class Step:
         """Forward and backward of a cross entropy."""
         self.model.zero_grad()
         logits = self._logits()
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten()).backward()
+        self.backward(F.cross_entropy(logits[:, :-1].flatten(0, 1), self.ids[:, 1:].flatten()))
         return logits.detach()[0, -1]
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss."""
+        loss.backward()
 
     def _logits(self) -> Tensor:
         return self.model(input_ids=self.ids, use_cache=False).logits
+
+
+class EngineStep(Step):
+    """The same of a DeepSpeed engine, which takes the backward pass and ends the step itself."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a loss, reduced over the ranks."""
+        self.model.backward(loss)
+        self.model.step()
 
 
 def make_model() -> Any:
@@ -98,7 +113,10 @@ def two_ranks(args: argparse.Namespace) -> None:
         makers[name] = lambda options=options: peer(args.folder, options)
     ids = torch.randint(0, SHAPE["vocab_size"], (args.batch, args.length))
     steps = {name: Step(make(), ids) for name, make in makers.items()}
-    say(heading())
+    if args.peers and installed("deepspeed"):
+        for name, folded in (("deepspeed ep2", False), ("deepspeed tp2 ep2 folded", True)):
+            steps[name] = EngineStep(deepspeed_engine(model, folded=folded), ids)
+    say(heading("deepspeed"))
     say(f"{SHAPE}, float32, batch {args.batch} x {args.length}, 2 ranks x 1 thread")
     for phase in ("forward", "both"):
         alone = Contender("one process, 1 thread", getattr(Step(model, ids), phase), False)
@@ -107,6 +125,46 @@ def two_ranks(args: argparse.Namespace) -> None:
         ours = f"plait {args.plans[0]}"
         title = "forward" if phase == "forward" else "forward and backward"
         say("\n" + table(f"{title}, {args.rounds} rounds; ratios to {ours}", contenders, ours))
+    dist.destroy_process_group()
+
+
+def one_layer(args: argparse.Namespace) -> None:
+    """One layer of experts over both ranks, each with the same tokens, so that outputs can be compared."""
+    from plait.parallel import parallelize
+
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    model = make_model()
+    hidden, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    untouched = model.model.layers[0].mlp
+    torch.manual_seed(1)
+    x = torch.randn(1, args.batch * args.length, hidden, requires_grad=True)
+    parallel = cast("Any", parallelize(copy.deepcopy(model), "dp2 ep2"))
+    cut = parallel.model.layers[0].mlp
+    layers: dict[str, Callable[[], Tensor]] = {
+        "one process, no exchange": lambda: untouched(x),
+        "plait dp2 ep2": lambda: cut(x),
+    }
+    if args.peers and installed("megatron.core"):
+        megatron = megatron_layer(untouched, hidden, inner, SHAPE["num_local_experts"])
+        layers["megatron-core ep2"] = lambda: megatron(x.transpose(0, 1))[0].transpose(0, 1)
+
+    def forward(call: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return call()[0, -1]
+
+    def both(call: Callable[[], Tensor]) -> Tensor:
+        with parallel.no_sync():  # the mean over dp is the model's, not the layer's
+            out = call()
+            out.square().sum().backward()
+        return out.detach()[0, -1]
+
+    say("\n" + heading("megatron-core"))
+    for title, step in (("forward", forward), ("forward and backward", both)):
+        contenders = [Contender(n, lambda c=c, s=step: s(c)) for n, c in layers.items()]
+        compete(contenders, args.rounds, warm=2)
+        title = f"one layer of experts, {x.shape[1]} tokens a rank, {title}; ratios to plait"
+        say("\n" + table(title, contenders, "plait dp2 ep2"))
     dist.destroy_process_group()
 
 
@@ -150,7 +208,7 @@ def one_rank(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run both parts, or the part this process was started for."""
+    """Run all parts, or the part this process was started for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
@@ -159,13 +217,13 @@ def main() -> None:
         "--plans", nargs="+", default=["tp2 ep2", "dp2 ep2", "tp2 ep2,exchange=tokens"]
     )
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--part", choices=["both", "one", "two"], default="both")
+    parser.add_argument("--part", choices=["both", "one", "layer", "two"], default="both")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if launched():
-        one_rank(args) if args.part == "one" else two_ranks(args)
+        {"one": one_rank, "layer": one_layer, "two": two_ranks}[args.part](args)
         return
-    launch_parts(__file__, sys.argv[1:], {"two": 2, "one": 1}, args.part)
+    launch_parts(__file__, sys.argv[1:], {"two": 2, "layer": 2, "one": 1}, args.part)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,7 @@ class Bucket:
         parts = self.flat[: -len(self.parameters)].split([p.numel() for p in self.parameters])
         for p, part, count in zip(self.parameters, parts, used, strict=True):
             if count:
-                mean = part.div_(ranks).view_as(p)
-                p.grad = mean.clone() if p.grad is None else p.grad.copy_(mean)
+                p.grad = part.div_(ranks).view_as(p)  # the bucket becomes the gradients: no copy back
         self.reset()
 
 
@@ -72,7 +71,7 @@ class Reducer:
     use. Under accumulation only the last backward is to reduce (``no_sync`` for the others): the mean of what has
     accumulated is then the sum of the means.
 
-    State: one flat copy of the gradients of the buckets on the way.
+    State: one flat copy of the gradients of the buckets on the way, whose parts then take the gradients' place.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
