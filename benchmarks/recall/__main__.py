@@ -141,8 +141,16 @@ def recall(
     return out
 
 
-def read_texts(count: int, context: int, scored: int) -> list[TextRow]:
-    """The table of the tiny language model."""
+def read_texts(
+    count: int, context: int, scored: int, few: bool, say: Callable[[str], None]
+) -> list[TextRow]:
+    """The table of the tiny language model; `few` of the methods, where contexts are long."""
+    some = [
+        full(), selecting("exact:budget=0.05"), selecting("quest:budget=0.05,page=4"),
+        selecting(f"recent:tokens={context // 20}"), evicting("streaming:budget=0.05"),
+        evicting("snapkv:budget=0.05"), rocket(0.05, "rocketkv 5%"),
+        *map(coding, ("int4", "kivi:bits=2", "int2")),
+    ]  # fmt: skip
     methods = [
         full(), selecting("exact:budget=0.05"), selecting("quest:budget=0.05,page=4"),
         selecting("quest:budget=0.05"), selecting("rocket-mt:budget=0.05"),
@@ -152,7 +160,9 @@ def read_texts(count: int, context: int, scored: int) -> list[TextRow]:
         *map(coding, ("int8", "int4", "int3", "int2", "kivi:bits=4", "kivi:bits=2",
                       "hadamard+int3/int3", "turbo:bits=3", "mxfp4", "nvfp4")),
     ]  # fmt: skip
-    return measure_texts(load_model(), texts(count, context + scored), context, methods)
+    return measure_texts(
+        load_model(), texts(count, context + scored), context, some if few else methods, say
+    )
 
 
 def main() -> None:
@@ -168,6 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--scored", type=int, default=256, help="bytes scored after the context")
+    parser.add_argument("--few", action="store_true", help="the ten methods that say most, of text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
@@ -175,10 +186,11 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(options.threads)
     console = Console(width=150)
+    say = lambda text: console.print(text, style="dim")  # noqa: E731
     if options.text:
-        rows, lines = [], read_texts(options.text, options.context, options.scored)
+        rows: list[Row] = []
+        lines = read_texts(options.text, options.context, options.scored, options.few, say)
     else:
-        say = lambda text: console.print(text, style="dim")  # noqa: E731
         rows, lines = recall(options.rows, options.only, options.budgets, say), []
     show(console, rows, lines)
     if options.json:

@@ -40,12 +40,12 @@ def show(console: Console, rows: list[Row], texts: list[TextRow]) -> None:
         console.print(table)
     if texts:
         table = Table(
-            "family", "method", "bits a byte", "more (standard error)", "KL", "read", "held", "CPU ms a token",
-            title=f"text: {texts[0].scored} bytes after {texts[0].context}",
+            "family", "method", "bits a byte", "more (95 %)", "KL", "read", "held", "CPU ms a token",
+            title=f"text: {texts[0].scored} bytes after {texts[0].context}, {texts[0].texts} texts",
         )  # fmt: skip
         for row in texts:
             table.add_row(
-                row.family, row.method, f"{row.bits_per_byte:.3f}", f"{row.more:+.3f} ({row.error:.3f})",
+                row.family, row.method, f"{row.bits_per_byte:.3f}", f"{row.more:+.3f} +-{row.half:.3f}",
                 f"{row.kl:.4f}", f"{row.read:.3f}", f"{row.held:.3f}", f"{1e3 * row.seconds:.1f}",
             )  # fmt: skip
         console.print(table)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from caches import Method
+from scipy.special import stdtrit
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -20,6 +22,7 @@ TINYLM = Path(__file__).parent.parent.parent / "examples" / "tinylm"
 class TextRow:
     """What was measured: `error` is the standard error of the difference to the whole cache, text by text."""
 
+    texts: int
     family: str
     method: str
     context: int
@@ -31,6 +34,11 @@ class TextRow:
     read: float
     held: float
     seconds: float
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval of `more`, by Student's t over the texts."""
+        return float(stdtrit(self.texts - 1, 0.975)) * self.error if self.texts > 1 else math.nan
 
 
 def load_model() -> LlamaForCausalLM:
@@ -70,8 +78,9 @@ def read_text(
 
 
 def measure_texts(
-    model: LlamaForCausalLM, rows: list[Tensor], context: int, methods: list[Method]
-) -> list[TextRow]:
+    model: LlamaForCausalLM, rows: list[Tensor], context: int, methods: list[Method],
+    say: Callable[[str], None],
+) -> list[TextRow]:  # fmt: skip
     """Measure each method on all texts; the first method is the whole cache."""
     base: list[Tensor] = []
     out = []
@@ -93,7 +102,11 @@ def measure_texts(
         error = (more.std() / len(rows) ** 0.5).item() if len(rows) > 1 else float("nan")
         mean = lambda values: sum(values) / len(values)  # noqa: E731
         out.append(
-            TextRow(method.family, method.name, context, rows[0].shape[1] - context, mean(costs),
+            TextRow(len(rows), method.family, method.name, context, rows[0].shape[1] - context, mean(costs),
                     more.mean().item(), error, mean(kls), mean(reads), mean(helds), min(seconds))
         )  # fmt: skip
+        row = out[-1]
+        say(
+            f"{context} {row.method}: {row.bits_per_byte:.4f} more {row.more:+.4f} +-{row.half:.4f} KL {row.kl:.5f}"
+        )
     return out

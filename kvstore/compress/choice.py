@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .budgets import Widths
 from .choose import keep_best
 from .compression import Compression
 from .rotary import Rotary
@@ -40,6 +41,7 @@ class Heads:
     positions: list[np.ndarray]
     received: list[Tensor] | None = None
     scores: list[Tensor] | None = None
+    levels: list[Tensor] | None = None  # of each token, see `Budget.levels`
     gathered: bool = False  # from all kvp ranks
 
     def squared(self) -> Heads:
@@ -55,8 +57,10 @@ class Heads:
         """Some tokens of each head."""
         heard = None if self.received is None else _pick(self.received, kept)
         scores = None if self.scores is None else _pick(self.scores, kept)
+        levels = None if self.levels is None else _pick(self.levels, kept)
         where = [own[index.numpy()] for own, index in zip(self.positions, kept, strict=True)]
-        return Heads(_pick(self.k, kept), _pick(self.v, kept), where, heard, scores, self.gathered)
+        k, v = _pick(self.k, kept), _pick(self.v, kept)
+        return Heads(k, v, where, heard, scores, levels, self.gathered)
 
 
 def _pick(rows: Tensor | list[Tensor], kept: list[Tensor]) -> list[Tensor]:
@@ -70,6 +74,7 @@ class Chooser:
     layers: int
     facts: ModelFacts
     shard: Shard
+    widths: Widths | None = None
 
     def choose(self, heads: Heads, q: Tensor, what: Compression, layer: int, keep: int) -> Heads:
         """The tokens that each head keeps, in the order of the text, with their scores.
@@ -85,6 +90,7 @@ class Chooser:
         for own in scores:
             if what.rule.newest:
                 own[max(0, len(own) - what.rule.newest) :] = KEEP
+        scores = [what.rule.weigh(own, v) for own, v in zip(scores, heads.v, strict=True)]
         if what.scorer.joint:
             scores = self.shard.mean_over_heads(scores)
         whole, mine = self.shard.all_heads(scores) if what.rule.by_layer else (scores, slice(None))
@@ -92,10 +98,16 @@ class Chooser:
         padded = torch.full((len(whole), width), -torch.inf, dtype=whole[0].dtype)
         for row, own in zip(padded, whole, strict=True):
             row[: len(own)] = own
-        counts = what.rule.allot(padded, keep, layer, self.layers)
+        levels = None
+        if what.rule.by_loss and self.widths is not None:
+            levels = what.rule.levels(padded, keep, self.widths)
+            counts = (levels > 0).sum(1)
+        else:
+            counts = what.rule.allot(padded, keep, layer, self.layers)
         counts = torch.minimum(counts, torch.tensor([len(own) for own in whole]))
         kept = keep_best(padded[mine], counts[mine])
-        return replace(heads, scores=list(padded[mine].unbind(0))).take(kept)
+        of = None if levels is None else list(levels[mine].unbind(0))
+        return replace(heads, scores=list(padded[mine].unbind(0)), levels=of).take(kept)
 
     def _scores(
         self, heads: Heads, q: Tensor, what: Compression, layer: int, keep: int

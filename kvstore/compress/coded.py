@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from ..attention import LayerPages, ScoreOptions, attend_pages
 from ..codecs import CodecError, KVCodec, PageLayout, find_kv_codec
 from ..spec import KVSpec
 from ..table import PageTable
+from .budgets import Widths
 from .choose import order
 from .compression import CompressionError
 
@@ -23,19 +25,21 @@ class Tiers:
     """How kept tokens are held, the most important first: `"none@0.25|int8@0.5|int2"`; "none" is exact.
 
     Args:
-        codecs: of the coded tiers; shares: of each but the last, which takes the rest.
-        exact: share that stays as it is.
+        codecs: of the coded tiers, the widest first; shares: of each but the last, which takes the rest. None: a rule
+            that gives tokens widths says (`"none|int8|int2"`).
+        exact: share that stays as it is; without shares, whether a token may: 1 or 0.
         tail: newest tokens that stay exact; so do those that fill no page.
     """
 
     codecs: tuple[KVCodec, ...]
-    shares: tuple[float, ...] = ()
+    shares: tuple[float, ...] | None = ()
     exact: float = 0.0
     tail: int = 32
 
     def __post_init__(self) -> None:
-        given = (*self.shares, self.exact)
-        if len(self.shares) != len(self.codecs) - 1 or min(given) < 0 or sum(given) > 1:
+        shares = [0.0] * (len(self.codecs) - 1) if self.shares is None else self.shares
+        given = (*shares, self.exact)
+        if len(shares) != len(self.codecs) - 1 or min(given) < 0 or sum(given) > 1:
             raise CompressionError(
                 f"{len(self.codecs)} tiers with shares {given}: each but the last needs one, and they may sum to 1"
             )
@@ -54,18 +58,27 @@ class Tiers:
             name, _, share = piece.strip().partition("@")
             codecs.append(name)
             shares.append(float(share) if share else None)
+        if len(codecs) > 1 and not any(shares):
+            exact = codecs[0] == "none"
+            return cls(
+                tuple(find_kv_codec(name) for name in codecs[exact:]), None, float(exact), tail
+            )
         exact = 0.0
         if codecs[0] == "none" and len(codecs) > 1:
             exact, codecs, shares = shares[0] or 0.0, codecs[1:], shares[1:]
         if "none" in codecs or None in shares[:-1] or shares[-1] is not None:
             raise CompressionError(
                 f"codec {text!r}: tiers go from the exact one down, each with @share but the last, which takes the "
-                "rest, such as 'none@0.25|int8@0.5|int2' or 'int4'"
+                "rest, such as 'none@0.25|int8@0.5|int2' or 'int4'; or all without, for rule=waterfill"
             )
         known = tuple(share for share in shares[:-1] if share is not None)
         return cls(tuple(find_kv_codec(name) for name in codecs), known, exact, tail)
 
     def __str__(self) -> str:
+        if self.shares is None:
+            return "|".join(
+                (["none"] if self.exact else []) + [str(codec) for codec in self.codecs]
+            )
         shares = [f"@{share}" for share in self.shares] + [""]
         parts = [str(codec) + share for codec, share in zip(self.codecs, shares, strict=True)]
         return "|".join(([f"none@{self.exact}"] if self.exact else []) + parts)
@@ -90,12 +103,15 @@ class Tiers:
                         f"codec {codec} cannot hold pages of {spec.page_tokens} tokens of one head: {error}"
                     ) from error
 
-    def assign(self, count: int, scores: Tensor | None, size: int) -> list[Tensor]:
+    def assign(
+        self, count: int, scores: Tensor | None, size: int, levels: Tensor | None = None
+    ) -> list[Tensor]:
         """Say which of a head's kept tokens each tier holds, ascending: the exact ones, then tier by tier.
 
         Args:
             scores: of the tokens; None ranks newer ones first.
             size: tokens of a page; coded tiers hold whole pages, what is over stays exact.
+            levels: the width that a rule gave each token, 1 the last tier's.
         """
         newest = torch.arange(count - 1, -1, -1)
         ranked = newest
@@ -103,8 +119,13 @@ class Tiers:
             tail = newest[: self.tail]
             rest = order(scores[: count - len(tail)][None])[0]
             ranked = torch.cat([tail, rest])
-        exact = max(int(count * self.exact), min(self.tail, count))
-        room = [int(count * share) for share in self.shares]
+        if levels is not None:
+            wide = torch.bincount(levels, minlength=len(self.codecs) + 2).flip(0).tolist()
+            exact, room = wide[0], wide[1 : len(self.codecs)]
+        else:
+            exact = int(count * self.exact)
+            room = [int(count * share) for share in self.shares or ()]
+        exact = max(exact, min(self.tail, count))
         sizes = [min(n, count - exact) // size * size for n in room]
         while sum(sizes) > count - exact:  # a long tail leaves less than the shares say
             sizes[int(np.argmax(sizes))] -= size
@@ -161,6 +182,23 @@ class PageCoder:
 
     tiers: Tiers
     spec: KVSpec
+
+    @property
+    def widths(self) -> Widths:
+        """What a token may take, for rules that choose."""
+        size, both = self.spec.page_tokens, self.spec.widths
+        layouts = [PageLayout((1, size, 1, width), self.spec.dtype) for width in both]
+        whole = sum(layout.page_bytes for layout in layouts)
+        costs = [
+            sum(part.max_bytes(own) for part, own in zip((c.keys, c.values), layouts, strict=True))
+            for c in reversed(self.tiers.codecs)
+        ] + [whole] * (self.tiers.exact > 0)
+        if any(b <= a for a, b in pairwise(costs)):
+            raise CompressionError(
+                f"codec={self.tiers}: pages of its tiers take {costs[::-1]} bytes; give the widest first, each next "
+                "one with fewer bits"
+            )
+        return Widths(tuple(costs), sum(layout.numel for layout in layouts), whole)
 
     def encode(
         self, tier: int, k: list[Tensor], v: list[Tensor], places: list[np.ndarray]

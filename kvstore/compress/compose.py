@@ -37,6 +37,15 @@ def page_coder(
             raise CompressionError(
                 f"{own} chooses again while decoding, and coded pages are not written again; use every=0"
             )
+        if tiers.shares is None and (own is None or not own.rule.by_loss):
+            raise CompressionError(
+                f"codec={tiers} says no shares, and {own or 'a layer without scorer'} does not either; "
+                "use rule=waterfill, or give each tier but the last its @share"
+            )
+        if own is not None and own.rule.by_loss and tiers.shares is not None and tiers.ranked:
+            raise CompressionError(
+                f"{own} says what each tier holds, and codec={tiers} too; leave out the shares"
+            )
         if own is None and tiers.ranked:
             raise CompressionError(
                 f"codec={tiers} ranks tokens, and a layer without scorer has no ranks; give it one, or a single codec"

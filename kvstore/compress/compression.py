@@ -64,6 +64,11 @@ class Compression:
                 f"rule={self.rule} gives heads numbers of their own, and {self.scorer.name} keeps the same tokens in "
                 "all heads of a layer; use rule=uniform or rule=pyramid"
             )
+        if self.rule.by_loss and not self.scorer.attends:
+            raise CompressionError(
+                f"rule={self.rule} asks what losing a token costs, and {self.scorer} does not score by attention; use "
+                "snapkv, h2o, kvzip or expected:norm=False, or rule=ada"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Compression:

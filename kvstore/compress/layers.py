@@ -111,10 +111,14 @@ class LayerKeeper:
     def _code(self, coded: CodedLayer, coder: PageCoder, heads: Heads) -> Heads:
         """Code what tiers hold in fewer bits; give the exact rest."""
         scores = heads.scores if coder.tiers.ranked else None
+        levels = heads.levels
         parts = [
-            coder.tiers.assign(len(own), None if scores is None else scores[head], self.pool.size)
+            coder.tiers.assign(
+                len(own), None if scores is None else scores[head], self.pool.size,
+                None if levels is None else levels[head],
+            )
             for head, own in enumerate(heads.positions)
-        ]
+        ]  # fmt: skip
         for tier in range(len(coder.tiers.codecs)):
             self._encode(coded, coder, tier, heads.take([part[1 + tier] for part in parts]))
         if scores is None:

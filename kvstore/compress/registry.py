@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..named import read_named
-from .budgets import Ada, Budget, Pyramid, Threshold, Uniform
+from .budgets import Ada, Budget, Pyramid, Threshold, Uniform, WaterFill
 from .scorers import (
     H2O,
     Critical,
@@ -33,7 +33,9 @@ SCORERS: dict[str, type[Scorer]] = {
         Tova,
     )
 }
-BUDGETS: dict[str, type[Budget]] = {kind.name: kind for kind in (Ada, Pyramid, Threshold, Uniform)}
+BUDGETS: dict[str, type[Budget]] = {
+    kind.name: kind for kind in (Ada, Pyramid, Threshold, Uniform, WaterFill)
+}
 
 
 def find_scorer(text: str) -> Scorer:

@@ -81,8 +81,10 @@ class CompressedStore(KeptReader):
         one = replace(spec, layers=1, kv_heads=1)
         first, most = plan_pages(one, device_bytes, num_pages, grow=True)
         self.pool = LanePool(one, first, most, any(kind.received for kind in kinds))
-        chooser = Chooser(spec.layers, facts or ModelFacts(), self.shard)
         coder = page_coder(spec, codec, self.what, self.selector)
+        filled = any(what is not None and what.rule.by_loss for what in self.what)
+        widths = coder.widths if coder is not None and filled else None
+        chooser = Chooser(spec.layers, facts or ModelFacts(), self.shard, widths)
         self.keeper = LayerKeeper(self.pool, self.what, chooser, coder)
         self._lock = threading.RLock()
         self._sequences: dict[int, KeptSequence] = {}

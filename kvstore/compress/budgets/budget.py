@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...named import Named
+
+
+class Widths(NamedTuple):
+    """What tokens may take, the least first: bytes of a page, of which there are `elements`.
+
+    Attributes:
+        whole: bytes of a page as it came, the unit of a budget.
+    """
+
+    costs: tuple[int, ...]
+    elements: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -23,16 +35,29 @@ class Budget(Named):
         by_head: heads of one layer may get different numbers.
         by_layer: heads of one layer compete: it must see the scores of all of them.
         open: it may evict although `keep` would hold all.
+        by_loss: it reads scores as attention, and gives tokens widths (`levels`), not only heads numbers.
     """
 
     by_head: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
     open: ClassVar[bool] = False
+    by_loss: ClassVar[bool] = False
 
     @property
     def newest(self) -> int:
         """Newest tokens that stay whatever they score."""
         return 0
+
+    def weigh(self, score: Tensor, values: Tensor) -> Tensor:
+        """What it ranks a head's tokens by. Shape: `[tokens]`, `[tokens, value_dim]` -> `[tokens]`"""
+        return score
+
+    def levels(self, score: Tensor, keep: int, widths: Widths) -> Tensor:
+        """Give each token a width: 0 is none, ``n`` the n-th of `widths`.
+
+        Shape: `[kv_heads, tokens]` -> the same, int64
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def allot(self, score: Tensor, keep: int, layer: int, layers: int) -> Tensor:

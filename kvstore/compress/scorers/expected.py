@@ -34,6 +34,11 @@ class ExpectedAttention(Scorer):
     name: ClassVar[str] = "expected"
     private: ClassVar[bool] = True
 
+    @property
+    def attends(self) -> bool:
+        """Unless values are in the score already."""
+        return not self.norm
+
     def queries(self, tokens: int) -> int:
         """All but the sinks'."""
         return tokens

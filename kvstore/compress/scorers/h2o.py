@@ -29,6 +29,11 @@ class H2O(Scorer):
         if not 0 <= self.recent <= 1:
             raise ValueError(f"h2o: recent={self.recent} is a share of the budget; use 0 to 1")
 
+    @property
+    def attends(self) -> bool:
+        """It sums attention."""
+        return True
+
     def queries(self, tokens: int) -> int:
         """All."""
         return tokens

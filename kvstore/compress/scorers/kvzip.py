@@ -24,6 +24,11 @@ class KVzip(Scorer):
     received: ClassVar[bool] = True
     waits: ClassVar[bool] = True
 
+    @property
+    def attends(self) -> bool:
+        """The most attention."""
+        return True
+
     def score(self, view: LayerView, keep: int) -> Tensor:
         """What was received."""
         if view.received is None:

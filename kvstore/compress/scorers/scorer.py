@@ -38,6 +38,11 @@ class Scorer(Named):
         return 0
 
     @property
+    def attends(self) -> bool:
+        """Whether scores are attention, what an error of a token's value is multiplied with."""
+        return False
+
+    @property
     def prompts_only(self) -> bool:
         """Whether it needs every query of the text, which only a prompt's forward has."""
         return self.queries(1 << 40) == 1 << 40 and not self.received

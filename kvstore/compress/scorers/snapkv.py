@@ -40,6 +40,11 @@ class SnapKV(Scorer):
                 f"{self}: window and kernel must be positive, kernel odd, pool avg or max"
             )
 
+    @property
+    def attends(self) -> bool:
+        """Its votes are attention."""
+        return True
+
     def queries(self, tokens: int) -> int:
         """The window."""
         return min(self.window, tokens)

@@ -20,6 +20,11 @@ class Tova(Scorer):
     joint: ClassVar[bool] = True
     every: ClassVar[int] = 16
 
+    @property
+    def attends(self) -> bool:
+        """The newest query's attention."""
+        return True
+
     def queries(self, tokens: int) -> int:
         """The newest."""
         return 1

@@ -145,7 +145,7 @@ def codec_layout(page):
         ({"scorer": "knorm", "codec": "int8", "selector": "quest"}, "saves nothing"),
         ({"scorer": "knorm", "selector": "delta"}, "lets layers read what another"),
         ({"scorer": "knorm", "codec": "kivi:group=32"}, "cannot hold pages of 8 tokens"),
-        ({"scorer": "knorm", "codec": "int4|int2"}, "each with @share but the last"),
+        ({"scorer": "knorm", "codec": "int4|int2"}, "use rule=waterfill, or give each tier"),
         ({"scorer": "knorm", "codec": "none@0.7|int4@0.7|int2"}, "may sum to 1"),
         ({"scorer": "kvzip", "codec": "int8"}, "use one of the two"),
         ({"scorer": "knorm", "codec": "gzip"}, "there is no codec"),
