@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import shutil
 import subprocess
@@ -134,8 +135,12 @@ def _launcher() -> Finding:
 
 
 def _backends() -> Finding:
-    names = [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED]
-    return Finding("backends", ", ".join(name for name in names if dist.is_backend_available(name)))
+    names = [n for n in ("nccl", "xccl", "gloo", "ucc") if dist.is_backend_available(n)]
+    if sys.platform == "linux":
+        names.append("shm (ranks of one host)")
+    if importlib.util.find_spec("mpi4py") is not None:
+        names.append("mpi (under mpirun)")
+    return Finding("backends", ", ".join(names))
 
 
 def _mpirun() -> Finding:
