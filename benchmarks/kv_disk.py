@@ -2,17 +2,19 @@
 
     python benchmarks/kv_disk.py DIR [--page 2MiB] [--bytes 256MiB] [--rounds 7] [--threads 4]
 
-Every contender moves the same bytes from the same aligned memory with the same number of threads, in interleaved
-rounds; all reads and writes go past the page cache, so every load is cold. "raw" has no checksum, no header, no
-index; "raw, synced" adds one fdatasync a group. plait checksums every page, syncs slab and index after every
-group, and overwrites the pages of the round before. Prints GB/s (min / median / max), the ratio to raw in the
-same round (median), and CPU seconds a GB. "file per page" writes a temporary file and renames it, unsynced, as
-the file tiers of serving engines do.
+Every contender moves the same bytes with the same number of threads, in interleaved rounds; all reads and writes go
+past the page cache, so every load is cold. "raw" has no checksum, no header, no index; "raw, synced" adds one fdatasync
+a group; "raw, small" uses ordinary memory, as fio does unless it is told otherwise; all others use the same huge pages,
+which plait's own memory is made of. plait checksums every page, syncs slab and index after every group, and overwrites
+the pages of the round before. "file per page" writes a temporary file and renames it, unsynced, as the file tiers of
+serving engines do. Prints GB/s (min / median / max), the ratios to raw and to "raw, small" in the same round (medians),
+and CPU seconds a GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import shutil
 import statistics
@@ -48,14 +50,15 @@ class Raw:
         os.posix_fallocate(self.file, 0, pages.size)
         self.folder = folder
 
-    def write(self, synced: bool = False) -> None:
+    def write(self, synced: bool = False, of: np.ndarray | None = None) -> None:
         """Store all pages."""
-        group = self.group if synced else len(self.pages)
-        for begin in range(0, len(self.pages), group):
-            stop = min(begin + group, len(self.pages))
+        source = self.pages if of is None else of
+        group = self.group if synced else len(source)
+        for begin in range(0, len(source), group):
+            stop = min(begin + group, len(source))
 
             def call(i: int, stop: int = stop) -> int:
-                pages = self.pages[i : min(i + self.run, stop)]
+                pages = source[i : min(i + self.run, stop)]
                 return os.pwritev(self.file, [pages], i * self.size)
 
             list(self.pool.map(call, range(begin, stop, self.run)))
@@ -82,6 +85,16 @@ class Raw:
             new.rename(path)
 
         list(self.pool.map(one, range(len(self.pages))))
+
+
+def small_pages(like: np.ndarray) -> np.ndarray:
+    """Copy into ordinary memory, whatever huge pages the system would give."""
+    memory = mmap.mmap(-1, like.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    made = np.frombuffer(memory, np.uint8).reshape(like.shape)
+    made[:] = like
+    return made
 
 
 class Ours:
@@ -134,23 +147,26 @@ def main() -> None:
     count = parse_bytes(args.bytes) // size
     pages, out = aligned_region(count, size), aligned_region(count, size)
     pages[:] = np.random.default_rng(0).integers(0, 256, pages.shape, dtype=np.uint8)
+    small, small_out = small_pages(pages), small_pages(out)
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         with ThreadPoolExecutor(args.threads) as pool:
             raw, ours = Raw(folder, pages, pool), Ours(folder, pages, args.threads)
-            calls: dict[str, Callable[[], None]] = {
-                "store raw": raw.write,
-                "store raw, synced": lambda: raw.write(synced=True),
-                "store plait": ours.write,
-                "store file per page": raw.files,
-                "load raw": lambda: raw.read(out),
-                "load plait": lambda: ours.read(out),
+            calls: dict[str, tuple[Callable[[], None], np.ndarray]] = {
+                "store raw": (raw.write, pages),
+                "store raw, small": (lambda: raw.write(of=small), pages),
+                "store raw, synced": (lambda: raw.write(synced=True), pages),
+                "store plait": (ours.write, pages),
+                "store file per page": (raw.files, pages),
+                "load raw": (lambda: raw.read(out), out),
+                "load raw, small": (lambda: raw.read(small_out), small_out),
+                "load plait": (lambda: ours.read(out), out),
             }
             print(
                 heading("xxhash"), f"; {count} pages of {args.page}, {args.threads} threads", sep=""
             )
             print(f"O_DIRECT {ours.tier.folder.direct}; xxhash {xxhash.VERSION}")
-            compare(calls, pages, out, args.rounds)
+            compare(calls, pages, args.rounds)
             ours.moves.close()
             ours.tier.close()
     finally:
@@ -158,33 +174,39 @@ def main() -> None:
 
 
 def compare(
-    calls: dict[str, Callable[[], None]], pages: np.ndarray, out: np.ndarray, rounds: int
+    calls: dict[str, tuple[Callable[[], None], np.ndarray]], pages: np.ndarray, rounds: int
 ) -> None:
-    """Time the calls in turn and print them."""
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    """Time the calls in turn, each with the memory that then holds the pages, and print them."""
+    clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(
         rounds + 2
     ):  # two to warm up: the first write of a slab also converts its extents
-        for name, call in calls.items():
+        for name, (call, out) in calls.items():
             if name.startswith("load"):
                 out[:, ::4096] = 0
             begin, busy = time.perf_counter(), time.process_time()
             call()
-            took, used = time.perf_counter() - begin, time.process_time() - busy
-            if name.startswith("load"):
-                assert np.array_equal(out, pages), f"{name} is wrong"
+            took = time.perf_counter() - begin, time.process_time() - busy
+            assert np.array_equal(out, pages), f"{name} is wrong"
             if number >= 2:
-                wall[name].append(took)
-                cpu[name].append(used)
-    print(f"{'':22}{'GB/s min / median / max':>26}{'of raw':>9}{'CPU s/GB':>10}")
-    for name, seconds in wall.items():
-        base = wall[f"{name.split()[0]} raw"]
-        ratio = statistics.median(b / a for a, b in zip(seconds, base, strict=True))
-        gb = pages.size / 1e9
-        speeds = sorted(gb / took for took in seconds)
+                clocks[name].append(took)
+    report(clocks, pages.size / 1e9)
+
+
+def report(clocks: dict[str, list[tuple[float, float]]], gb: float) -> None:
+    """Print the (wall, CPU) seconds of rounds, against the raw loops of their kind, "store" or "load"."""
+    print(
+        f"{'':20}{'GB/s min / median / max':>26}{'of raw':>9}{'of raw, small':>15}{'CPU s/GB':>10}"
+    )
+    for name, took in clocks.items():
+        kind, ratios = name.split()[0], []
+        for base in (clocks[f"{kind} raw"], clocks[f"{kind} raw, small"]):
+            pairs = zip(took, base, strict=True)
+            ratios.append(statistics.median(raw / wall for (wall, _), (raw, _) in pairs))
+        speeds = sorted(gb / wall for wall, _ in took)
         spread = f"{speeds[0]:.2f} / {statistics.median(speeds):.2f} / {speeds[-1]:.2f}"
-        print(f"{name:22}{spread:>26}{ratio:>9.2f}{statistics.median(cpu[name]) / gb:>10.2f}")
+        cpu = statistics.median(busy for _, busy in took) / gb
+        print(f"{name:20}{spread:>26}{ratios[0]:>9.2f}{ratios[1]:>15.2f}{cpu:>10.2f}")
 
 
 if __name__ == "__main__":

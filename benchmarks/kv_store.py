@@ -1,12 +1,16 @@
 """The whole store over a disk: pages going down and coming back, and one token appended to 32 layers.
 
-    python benchmarks/kv_store.py DIR [--only tiers|append] [--pages 64] [--context 32768] [--rounds 7]
+    python benchmarks/kv_store.py DIR [--only tiers|append] [--pages 64] [--context 32768] [--rounds 7] [--fresh]
 
 "tiers", of 2 MiB pages of an 8B Llama (32 layers, 8 KV heads of 128, bf16, 16 tokens): "store" is a prompt's pages
 from the pool to durable (`flush`), "load" is `open` to the last page in the pool, both with checksums, cold (O_DIRECT),
-against a raw O_DIRECT loop over the same bytes in the same round. "append" is one token's keys and values of 32 layers
-at a long context, `reserve` to `commit`, against the bare paged write of the same rows and transformers' DynamicLayer
-(2 layers of it, times 16). Prints min / median / max and median ratios.
+against a raw O_DIRECT loop over the same bytes in the same round, out of huge pages and out of ordinary memory
+("small", as fio uses). The directory is full, as in the long run: a round overwrites the pages of an earlier one, as
+raw does. With `--fresh` it still fills, and the file system has to turn preallocated room into written room.
+
+"append" is one token's keys and values of 32 layers at a long context, `reserve` to `commit`, against the bare paged
+write of the same rows and transformers' DynamicLayer (2 layers of it, times 16). Prints min / median / max and median
+ratios.
 """
 
 from __future__ import annotations
@@ -26,11 +30,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contest import heading
-from kv_disk import Raw
+from kv_disk import Raw, report, small_pages
 
 from plait.kvstore import KVSpec, KVStore, Step
 from plait.kvstore.tiers.memory import aligned_region
 
+WARM = 3  # rounds: the first writes of a slab also convert its extents
 LLAMA = KVSpec(32, 8, 128, 16, torch.bfloat16)
 
 
@@ -44,12 +49,14 @@ def computed(store: KVStore, ids: np.ndarray) -> Step:
     return step
 
 
-def tiers(folder: Path, pages: int, rounds: int) -> None:
+def tiers(folder: Path, pages: int, rounds: int, fresh: bool) -> None:
     """Time the way down and up against the raw disk."""
     memory = aligned_region(pages, LLAMA.bytes_per_page)
     memory[:] = np.random.default_rng(0).integers(0, 256, memory.shape, dtype=np.uint8)
     clocks: dict[str, list[tuple[float, float]]] = {}
-    room = (rounds + 3) * (pages + 4) * (LLAMA.bytes_per_page + 8192)
+    small = small_pages(memory)
+    kept = rounds + WARM if fresh else 2
+    room = kept * (pages + 4) * (LLAMA.bytes_per_page + 8192)
     with ThreadPoolExecutor(4) as pool, KVStore(
         LLAMA, num_pages=pages + 2, grow=False, disk=folder / "cache", disk_bytes=room, fetch="always"
     ) as store:  # fmt: skip
@@ -64,37 +71,30 @@ def tiers(folder: Path, pages: int, rounds: int) -> None:
             with store.open(ids) as seq:
                 assert seq.cached_tokens == 16 * pages
 
-        for number in range(rounds + 2):
+        for number in range(rounds + WARM):
             ids = np.arange(16 * pages + 1) + number * 100_000
             step = computed(store, ids)
             calls: dict[str, Callable[[], object]] = {
                 "store raw, synced": lambda: raw.write(synced=True),
                 "store raw": raw.write,
+                "store raw, small": lambda: raw.write(of=small),
                 "store plait": lambda step=step: down(step),
                 "evict": store.evict,
                 "load raw": lambda: raw.read(memory),
+                "load raw, small": lambda: raw.read(small),
                 "load plait": lambda ids=ids: up(ids),
             }
             for name, call in calls.items():
                 begin, busy = time.perf_counter(), time.process_time()
                 call()
                 took = time.perf_counter() - begin, time.process_time() - busy
-                if number >= 2:
+                if number >= WARM:
                     clocks.setdefault(name, []).append(took)
             store.evict()
         moves = store.tier_counters()["moves"]
-    print(f"{pages} pages of 2 MiB: GB/s min / median / max, of raw in the same round, CPU s a GB")
-    gb = pages * LLAMA.bytes_per_page / 1e9
-    for name, took in clocks.items():
-        if name == "evict":
-            print(f"{name:20} {1e3 * statistics.median(t for t, _ in took):.2f} ms for all pages")
-            continue
-        base = clocks[f"{name.split()[0]} raw"]
-        speeds = sorted(gb / seconds for seconds, _ in took)
-        ratio = statistics.median(b / a for (a, _), (b, _) in zip(took, base, strict=True))
-        spread = f"{speeds[0]:.2f} / {statistics.median(speeds):.2f} / {speeds[-1]:.2f}"
-        cpu = statistics.median(busy for _, busy in took) / gb
-        print(f"{name:20}{spread:>22}{ratio:>8.2f}{cpu:>8.2f}")
+    evictions = statistics.median(wall for wall, _ in clocks.pop("evict"))
+    print(f"{pages} pages of 2 MiB{', fresh' * fresh}; all evicted in {1e3 * evictions:.2f} ms")
+    report(clocks, pages * LLAMA.bytes_per_page / 1e9)
     print("moves", moves)
 
 
@@ -157,12 +157,13 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=64)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--fresh", action="store_true")
     args = parser.parse_args()
     print(heading("transformers", "xxhash"))
     if args.only in (None, "tiers"):
         folder = Path(tempfile.mkdtemp(dir=args.folder))
         try:
-            tiers(folder, args.pages, args.rounds)
+            tiers(folder, args.pages, args.rounds, args.fresh)
         finally:
             shutil.rmtree(folder)
     if args.only in (None, "append"):
