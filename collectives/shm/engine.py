@@ -22,6 +22,7 @@ from .members import Members
 from .progress import Progress
 from .reductions import all_reduce, all_reduce_symmetric
 from .segment import CHUNK, SLOT, STRIDE, Segment
+from .single_copy import BY_COST, NEVER
 from .steps import (
     CHUNK_BYTES,
     CODE,
@@ -36,6 +37,7 @@ from .steps import (
     RANK,
     SCRATCH,
     SETS,
+    SINGLE,
     SLOT_BYTES,
     SPINS,
     STEP,
@@ -62,13 +64,15 @@ class Engine:
         self._group = weakref.ref(group)
         self.members = members
         self.progress = Progress(members, timeout_s)
-        self.state = state = np.zeros(FIRST_INPUT + members.ranks, np.int64)
+        self.state = state = np.zeros(FIRST_INPUT + 2 * members.ranks, np.int64)
         self._scratch = np.zeros(SCRATCH_BYTES, np.uint8)
         base = members.segment.address
         state[[CONTROL, DATA]] = base, base + members.layout.data
         state[[RANK, WORLD, SLOT_BYTES, STRIDE_BYTES]] = members.rank, members.ranks, SLOT, STRIDE
         state[[SPINS, STEP, SETS, CHUNK_BYTES]] = spins, 1, 1, CHUNK
         state[[SCRATCH, INPUTS]] = self._scratch.ctypes.data, state[FIRST_INPUT:].ctypes.data
+        state[FIRST_INPUT + members.ranks :] = [card["pid"] for card in members.cards]
+        state[SINGLE] = BY_COST if members.readable else NEVER
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self._finished = Finished()
         self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])

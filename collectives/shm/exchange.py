@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from numba import carray, njit
 
-from .memory import at, put, take
+from .memory import at, put, store, take
+from .single_copy import (
+    CARELESS,
+    FILL,
+    LEAST,
+    PUT,
+    READ,
+    may_be_read,
+    note,
+    offer,
+    pays,
+    read_there,
+)
 from .steps import (
     CODE,
     COUNT,
     DONE,
     LARGEST,
     MISMATCH,
+    OFFERED,
+    OFFERS,
     PEER,
     PHASE,
     PLACE,
     RANK,
+    SINGLE,
     SLOT_BYTES,
     STEP,
     STUCK,
@@ -24,12 +39,34 @@ from .steps import (
     begin,
     has_come,
     header_word,
+    line_of,
     may_fill,
     publish,
     sizes_of,
     slot_of,
+    tell,
 )
-from .stores import show
+from .stores import cycles, settle, show
+
+FIRST_TURN, NEXT_TURN = (
+    512 << 10,
+    256 << 10,
+)  # bytes for a rank in the first step of a call, and in the next
+
+
+@njit(nogil=True, cache=True)
+def whole_of(received, item):
+    """Count the bytes that a call brings this rank."""
+    elements = 0
+    for r in range(received.shape[0]):
+        elements += received[r, 1]
+    return elements * item
+
+
+@njit(nogil=True, cache=True)
+def turn_of(state, piece, item):
+    """Count the elements for a rank in this step: first a large turn, then such as stay in the second cache."""
+    return min(piece, FIRST_TURN if state[PLACE] == 0 else NEXT_TURN) // item
 
 
 @njit(nogil=True, cache=True)
@@ -42,10 +79,10 @@ def copy_own(state, sends, sent, receives, received, item):
     here, there = view[0] + sent[rank, 0] * item, out[0] + received[rank, 0] * item
     if view[1] == 0 and out[1] == 0 and here == there:
         return
-    if out[1] == 0:
+    if view[1] == 0:
+        settle(out, received[rank, 0], count, here, whole_of(received, item))
+    elif out[1] == 0:
         take(view, sent[rank, 0], count, there)
-    elif view[1] == 0:
-        put(out, received[rank, 0], count, here)
     else:
         slot = slot_of(state, rank, state[STEP]) + state[SLOT_BYTES]
         chunk = state[SLOT_BYTES] // (2 * item)
@@ -57,20 +94,23 @@ def copy_own(state, sends, sent, receives, received, item):
 
 @njit(nogil=True, cache=True)
 def fill(state, sends, sent, shared, piece, item):
-    """Copy this step's elements for each other rank into the own slot."""
+    """Copy this step's elements for each other rank into the own slot; return their bytes."""
     rank, world, done = state[RANK], state[WORLD], state[PLACE]
     slot = slot_of(state, rank, state[STEP])
-    room = piece // item
+    room = turn_of(state, piece, item)
     if shared:
         n = min(room, sent[rank, 1] - done)
         if n > 0:
             show(state, sends[0], sent[rank, 0] + done, n, slot)
-        return
+        return max(0, n) * item
+    moved = 0
     for to in range(world):
         n = min(room, sent[to, 1] - done)
         if to != rank and n > 0:
             view = sends[to if sends.shape[0] > 1 else 0]
             show(state, view, sent[to, 0] + done, n, slot + to * piece)
+            moved += n * item
+    return moved
 
 
 @njit(nogil=True, cache=True)
@@ -87,6 +127,67 @@ def fits(state, peer, count, shared, code):
 
 
 @njit(nogil=True, cache=True)
+def bring(state, peer, receives, received, shared, piece, item):
+    """Take this step's elements of a rank from its slot, or all from its own memory; say whether it could."""
+    rank, done, count = state[RANK], state[PLACE], received[peer, 1]
+    out = receives[peer if receives.shape[0] > 1 else 0]
+    at_peer = slot_of(state, peer, state[STEP])
+    begin = cycles()
+    if not header_word(state, peer, OFFERED):
+        n = min(turn_of(state, piece, item), count - done)
+        if n > 0:
+            there = at_peer + (0 if shared else rank * piece)
+            settle(out, received[peer, 0] + done, n, there, whole_of(received, item))
+            note(state, count * item, PUT, begin, n * item)
+        return True
+    if done > 0 or count == 0:
+        return True
+    there = carray(at(at_peer, state), state[WORLD])[rank]
+    if out[1] > 0:
+        return land(state, peer, there, out, received[peer, 0], count)
+    came = read_there(state, peer, out[0] + received[peer, 0] * item, there, count * item)
+    note(state, count * item, READ, begin, count * item)
+    return came
+
+
+@njit(nogil=True, cache=True)
+def land(state, peer, there, out, first, count):
+    """Bring elements of a rank's own memory into a strided view, by way of the memory behind the own slot."""
+    room, item = state[SLOT_BYTES] // 2, out[2]
+    behind = slot_of(state, state[RANK], state[STEP]) + state[SLOT_BYTES]
+    for start in range(0, count, room // item):
+        n = min(room // item, count - start)
+        if not read_there(state, peer, behind, there + start * item, n * item):
+            return False
+        put(out, first + start, n, behind)
+    return True
+
+
+@njit(nogil=True, cache=True)
+def give_out(state, sends, sent, receives, received, shared, meet, piece, item, code):
+    """Fill the slot of this step, or (once for a call) show in it where the elements lie; then publish it."""
+    rank, world, step = state[RANK], state[WORLD], state[STEP]
+    largest = 0
+    table = carray(at(sizes_of(state, rank, step), state), world)
+    for r in range(world):
+        largest = max(largest, sent[r, 1], received[r, 1])
+        table[r] = sent[r, 1]
+    if state[PLACE] == 0:
+        state[OFFERS] = 0
+        if meet and largest * item >= LEAST and pays(state, largest * item, shared):
+            state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
+    if state[OFFERS]:
+        offer(state, sends, sent, shared, item, slot_of(state, rank, step))
+        largest = 0  # the others say how many steps their elements need
+    else:
+        begin = cycles()
+        moved = fill(state, sends, sent, shared, piece, item)
+        note(state, largest * item, FILL, begin, moved)
+    tell(state, OFFERED, state[OFFERS])
+    publish(state, code, sent[rank, 1], largest)
+
+
+@njit(nogil=True, cache=True)
 def exchange(state, sends, sent, receives, received, shared, meet, item, code, patience):
     """Move elements between ranks: `sent[r]` is the first element and their number for rank r, `received[r]` from it.
 
@@ -97,48 +198,48 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
     """
     rank, world = state[RANK], state[WORLD]
     piece = state[SLOT_BYTES] if shared else (state[SLOT_BYTES] // world) // 64 * 64
-    room = piece // item
     while True:
         step, done = state[STEP], state[PLACE]
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            largest = 0
-            table = carray(at(sizes_of(state, rank, step), state), world)
-            for r in range(world):
-                largest = max(largest, sent[r, 1], received[r, 1])
-                table[r] = sent[r, 1]
-            fill(state, sends, sent, shared, piece, item)
-            publish(state, code, sent[rank, 1], largest)
+            give_out(state, sends, sent, receives, received, shared, meet, piece, item, code)
             if done == 0:  # while the others come
                 copy_own(state, sends, sent, receives, received, item)
             state[PHASE] = 1
-        if state[PHASE] == 1 and meet and not all_came(state, step, 2 * step, patience):
-            return WAITING
-        state[PHASE] = 2
-        most = header_word(state, rank, LARGEST)
-        while state[PEER] < world:
+        if state[PHASE] == 1:
+            if meet and not all_came(state, step, 2 * step, patience):
+                return WAITING
+            state[PHASE] = 2
+        while state[PHASE] == 2 and state[PEER] < world:
             peer = state[PEER]
-            n = min(room, received[peer, 1] - done)
-            if peer != rank and (n > 0 or meet):
+            if peer != rank and (received[peer, 1] > done or meet):
                 if not has_come(state, peer, step, 2 * step, patience):
                     return WAITING
                 if not fits(state, peer, received[peer, 1], shared, code):
                     return MISMATCH
-                if n > 0:
-                    out = receives[peer if receives.shape[0] > 1 else 0]
-                    at_peer = slot_of(state, peer, step)
-                    put(out, received[peer, 0] + done, n, at_peer + (0 if shared else rank * piece))
+                if not bring(state, peer, receives, received, shared, piece, item):
+                    state[STUCK] = peer
+                    return WAITING
             state[PEER] += 1
+        most, offered = header_word(state, rank, LARGEST), False
         if meet:
             for r in range(world):
                 most = max(most, header_word(state, r, LARGEST))
+                offered |= header_word(state, r, OFFERED) != 0
+        if offered and state[PHASE] == 2:
+            store(line_of(state, rank, step), 2 * step + 1)
+            state[PEER] = 0
+            state[PHASE] = 3
+        waits = state[PHASE] == 3 and state[OFFERS] and state[SINGLE] != CARELESS
+        if waits and not all_came(state, step, 2 * step + 1, patience):  # until all have read
+            return WAITING
         state[STEP] += 1
         state[PHASE] = state[PEER] = 0
-        state[PLACE] += room
+        state[PLACE] += turn_of(state, piece, item)
         if state[PLACE] >= most:
             begin(state)
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py 0c1302bf
+# inlines memory.py and steps.py and stores.py and single_copy.py d39f476b

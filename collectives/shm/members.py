@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import select
 import socket
 import sys
@@ -13,8 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import BackendUnavailable, PeerLost
 from .segment import Layout, Segment
+from .single_copy import can_read
 
 # What a rank notes for the others, in order; a word that only it writes.
 ABSENT, MAPPED, OPEN, CLOSED, FAILED = range(5)
@@ -23,6 +27,9 @@ _FAILED_BASE = 1 << 8  # FAILED notes are this plus the rank that was lost, or p
 
 class Members:
     """The ranks of a group and the memory they share.
+
+    Attributes:
+        readable: whether every rank may read every other's own memory (see single_copy.py).
 
     State: the segment, and a handle on every other process by which its end is seen at once.
     """
@@ -33,6 +40,7 @@ class Members:
         self.rank, self.ranks, self.name = rank, len(names), name
         self._names = names  # of the ranks in the world
         self._files: list[int] = []
+        self._probe = np.array([secrets.randbits(62)])  # for the others to read
         self._deadline = time.monotonic() + timeout.total_seconds()
         self._store = store
         self.layout = Layout(self.ranks)
@@ -68,6 +76,7 @@ class Members:
     def _exchange_cards(self, store: Any, fd: int, timeout: timedelta) -> list[dict[str, Any]]:
         card = {"host": _host(), "on": socket.gethostname(), "pid": os.getpid(), "fd": fd}
         card["born"] = _born(os.getpid())
+        card["at"], card["word"] = self._probe.ctypes.data, int(self._probe[0])
         store.set(self._key("card", self.rank), json.dumps(card))
         cards = [json.loads(text) for text in self._read_all("card", timeout)]
         hosts = [card["host"] for card in cards]
@@ -80,18 +89,21 @@ class Members:
         return cards
 
     def _agree_on_mapping(self, timeout: timedelta) -> None:
-        """Map the segment; where one rank cannot, all are told the same."""
+        """Map the segment, and try to read the others' memory; where one rank cannot, all are told the same."""
         refusal = ""
+        reads = all(can_read(card["pid"], card["at"], card["word"]) for card in self.cards)
         if self.rank:
             try:
                 first = self.cards[0]
                 self.segment = Segment.open(first["pid"], first["fd"], self.layout.size)
             except BackendUnavailable as error:
                 refusal = str(error)
-        self._store.set(self._key("mapped", self.rank), refusal)
-        refusals = [text for text in self._read_all("mapped", timeout) if text]
-        if refusals:
+        said = json.dumps({"refusal": refusal, "reads": reads})
+        self._store.set(self._key("mapped", self.rank), said)
+        answers = [json.loads(text) for text in self._read_all("mapped", timeout)]
+        if refusals := [answer["refusal"] for answer in answers if answer["refusal"]]:
             raise BackendUnavailable(refusals[0])
+        self.readable = all(answer["reads"] for answer in answers)
 
     def _key(self, kind: str, rank: int) -> str:
         """Name what a rank says; by its number in the world, for groups without a common rank may have one name."""

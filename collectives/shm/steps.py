@@ -25,9 +25,17 @@ STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
 SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
 CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
 GIVEN, PAST, COST = range(16, 19)  # see stores.py; COST is two words
-FIRST_INPUT = 20  # from here an address for each rank; INPUTS is where these words lie
+SINGLE, OFFERS, PIECES, COSTS = (
+    20,
+    21,
+    22,
+    27,
+)  # see single_copy.py; of PIECES there are 5, of COSTS 36
+FIRST_INPUT = (
+    64  # from here an address for each rank, and then its process; INPUTS is where these words lie
+)
 # words of a line, written by one rank, read by all
-FLAG, CODE, COUNT, LARGEST = range(4)
+FLAG, CODE, COUNT, LARGEST, OFFERED = range(5)
 
 LINE = 128  # bytes; two cache lines, for processors that fetch them in pairs
 
@@ -95,6 +103,12 @@ def publish(state, code, count, largest):
     header[COUNT] = count
     header[LARGEST] = largest
     store(line, 2 * step)
+
+
+@njit(nogil=True, cache=True)
+def tell(state, word, value):
+    """Write a word of the own header of this step, before it is published."""
+    carray(at(line_of(state, state[RANK], state[STEP]), state), LINE // 8)[word] = value
 
 
 @njit(nogil=True, cache=True)

@@ -14,13 +14,14 @@ from numba import njit, types
 from numba.core import cgutils
 
 from ...cuda_kernels.halves import intrinsic
-from .memory import X86, memmove, take
+from .memory import X86, memmove, put, take
 from .steps import COST, GIVEN, PAST
 
 LEAST = 1024  # bytes that are worth a choice
 PIECE = 32 << 10  # bytes that are timed as one
 RETRY = 128  # pieces between two trials of the other way
 WORTH = 2  # the ratio of costs from which stores past the cache pay: who reads them pays too
+BEYOND = 12 << 20  # bytes of a result that is stored past the cache
 VECTOR = 32  # bytes of a store past the cache
 
 
@@ -114,4 +115,16 @@ def show(state, view, first, count, slot):
         take(view, first, count, slot)
 
 
-# inlines memory.py and steps.py d1fadbef
+@njit(nogil=True, cache=True)
+def settle(view, first, count, dense, whole):
+    """Copy dense memory into elements of a view; past the cache if the whole result is more than it would keep.
+
+    An ordinary store reads the line before it writes it, which is a third of the traffic of a large copy.
+    """
+    if X86 and view[1] == 0 and whole >= BEYOND:
+        copy_all_past(view[0] + first * view[2], dense, count * view[2])
+    else:
+        put(view, first, count, dense)
+
+
+# inlines memory.py and steps.py f9ed8f67
