@@ -114,4 +114,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 __all__ = ["add_rms_norm", "add_rms_norm_plain", "add_rms_norm_reference"]
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

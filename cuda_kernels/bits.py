@@ -147,9 +147,10 @@ def pack_tiles(
 
     def fill(start: int, stop: int, packed: np.ndarray, tile: np.ndarray) -> None:
         quantise(start, stop, tile)
-        pack_into(tile.reshape(-1, shape[-1]), bits, packed)
+        if bits != 8:
+            pack_into(tile.reshape(-1, shape[-1]), bits, packed)
 
-    _each_tile(fill, shape, out)
+    _each_tile(fill, shape, bits, out)
 
 
 def unpack_tiles(
@@ -159,23 +160,26 @@ def unpack_tiles(
     """Unpack and dequantise tile by tile; the inverse of `pack_tiles`."""
 
     def read(start: int, stop: int, packed: np.ndarray, tile: np.ndarray) -> None:
-        unpack_into(packed, bits, tile.reshape(-1, shape[-1]))
+        if bits != 8:
+            unpack_into(packed, bits, tile.reshape(-1, shape[-1]))
         dequantise(start, stop, tile)
 
-    _each_tile(read, shape, data)
+    _each_tile(read, shape, bits, data)
 
 
 def _each_tile(
     visit: Callable[[int, int, np.ndarray, np.ndarray], None],
-    shape: tuple[int, ...], data: np.ndarray,
+    shape: tuple[int, ...], bits: int, data: np.ndarray,
 ) -> None:  # fmt: skip
     """Call `visit(start, stop, packed, tile)` for runs of units whose codes fit the cache."""
     rows, step = math.prod(shape[1:-1]), max(1, TILE // math.prod(shape[1:]))
 
     def part(a: int, b: int) -> None:
-        room = np.empty((min(step, b - a), *shape[1:]), np.uint8)
+        room = np.empty((min(step, b - a) if bits != 8 else 0, *shape[1:]), np.uint8)
         for start in range(a, b, step):
             stop = min(start + step, b)
-            visit(start, stop, data[start * rows : stop * rows], room[: stop - start])
+            packed = data[start * rows : stop * rows]
+            tile = packed.reshape(-1, *shape[1:]) if bits == 8 else room[: stop - start]
+            visit(start, stop, packed, tile)
 
     run_rows(part, shape[0], step)

@@ -267,4 +267,4 @@ def _rooms(x: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
     return scales, x.new_empty(rows, packed_width(width, bits), dtype=torch.uint8)
 
 
-# inlines halves.py and minifloats.py and numbers.py fab62cc0
+# inlines halves.py and minifloats.py and numbers.py da80d095

@@ -194,4 +194,4 @@ def blocks_reference(x: Tensor, bits: int, size: int) -> Tensor:
     return ((blocks / step).round().clamp(-top, top) * step).flatten(-2)
 
 
-# inlines halves.py and numbers.py d0442bf9
+# inlines halves.py and numbers.py 7ce133ae

@@ -140,4 +140,4 @@ def _(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tenso
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

@@ -293,4 +293,4 @@ def unpermute_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 __all__ = ["permute_rows", "unpermute_rows"]
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

@@ -281,4 +281,4 @@ def _(x: Tensor, seed: int, inverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

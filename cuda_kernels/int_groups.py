@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bits import pack_tiles, packed_width, unpack_tiles
 from .gpu.toolchain import usable
-from .halves import narrow, widen
+from .halves import narrow, narrow_result, widen
 from .int_groups_gpu import dequantise_launch, quantise_launch, serves
 from .numbers import bits_of, half_of
 
@@ -114,7 +114,7 @@ def _dequantise_rows(codes, group, scales, lows, x):
             scale, low = widen(scales[r, g]), widen(lows[r, g])
             run, out = codes[r, a:b], x[r, a:b]
             for i in range(run.size):
-                out[i] = narrow(np.float32(run[i]) * scale + low, x)
+                out[i] = narrow_result(np.float32(run[i]) * scale + low, x)
 
 
 @njit(nogil=True, cache=True)
@@ -169,7 +169,7 @@ def _quantise_columns(x, top, codes, scales, lows):
 @njit(nogil=True, cache=True)
 def _dequantise_row(codes, scale, low, out):
     for c in range(codes.size):
-        out[c] = narrow(np.float32(codes[c]) * scale[c] + low[c], out)
+        out[c] = narrow_result(np.float32(codes[c]) * scale[c] + low[c], out)
 
 
 @njit(nogil=True, cache=True)
@@ -330,4 +330,4 @@ def dequantise_groups_cuda(
     return x
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

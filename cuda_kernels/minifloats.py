@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from .halves import widen
+
 
 class Minifloat(NamedTuple):
     """A sign, an exponent with subnormals, a mantissa."""
@@ -36,6 +38,31 @@ MINIFLOATS = {
     "e2m3": Minifloat(2, 3, 1, 7.5),
     "e2m1": Minifloat(2, 1, 1, 6.0),
 }
+
+
+@lru_cache
+def float16_of(form: str) -> tuple[np.int16, np.int16, np.int16, np.int16, np.float32]:
+    """Say how `widen_code` makes a float16 of a code; the last number is what its value is to be multiplied by."""
+    kind = MINIFLOATS[form]
+    top = np.float16(kind.largest / 2.0 ** (15 - kind.bias)).view(np.int16)
+    return (
+        np.int16(1 << (10 - kind.mantissa_bits)), np.int16((1 << (10 + kind.exponent_bits)) - 1),
+        np.int16(1 << (16 - kind.bits)),
+        np.int16(0x7FFF) if kind.infinities else top, np.float32(2.0 ** (15 - kind.bias)),
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def widen_code(code, lift, size_bits, sign_lift, top):
+    """Give a code's value as float32, less the difference of the biases; codes beyond the largest are NaN.
+
+    Exponent and sign move to their places in a float16, which has subnormals too: unlike a look-up it becomes vector
+    code, if shifts are products (Numba shifts in 64 bits).
+    """
+    size = np.int16(np.int16(np.int16(code) * lift) & size_bits)
+    sign = np.int16(np.int16(np.int16(code) * sign_lift) & np.int16(-0x8000))
+    size = np.int16(0x7E00) if size > top else size
+    return widen(np.int16(size | sign))
 
 
 @lru_cache
@@ -72,3 +99,6 @@ def round_to(value, mantissa_bits, lowest, largest, sign_at):
     return np.uint8(
         np.uint32(code) | np.uint32(np.uint32(bits >> np.uint32(31)) << np.uint32(sign_at))
     )
+
+
+# inlines halves.py 3d74d947

@@ -41,4 +41,4 @@ def narrow_run(wide, out):
         out[i] = narrow(wide[i], out)
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

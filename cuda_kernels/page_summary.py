@@ -135,4 +135,4 @@ def summarise(
     call(keys, pages, first, stop, unit, shift, low, high)
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

@@ -387,4 +387,4 @@ def paged_attention(
     )  # fmt: skip
 
 
-# inlines exp.py and halves.py e2cf7a15
+# inlines exp.py and halves.py 10766078

@@ -11,8 +11,9 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
-from .minifloats import round_to, table_of
-from .numbers import bits_of, narrow_run, widen_run
+from .halves import narrow_result
+from .minifloats import float16_of, round_to, widen_code
+from .numbers import bits_of, widen_run
 
 TINY = np.float32(2.0**-126)
 
@@ -61,13 +62,19 @@ def _quantise(x, whole, scales, codes):
 
 
 @njit(nogil=True, cache=True)
-def _dequantise(codes, table, scales, x):
-    wide = np.empty(codes.shape[1], np.float32)
+def _dequantise(codes, whole, form, scales, x):
+    lift, size_bits, sign_lift, top, bias = form
     for r in range(codes.shape[0]):
-        run, scale = codes[r], scales[r]
-        for i in range(run.size):
-            wide[i] = table[run[i]] * scale
-        narrow_run(wide, x[r])
+        run, out, scale = codes[r], x[r], scales[r]
+        if np.isnan(scale):
+            scale = np.float32(np.nan)  # damaged; `narrow_result` wants this one
+        if whole:
+            for i in range(run.size):
+                out[i] = narrow_result(np.float32(np.int8(run[i])) * scale, x)
+        else:
+            for i in range(run.size):
+                value = widen_code(run[i], lift, size_bits, sign_lift, top) * bias
+                out[i] = narrow_result(value * scale, x)
 
 
 def quantise_rows_into(x: Tensor, whole: bool, scales: np.ndarray, codes: np.ndarray) -> bool:
@@ -85,18 +92,11 @@ def quantise_rows_into(x: Tensor, whole: bool, scales: np.ndarray, codes: np.nda
 
 def dequantise_rows_into(scales: np.ndarray, codes: np.ndarray, whole: bool, x: Tensor) -> None:
     """Undo `quantise_rows_into`."""
-    target = bits_of(x)
-    table = (
-        np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32)
-        if whole
-        else table_of("e4m3")
-    )
+    target, form = bits_of(x), float16_of("e4m3")
     unpack_tiles(
-        lambda a, b, tile: _dequantise(tile, table, scales[a:b], target[a:b]),
-        target.shape,
-        8,
-        codes,
-    )
+        lambda a, b, tile: _dequantise(tile, whole, form, scales[a:b], target[a:b]),
+        target.shape, 8, codes,
+    )  # fmt: skip
 
 
-# inlines halves.py and minifloats.py and numbers.py fab62cc0
+# inlines halves.py and minifloats.py and numbers.py da80d095

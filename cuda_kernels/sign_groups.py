@@ -133,4 +133,4 @@ def dequantise_signs_into(scales: np.ndarray, codes: np.ndarray, three: bool, x:
     run_rows(part, x.shape[0], ELEMENTS_A_THREAD // max(1, x[:1].numel()))
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

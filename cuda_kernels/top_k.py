@@ -225,4 +225,4 @@ def top_k(x: Tensor, k: int, hint: Tensor | None = None) -> Tensor:
     return (_top_k_cpu if direct(x) else torch.ops.plait.top_k)(x, k, hint)
 
 
-# inlines halves.py 5f21b6c6
+# inlines halves.py 3d74d947

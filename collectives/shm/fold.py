@@ -142,4 +142,4 @@ def _bits(like: Any, wide: Any) -> Any:
 _ADDRESS = np.empty(0, np.int64)
 
 
-# inlines memory.py and halves.py 0ab08c8b
+# inlines memory.py and halves.py 54fb196c

@@ -165,4 +165,4 @@ def _scales(like: Any, wide: Any) -> Any:
     return scales
 
 
-# inlines memory.py and halves.py and quantised.py a665fd74
+# inlines memory.py and halves.py and quantised.py cc0cd1f8

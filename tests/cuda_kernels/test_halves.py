@@ -30,6 +30,12 @@ def rounded(x: Any, out: Any) -> None:
         out[i] = halves.narrow(x[i], out)
 
 
+@njit
+def rounded_results(x: Any, out: Any) -> None:
+    for i in range(x.shape[0]):
+        out[i] = halves.narrow_result(x[i] * np.float32(1), out)
+
+
 @pytest.mark.parametrize(
     ("dtype", "look"), [(torch.float16, np.int16), (torch.bfloat16, np.uint16)]
 )
@@ -60,6 +66,11 @@ def test_rounding_is_torchs(dtype: torch.dtype, look: Any) -> None:
     )
     assert torch.equal(found.nan_to_num(0.5), expected.nan_to_num(0.5))
     assert torch.equal(found.isnan(), expected.isnan())
+    x = np.where(np.isnan(x), np.float32(np.nan), x)  # what arithmetic gives for numbers
+    again = np.empty(len(x), look)
+    rounded_results(x, again)
+    assert np.array_equal(again[~np.isnan(x)], out[~np.isnan(x)])
+    assert torch.from_numpy(again.view(np.int16)).view(dtype).isnan().equal(expected.isnan())
 
 
 def test_other_numbers_pass() -> None:
@@ -94,6 +105,7 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
         ("cuda_kernels/block_floats.py", ("halves.py", "minifloats.py", "numbers.py")),
         ("cuda_kernels/scaled_rows.py", ("halves.py", "minifloats.py", "numbers.py")),
         ("cuda_kernels/numbers.py", ("halves.py",)),
+        ("cuda_kernels/minifloats.py", ("halves.py",)),
         ("cuda_kernels/block_ints.py", ("halves.py", "numbers.py")),
         ("cuda_kernels/hadamard.py", ("halves.py",)),
         ("cuda_kernels/sign_groups.py", ("halves.py",)),
