@@ -12,9 +12,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .halves import narrow, widen
 from .merge import direct
-from .workers import run_shares
+from .room import room
+from .workers import run_rows
 
 ROWS_A_THREAD = 64  # a thread's start costs about 30 us
 
@@ -40,43 +40,104 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _add_rms_norm(x, residual, weight, eps, normed, total, start, stop):
-    """Rows start..stop; every value is rounded where torch would round it."""
+# NaN, infinities and each value's rounding stay torch's: only the sum of squares is taken in another order.
+FAST = {"reassoc", "contract", "nsz"}
+LOW, HALF = np.uint32(16), np.uint32(0xFFFF0000)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _rows_float32(x, residual, weight, eps, normed, total, start, stop):
+    """Rows start..stop, each through a slice of its own: with two indices the loops do not become vector code."""
     width = x.shape[1]
     for r in range(start, stop):
+        a, b, new, out = x[r], residual[r], total[r], normed[r]
         squares = np.float32(0)
         for i in range(width):
-            stored = narrow(widen(x[r, i]) + widen(residual[r, i]), x)
-            total[r, i] = stored
-            squares += widen(stored) * widen(stored)
+            value = a[i] + b[i]
+            new[i] = value
+            squares += value * value
         scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
         for i in range(width):
-            rounded = narrow(widen(total[r, i]) * scale, x)
-            normed[r, i] = narrow(widen(rounded) * widen(weight[i]), x)
+            out[i] = new[i] * scale * weight[i]
+
+
+@njit(nogil=True, cache=True)
+def _low(pair):
+    return np.uint32(pair << LOW).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
+def _high(pair):
+    return np.uint32(pair & HALF).view(np.float32)
+
+
+@njit(nogil=True, cache=True)
+def _to_even(value):
+    """Bits whose upper half is the nearest bfloat16. A NaN of ours has zeros below, as bfloat16 has: it stays one."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> LOW) & np.uint32(1)))
+
+
+@njit(nogil=True, cache=True)
+def _pair(low, high):
+    return np.uint32((_to_even(low) >> LOW) | (_to_even(high) & HALF))
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _rows_bfloat16(x, residual, weight, eps, normed, total, start, stop):
+    """The same on pairs of bfloat16 in a word, rounded where torch rounds; half the work is that rounding."""
+    width = x.shape[1]
+    for r in range(start, stop):
+        a, b, new, out = x[r], residual[r], total[r], normed[r]
+        lows, highs = np.float32(0), np.float32(0)
+        for i in range(width):
+            pair = _pair(_low(a[i]) + _low(b[i]), _high(a[i]) + _high(b[i]))
+            new[i] = pair
+            lows += _low(pair) * _low(pair)
+            highs += _high(pair) * _high(pair)
+        mean = (lows + highs) / np.float32(2 * width)
+        scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
+        for i in range(width):
+            low = _high(_to_even(_low(new[i]) * scale))
+            high = _high(_to_even(_high(new[i]) * scale))
+            out[i] = _pair(low * _low(weight[i]), high * _high(weight[i]))
+
+
+KERNELS = {torch.float32: _rows_float32, torch.bfloat16: _rows_bfloat16}
+
+
+def _words(x: Tensor) -> np.ndarray:
+    """See float32 as it is, bfloat16 as pairs."""
+    x = x.detach()
+    return (x if x.dtype == torch.float32 else x.view(torch.uint32)).numpy()
+
+
+def _served(*tensors: Tensor) -> bool:
+    """Say whether the CPU kernels take them: contiguous, of one dtype, bfloat16 in whole words."""
+    first = tensors[0]
+    if first.dtype not in KERNELS or not first.numel() or first.device.type != "cpu":
+        return False
+    return all(
+        t.dtype == first.dtype and t.is_contiguous() and t.shape[-1] * t.element_size() % 4 == 0
+        and t.storage_offset() * t.element_size() % 4 == 0
+        for t in tensors
+    )  # fmt: skip
 
 
 def add_rms_norm_plain(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Compute without autograd: in Numba for float32 and bfloat16 on the CPU, else torch."""
-    alike = x.dtype == residual.dtype == weight.dtype and x.shape == residual.shape
-    served = x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu"
-    if not (alike and served and x.is_contiguous() and residual.is_contiguous()) or not x.numel():
+    if not _served(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps)
-    normed, total = torch.empty_like(x), torch.empty_like(x)
-    tensors = [t.detach().view(-1, x.shape[-1]) for t in (x, residual, normed, total)]
-    tensors.insert(2, weight.detach())
-    if x.dtype == torch.bfloat16:
-        tensors = [t.view(torch.uint16) for t in tensors]
-    a, b, w, out, new = (t.numpy() for t in tensors)
-    rows = a.shape[0]
-    shares = max(1, min(torch.get_num_threads(), rows // ROWS_A_THREAD))
+    normed, total = room(x.shape, x.dtype), room(x.shape, x.dtype)
+    a, b, out, new = (_words(t.view(-1, x.shape[-1])) for t in (x, residual, normed, total))
+    w, rows_of = _words(weight), KERNELS[x.dtype]
 
-    def share(i: int) -> None:
-        _add_rms_norm(a, b, w, eps, out, new, rows * i // shares, rows * (i + 1) // shares)
+    def part(start: int, stop: int) -> None:
+        rows_of(a, b, w, eps, out, new, start, stop)
 
-    run_shares(share, shares)
+    run_rows(part, a.shape[0], ROWS_A_THREAD)
     return normed, total
 
 
@@ -112,6 +173,3 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 __all__ = ["add_rms_norm", "add_rms_norm_plain", "add_rms_norm_reference"]
-
-
-# inlines halves.py 3d74d947

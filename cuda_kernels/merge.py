@@ -16,17 +16,25 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .exp import exp_rows
 from .gpu import ptx
 from .gpu.kernel import Variant, kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
+from .halves import narrow, widen
+from .numbers import LOOKS, bits_of
+from .room import room
+from .weighted import EIGHT, weighted1, weighted2, weighted4
+from .workers import run_rows
 
 NEG_INF = float("-inf")
 MOST_SHARDS = 16  # that one launch merges: as many 16-byte loads are in flight for each thread
 LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
 LOWEST = f32(-3.0e38)  # finite: an all-empty row must not become inf - inf
-MOST_ELEMENTS = 1 << 20  # beyond that torch's threads are worth their dozen passes
+ELEMENTS_A_THREAD = 1 << 17  # of the partials: a thread's start costs about 30 us
+TILE = 64  # places whose weights are made at once
+WIDE = (torch.float32, torch.float64)
 
 
 def merge_states_reference(
@@ -72,45 +80,125 @@ def direct(x: Tensor) -> bool:
 
 
 @njit(nogil=True, cache=True)  # no fast math: -inf and NaN mean something here
-def _merge(o, lse, sink, out, out_lse):
-    """One pass over the partials; see `merge_states_reference` for what an empty shard means."""
-    shards, rows, heads, width = o.shape
-    for r in range(rows):
-        for h in range(heads):
-            top = sink[h] if sink.size else lse.dtype.type(-np.inf)
+def _weigh(lse, sink, first, stop, weights, tops):
+    """Give places `[first, stop)` weights `[places, shards]`, which divide already, and in `tops` the merged lse."""
+    shards, logits, zero = lse.shape[0], sink.shape[0], lse.dtype.type(0)
+    for t in range(stop - first):
+        top = sink[(first + t) % logits] if logits else lse.dtype.type(-np.inf)
+        for s in range(shards):
+            held = lse[s, first + t]
+            top = held if held > top or held != held else top
+        for s in range(shards):
+            weights[t, s] = lse[s, first + t] - top
+        tops[t] = top
+    exp_rows(weights.reshape(-1), shards * (stop - first), zero)
+    for t in range(stop - first):
+        top = tops[t]
+        if top == -np.inf:
+            continue
+        total = np.exp(sink[(first + t) % logits] - top) if logits else zero
+        for s in range(shards):
+            if not (top < np.inf):  # infinite or NaN: to be seen
+                weights[t, s] = np.nan
+            total += weights[t, s]
+        for s in range(shards):
+            weights[t, s] /= total
+        tops[t] = top + np.log(total)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _blend(o, p, live, at, w, wide):
+    """Add the `live` shards `at` of a place by their weights `w`; o `[shards, places, width]`."""
+    _, places, width = o.shape
+    item, to, wide_item = o.itemsize, wide.ctypes.data, wide.itemsize
+    first = o.ctypes.data + p * width * item
+    apart = places * width * item
+    s = 0
+    while s < live:
+        more, a = s > 0, first + at[s] * apart
+        count = 4 if live - s >= 4 else 2 if live - s >= 2 else 1
+        if count == 4:
+            b, c, d = (
+                first + at[s + 1] * apart,
+                first + at[s + 2] * apart,
+                first + at[s + 3] * apart,
+            )
+            for x in range(0, width - EIGHT + 1, EIGHT):
+                y = x * item
+                weighted4(
+                    to + x * wide_item, more, o, a + y, w[s], b + y, w[s + 1],
+                    c + y, w[s + 2], d + y, w[s + 3],
+                )  # fmt: skip
+        elif count == 2:
+            b = first + at[s + 1] * apart
+            for x in range(0, width - EIGHT + 1, EIGHT):
+                y = x * item
+                weighted2(to + x * wide_item, more, o, a + y, w[s], b + y, w[s + 1])
+        else:
+            for x in range(0, width - EIGHT + 1, EIGHT):
+                weighted1(to + x * wide_item, more, o, a + x * item, w[s])
+        for x in range(width // EIGHT * EIGHT, width):
+            for i in range(s, s + count):
+                part = w[i] * widen(o[at[i], p, x])
+                wide[x] = part if i == 0 else wide[x] + part
+        s += count
+    if live == 0:
+        wide[:] = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _merge(o, lse, sink, out, out_lse, sums, first, stop):
+    """Places first..stop: weights tile by tile, as vector code, then one pass over the partials.
+
+    `sums` is `out`, or one row where that is not wide enough to add in.
+    """
+    shards, width = lse.shape[0], o.shape[2]
+    weights, tops = np.empty((TILE, shards), lse.dtype), np.empty(TILE, lse.dtype)
+    at, w = np.empty(shards, np.int64), np.empty(shards, lse.dtype)
+    apart = sums.shape[0] == 1
+    for start in range(first, stop, TILE):
+        end = min(start + TILE, stop)
+        _weigh(lse, sink, start, end, weights, tops)
+        out_lse[start:end] = tops[: end - start]
+        for p in range(start, end):
+            live = 0
             for s in range(shards):
-                if lse[s, r, h] > top or lse[s, r, h] != lse[s, r, h]:
-                    top = lse[s, r, h]
-            out_lse[r, h] = top
-            for x in range(width):
-                out[r, h, x] = 0
-            if top == -np.inf:
-                continue
-            total = np.exp(sink[h] - top) if sink.size else top * 0
-            for s in range(shards):
-                if lse[s, r, h] != -np.inf:
-                    weight = np.exp(lse[s, r, h] - top)
-                    total += weight
-                    for x in range(width):
-                        out[r, h, x] += weight * o[s, r, h, x]
-            for x in range(width):
-                out[r, h, x] /= total
-            out_lse[r, h] = top + np.log(total)
+                if lse[s, p] != -np.inf:
+                    at[live], w[live] = s, weights[p - start, s]
+                    live += 1
+            wide = sums[0 if apart else p]
+            _blend(o, p, live, at, w, wide)
+            if apart:
+                row = out[p]
+                for x in range(width):
+                    row[x] = narrow(wide[x], row)
 
 
 def merge_plain(
     o: Tensor, lse: Tensor, sink: Tensor | None = None, empty: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Merge without autograd: one pass in Numba for a few rows on the CPU, else torch."""
+    """Merge without autograd: in Numba on the CPU, else torch."""
     if o.shape[0] == 1 and sink is None and empty is None:
         gone = (lse[0] == NEG_INF).unsqueeze(-1)
         return o[0].masked_fill(gone, 0.0), lse[0].clone()
-    same = o.dtype == lse.dtype and o.dtype in (torch.float32, torch.float64)
-    if not same or empty is not None or o.device.type != "cpu" or o.numel() > MOST_ELEMENTS:
+    alike = o.dtype == lse.dtype or o.dtype in LOOKS
+    if not alike or lse.dtype not in WIDE or o.device.type != "cpu" or not lse.numel():
         return merge_states_reference(o, lse, sink, empty)
-    logits = lse.new_empty(0) if sink is None else sink.detach().to(lse.dtype)
-    merged, merged_lse = o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
-    _merge(*(t.detach().numpy() for t in (o, lse, logits, merged, merged_lse)))
+    o, lse = o.detach(), lse.detach()
+    if empty is not None:
+        lse = lse.masked_fill(empty.unsqueeze(-1) if empty.dim() < lse.dim() else empty, NEG_INF)
+    logits = lse.new_empty(0) if sink is None else sink.detach().to(lse.dtype).contiguous()
+    merged, merged_lse = room(o.shape[1:], o.dtype), lse.new_empty(lse.shape[1:])
+    places, width = merged_lse.numel(), o.shape[-1]
+    parts = o.contiguous().view(-1, places, width), lse.contiguous().view(-1, places), logits
+    flat, held, sinks = map(bits_of, parts)
+    out, out_lse = bits_of(merged.view(places, width)), merged_lse.view(-1).numpy()
+
+    def part(first: int, stop: int) -> None:
+        sums = out if o.dtype == lse.dtype else np.empty((1, width), held.dtype)
+        _merge(flat, held, sinks, out, out_lse, sums, first, stop)
+
+    run_rows(part, places, ELEMENTS_A_THREAD // max(1, o.shape[0] * width))
     return merged, merged_lse
 
 
@@ -271,3 +359,6 @@ def merge_states(
 
 
 __all__ = ["direct", "merge_plain", "merge_states", "merge_states_reference"]
+
+
+# inlines exp.py and halves.py and weighted.py f8427365

@@ -93,7 +93,8 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
 @pytest.mark.parametrize(
     ("kernel", "names"),
     [
-        ("cuda_kernels/add_rms_norm.py", ("halves.py",)),
+        ("cuda_kernels/weighted.py", ("halves.py",)),
+        ("cuda_kernels/merge.py", ("exp.py", "halves.py", "weighted.py")),
         ("cuda_kernels/expert_gradients.py", ("halves.py",)),
         ("cuda_kernels/expert_rows.py", ("halves.py",)),
         ("cuda_kernels/paged_attention.py", ("exp.py", "halves.py")),

@@ -150,6 +150,42 @@ def test_bad_shapes_are_refused_and_meta_works() -> None:
     assert merge_states(o, lse)[0].dtype == torch.bfloat16
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 5), st.integers(1, 19)),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    with_sink=st.booleans(),
+    flagged=st.booleans(),
+)
+def test_cpu_kernel_merges_all_dtypes(seed, shape, dtype, with_sink, flagged) -> None:
+    g = torch.Generator().manual_seed(seed)
+    o = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+    lse = torch.randn(shape[:-1], generator=g, dtype=torch.float64) * 20
+    lse = lse.to(torch.promote_types(dtype, torch.float32))
+    empty = torch.rand(shape[:2], generator=g) < 0.3
+    lse[empty], o[empty] = (math.nan if flagged else -INF), math.nan
+    sink = torch.randn(shape[2], generator=g).to(lse.dtype) if with_sink else None
+    got, got_lse = merge_states(o, lse, sink, empty if flagged else None)
+    want, want_lse = merge_states_reference(o.double(), lse.double(), sink, empty)
+    coarse = {torch.float64: 1e-12, torch.float32: 1e-5}.get(lse.dtype, 0.0)
+    torch.testing.assert_close(got_lse.double(), want_lse, rtol=coarse, atol=coarse)
+    coarse = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, coarse)
+    torch.testing.assert_close(got.double(), want, rtol=coarse, atol=coarse)
+
+
+def test_infinite_values_of_a_shard_stay_in_their_places() -> None:
+    """No shard is multiplied by zero to make up a number."""
+    for shards in (2, 3, 5, 7):
+        o, lse = torch.ones(shards, 1, 1, 16), torch.zeros(shards, 1, 1)
+        o[0, 0, 0, 3], o[-1, 0, 0, 9] = INF, -INF
+        want = merge_states_reference(o, lse)[0]
+        torch.testing.assert_close(merge_states(o, lse)[0], want)
+        assert want.isinf().sum() == 2
+        lse[1] = INF
+        assert merge_states(o, lse)[0].isnan().all()
+
+
 # ---- the CUDA kernel, simulated
 
 
