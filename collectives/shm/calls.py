@@ -90,6 +90,12 @@ def dense_row(address: int, item: int) -> Any:
     return dense_view(address, item).reshape(1, VIEW_WORDS)
 
 
+@lru_cache(maxsize=1024)
+def even_table(ranks: int, count: int, step: int) -> Any:
+    """Make a table of equal runs, `step` elements apart."""
+    return np.stack([np.arange(ranks) * step, np.full(ranks, count)], 1)
+
+
 def view_of(x: Tensor) -> Any:
     """Describe a tensor of any strides to a kernel; of no more than MAX_DIMS dims after merging."""
     item = x.itemsize

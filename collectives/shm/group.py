@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ...cuda_kernels.quantised import Quantised
 from ..trace import listening, tell_traces
 from ..work import Several
 from . import fused
-from .calls import real_of, view_of, views_of
+from .calls import even_table, real_of, view_of, views_of
 from .engine import Engine
 from .mailbox import Mailbox
 from .members import Members
@@ -135,6 +134,9 @@ class ShmGroup(dist.ProcessGroup):
         )  # fmt: skip
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
+        known = self.engine.known("all_gather", output, input)
+        if known is not None:
+            return self.engine.run(*known, [output], not opts.asyncOp, [input])
         n = input.numel()
         if output.numel() != n * self.size():
             raise misfit(self, f"{_shapes(input)} gathered into {_shapes(output)}")
@@ -229,6 +231,10 @@ class ShmGroup(dist.ProcessGroup):
         input_splits: list[int],
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
+        if not output_splits and not input_splits:
+            known = self.engine.known("all_to_all", output, input)
+            if known is not None:
+                return self.engine.run(*known, [output], not opts.asyncOp, [input])
         sent, received = self._split(input, input_splits), self._split(output, output_splits)
         return self.engine.exchange(
             "all_to_all", [input], sent, [output], received, not opts.asyncOp
@@ -310,12 +316,6 @@ class ShmGroup(dist.ProcessGroup):
             raise misfit(self, f"{_shapes(x)} with split sizes {list(rows)}")
         counts = np.array(rows) * (x.numel() // max(1, length))
         return np.stack([np.cumsum(counts) - counts, counts], 1)
-
-
-@lru_cache(maxsize=1024)
-def even_table(ranks: int, count: int, step: int) -> Any:
-    """Make a table of equal runs, `step` elements apart."""
-    return np.stack([np.arange(ranks) * step, np.full(ranks, count)], 1)
 
 
 def _shapes(*tensors: Tensor) -> str:

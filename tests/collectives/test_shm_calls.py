@@ -106,6 +106,7 @@ def refusals(folder: str) -> list[str]:
         lambda: dist.all_reduce(torch.ones(4, dtype=torch.int16)),
         lambda: dist.all_reduce(torch.ones(4, dtype=torch.int32), dist.ReduceOp.AVG),
         lambda: dist.all_gather_single(torch.empty(7), ones),
+        lambda: dist.all_gather_single(torch.empty(8, dtype=torch.int32), ones),
         lambda: dist.reduce_scatter_single(torch.empty(3), ones),
         lambda: dist.all_to_all_single(torch.empty(4), ones, [1, 1], [2, 2]),
         lambda: dist.all_reduce(torch.ones([4] * 8)[tuple([slice(0, 4, 2)] * 8)]),
@@ -129,6 +130,7 @@ def test_bad_input_is_refused_and_explained(tmp_path: Path) -> None:
             "cannot reduce torch.int16",
             "avg is for floating-point",
             "(4,) gathered into (7,)",
+            "float32 with tensors of torch.int32",
             "(4,) reduced and scattered into (3,)",
             "split sizes [1, 1]",
             "dims that do not merge",
@@ -161,6 +163,34 @@ def numerics(folder: str) -> None:
 
 def test_sums_round_once_and_keep_nan(tmp_path: Path) -> None:
     run_world(numerics, RANKS, str(tmp_path), backend=None)
+
+
+def same_places(folder: str) -> None:
+    """Calls whose arguments are looked up by address: other numbers, sizes, dtypes and shapes at the same places."""
+    open_world(folder, 2)
+    rank = dist.get_rank()
+    memory, into = torch.empty(1 << 12, dtype=torch.uint8), torch.empty(1 << 13, dtype=torch.uint8)
+    for number, dtype in enumerate((torch.float32, torch.int64, torch.float32)):
+        for rows in (2, 6, 2):
+            x = memory.view(dtype)[: rows * 5].view(rows, 5).fill_(10 * number + rank)
+            out = into.view(dtype)[: 2 * rows * 5].view(2 * rows, 5)
+            dist.all_gather_single(out, x)
+            expected = torch.tensor([10 * number, 10 * number + 1]).repeat_interleave(rows)
+            assert (out == expected[:, None]).all()
+            x.add_(torch.arange(rows)[:, None])
+            back = out[:rows]
+            dist.all_to_all_single(back, x)
+            half = torch.arange(rows // 2) + rank * (rows // 2)
+            assert (back[:, 0] == torch.cat([half, half + 1]) + 10 * number).all()
+            across = memory.view(dtype)[: rows * 4].view(4, rows).t().fill_(rank)  # strided
+            dist.all_gather_single(out[:, :4].contiguous().view(2 * rows, 4), across)
+    odd = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="3 rows exchanged without split sizes"):
+        dist.all_to_all_single(torch.empty(2, 3), odd)
+
+
+def test_calls_at_the_same_places(tmp_path: Path) -> None:
+    run_world(same_places, 2, str(tmp_path), backend=None)
 
 
 # ---- traces
