@@ -83,22 +83,35 @@ def table_of(form: str) -> np.ndarray:
     return table
 
 
+@lru_cache
+def rounding_of(form: str) -> tuple[np.int32, ...]:
+    """Say how `round_to` rounds to a format."""
+    kind = MINIFLOATS[form]
+    return tuple(
+        np.int32(number) for number in (
+            128 - kind.bias, np.float32(kind.largest).view(np.int32), 254 + kind.mantissa_bits,
+            1 << kind.mantissa_bits, 1 << (kind.bits - 1),
+        )
+    )  # fmt: skip
+
+
 @njit(nogil=True, cache=True)
-def round_to(value, mantissa_bits, lowest, largest, sign_at):
-    """Give the code of a float32 that is not NaN.
+def round_to(value, lowest, largest, lift, unit, sign):
+    """Give the code of a float32; beyond the largest it saturates, a NaN too. Products, for Numba shifts in 64 bits.
 
     Args:
-        lowest: exponent field of float32 for the format's smallest normal number, `128 - bias`.
-        sign_at: bit of the sign.
+        lowest: exponent field of float32 for the format's smallest normal number.
+        largest: bits of the largest number.
     """
-    bits = np.uint32(np.float32(value).view(np.uint32))
-    size = np.float32(min(np.uint32(bits & np.uint32(0x7FFFFFFF)).view(np.float32), largest))
-    field = max(np.int32(np.float32(size).view(np.uint32) >> np.uint32(23)), lowest)
-    inverse = np.uint32(np.int32(254 + mantissa_bits - field) << 23).view(np.float32)
-    code = np.int32(np.rint(size * inverse)) + np.int32((field - lowest) << mantissa_bits)
-    return np.uint8(
-        np.uint32(code) | np.uint32(np.uint32(bits >> np.uint32(31)) << np.uint32(sign_at))
-    )
+    bits = np.int32(np.float32(value).view(np.int32))
+    size = np.int32(bits & np.int32(0x7FFFFFFF))
+    size = np.int32(size if size < largest else largest)
+    field = np.int32(size >> np.int32(23))
+    field = np.int32(field if field > lowest else lowest)
+    inverse = np.int32(np.int32(lift - field) << np.int32(23)).view(np.float32)
+    steps = np.int32(np.rint(np.int32(size).view(np.float32) * inverse))
+    code = np.int32(steps + np.int32(np.int32(field - lowest) * unit))
+    return np.uint8(np.int32(code | np.int32(np.int32(bits >> np.int32(31)) & sign)))
 
 
 # inlines halves.py 3d74d947

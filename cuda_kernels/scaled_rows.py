@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
 from .halves import narrow_result
-from .minifloats import float16_of, round_to, widen_code
+from .minifloats import float16_of, round_to, rounding_of, widen_code
 from .numbers import bits_of, widen_run
 
 TINY = np.float32(2.0**-126)
@@ -37,13 +37,14 @@ def _whole_row(wide, inverse, codes):
 
 
 @njit(nogil=True, cache=True)
-def _float_row(wide, inverse, codes):
+def _float_row(wide, inverse, form, codes):
+    lowest, largest, lift, unit, sign = form
     for i in range(wide.size):
-        codes[i] = round_to(wide[i] * inverse, 3, np.int32(121), np.float32(448), 7)
+        codes[i] = round_to(wide[i] * inverse, lowest, largest, lift, unit, sign)
 
 
 @njit(nogil=True, cache=True)
-def _quantise(x, whole, scales, codes):
+def _quantise(x, whole, form, scales, codes):
     """Shape: x, codes `[rows, width]`, scales `[rows]` float32; give how many rows are not finite."""
     rows, width = x.shape
     wide, bad = np.empty(width, np.float32), 0
@@ -57,7 +58,7 @@ def _quantise(x, whole, scales, codes):
         if whole:
             _whole_row(wide, inverse, codes[r])
         else:
-            _float_row(wide, inverse, codes[r])
+            _float_row(wide, inverse, form, codes[r])
     return bad
 
 
@@ -82,9 +83,9 @@ def quantise_rows_into(x: Tensor, whole: bool, scales: np.ndarray, codes: np.nda
 
     Shape: x `[rows, width]` -> scales `[rows]` float32, codes `[rows, width]` uint8
     """
-    source, bad = bits_of(x), []
+    source, form, bad = bits_of(x), rounding_of("e4m3"), []
     pack_tiles(
-        lambda a, b, tile: bad.append(_quantise(source[a:b], whole, scales[a:b], tile)),
+        lambda a, b, tile: bad.append(_quantise(source[a:b], whole, form, scales[a:b], tile)),
         source.shape, 8, codes,
     )  # fmt: skip
     return not any(bad)
@@ -99,4 +100,4 @@ def dequantise_rows_into(scales: np.ndarray, codes: np.ndarray, whole: bool, x: 
     )  # fmt: skip
 
 
-# inlines halves.py and minifloats.py and numbers.py da80d095
+# inlines halves.py and minifloats.py and numbers.py e8ec89db

@@ -1,0 +1,75 @@
+"""Runs of whole blocks in CPU kernels: what block floats and block integers share.
+
+Loops over a run know nothing of blocks, so that they become vector code; what a block has alone is spread over its
+elements first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .halves import widen
+
+RUN = 2048  # elements done together, about: their float32 stay in the first cache
+
+
+def whole_blocks(rows: np.ndarray, size: int) -> np.ndarray:
+    """Give rows of whole blocks: themselves, or a copy with zeros behind. Shape: `[rows, width]`"""
+    rest = -rows.shape[1] % size
+    return np.pad(rows, ((0, 0), (0, rest))) if rest else rows
+
+
+def keep(room: np.ndarray, rows: np.ndarray) -> None:
+    """Write what `whole_blocks` copied where it belongs."""
+    if room.shape != rows.shape:
+        rows[:] = room[:, : rows.shape[1]]
+
+
+@njit(nogil=True, cache=True)
+def widen_all(run, wide):
+    """Widen a run."""
+    for i in range(run.size):
+        wide[i] = widen(run[i])
+
+
+@njit(nogil=True, cache=True)
+def worst_of_blocks(wide, size, worst):
+    """Find the bits of each block's largest magnitude, NaN above all.
+
+    A size that the compiler knows would be unrolled into single elements before it looks for vectors.
+    """
+    for b in range(worst.size):
+        block, top = wide[b * size : (b + 1) * size], np.int32(0)
+        for i in range(block.size):
+            bits = np.int32(np.int32(np.float32(block[i]).view(np.int32)) & np.int32(0x7FFFFFFF))
+            top = bits if bits > top else top
+        worst[b] = top
+
+
+@njit(nogil=True, cache=True)
+def spread(values, size, steps):
+    """Write what a block has at each of its elements."""
+    for b in range(values.size):
+        block, value = steps[b * size : (b + 1) * size], values[b]
+        for i in range(block.size):
+            block[i] = value
+
+
+@njit(nogil=True, cache=True)
+def clear_blocks(worst, size, wide):
+    """Make zeros of the blocks that hold a NaN."""
+    for b in range(worst.size):
+        if worst[b] > 0x7F800000:
+            wide[b * size : (b + 1) * size] = 0
+
+
+@njit(nogil=True, cache=True)
+def power(field):
+    """2 ** (field - 127) for a field of 0 to 254; 0 is the subnormal 2 ** -127."""
+    bits = np.int32(np.int32(field) << np.int32(23))
+    bits = np.int32(bits if field > 0 else np.int32(0x00400000))
+    return np.int32(bits).view(np.float32)
+
+
+# inlines halves.py 3d74d947
