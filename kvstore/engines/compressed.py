@@ -41,7 +41,12 @@ def compressed_store(
     Raises:
         ValueError: if its layers keep something else than keys and values of all tokens, or it attends otherwise.
     """
-    spec, _ = spec_of(model, page_tokens)
+    spec, config = spec_of(model, page_tokens)
+    if spec.layers != config.num_hidden_layers:
+        raise ValueError(
+            f"{config.num_hidden_layers - spec.layers} layers of {type(model).__name__} read the keys of others, which "
+            "would have to choose for them too; use make_store and PlaitCache"
+        )
     store = CompressedStore(spec, scorer, layers, **{"facts": facts_of(model), **options})
     read_pages_in_place(model)
     return store

@@ -58,7 +58,8 @@ class InPages(Tensor):
         """
         raise TypeError(
             "PlaitCache(in_place=True) keeps keys and values in pages, which only the attention 'plait_pages' "
-            "reads: call read_pages_in_place(model) first, or leave in_place out"
+            "reads: call read_pages_in_place(model) first, or leave in_place out, as a model must that works on "
+            "cached keys before it attends (latent attention)"
         )
 
 
@@ -66,7 +67,7 @@ def read_pages_in_place(model: Any) -> None:
     """Let a model that attends by sdpa decode from the pages of caches made with `in_place=True`.
 
     Raises:
-        ValueError: if its attention is another one.
+        ValueError: if its attention is another one, or cannot be exchanged.
     """
     chosen = model.config._attn_implementation
     if chosen not in ("sdpa", PAGES):
@@ -77,6 +78,11 @@ def read_pages_in_place(model: Any) -> None:
     AttentionInterface.register(PAGES, pages_attention)
     AttentionMaskInterface.register(PAGES, sdpa_mask)
     model.set_attn_implementation(PAGES)
+    if model.config._attn_implementation != PAGES:
+        raise ValueError(
+            f"{type(model).__name__} has its attention built in, transformers cannot exchange it; use PlaitCache "
+            "without in_place"
+        )
 
 
 def pages_attention(

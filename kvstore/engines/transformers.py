@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..identity import Identity
@@ -35,7 +36,7 @@ _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 def make_store(
     model: Any, page_tokens: int = 16, weights: str | None = None, **options: Any
 ) -> KVStore:
-    """Make a store of a model's shape and identity.
+    """Make a store of a model's shape and identity; runs the model on one token to see what it keeps.
 
     Args:
         model: a transformers model for text.
@@ -53,7 +54,7 @@ def make_store(
 
 
 def spec_of(model: Any, page_tokens: int) -> tuple[KVSpec, Any]:
-    """The shape of what a model's layers keep, and the config it was read from.
+    """The shape of what a model's layers keep, seen by running it on one token; and the config of its text part.
 
     Raises:
         ValueError: if that is something else than keys and values of all tokens.
@@ -65,17 +66,33 @@ def spec_of(model: Any, page_tokens: int) -> tuple[KVSpec, Any]:
             f"{type(model).__name__} has {sorted(kinds - _KINDS) or 'cross attention'} layers, which do "
             "not fit in pages; use the cache transformers makes for it"
         )
-    heads = config.num_attention_heads
-    parameter = next(model.parameters())
+    kept = _kept_for_a_token(model)
+    shapes = {(k.shape[1], v.shape[1], k.shape[3], v.shape[3], k.dtype, k.device) for k, v in kept}
+    if len(shapes) != 1 or (kv_heads := kept[0][0].shape[1]) != kept[0][1].shape[1]:
+        raise ValueError(
+            f"the layers of {type(model).__name__} keep keys and values of {len(shapes)} shapes or places; the pages "
+            "of a store have one: use the cache transformers makes for it"
+        )
+    k, v = kept[0]
+    width, value_width = k.shape[3], v.shape[3]
     spec = KVSpec(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        page_tokens=page_tokens,
-        dtype=parameter.dtype,
-        device=str(parameter.device),
+        len(kept), kv_heads, width, page_tokens, k.dtype, value_width, device=str(k.device)
     )
     return spec, config
+
+
+def _kept_for_a_token(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """What each layer that keeps something gives its cache for one token.
+
+    Seen and not read from the config, which says it in as many ways as there are models: layers that share the
+    keys of others, one KV head in a flag, latents instead of heads.
+    """
+    cache = DynamicCache()
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return [(x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -10,8 +10,14 @@ import torch
 pytest.importorskip("transformers")
 
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,6 +28,7 @@ from transformers import (
 )
 
 from plait.kvstore import KVStore
+from plait.kvstore.engines.compressed import compressed_store
 from plait.kvstore.engines.pages import read_pages_in_place
 from plait.kvstore.engines.transformers import PlaitCache, make_store, weights_digest
 
@@ -37,12 +44,31 @@ MODELS = {
     "gemma3, windows in some layers": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=7, sliding_window_pattern=3)
     ),
-}
+    "gemma3n, layers that read the keys of others": lambda: Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            **SIZES | {"num_hidden_layers": 4}, head_dim=8, sliding_window=7, num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=64,
+            hidden_size_per_layer_input=8, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+        )
+    ),
+}  # fmt: skip
+GATHERED = {  # their attention cannot read pages in place
+    "falcon, one KV head": lambda: FalconForCausalLM(
+        FalconConfig(**SIZES, multi_query=True, alibi=False, new_decoder_architecture=False)
+    ),
+    "deepseek v3, latents": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **SIZES | {"num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=16, v_head_dim=12, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+            topk_group=1, first_k_dense_replace=1, moe_intermediate_size=16, n_shared_experts=1,
+        )
+    ),
+}  # fmt: skip
 
 
 def make(name: str = "llama"):
     torch.manual_seed(0)
-    return MODELS[name]().eval()
+    return (MODELS | GATHERED)[name]().eval()
 
 
 def generate(model, ids, cache, **options):
@@ -58,7 +84,7 @@ def generate(model, ids, cache, **options):
     return out, counts
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | GATHERED)
 def test_same_tokens_and_a_cached_prefix_is_not_computed_again(name) -> None:
     model = make(name)
     store = make_store(model, page_tokens=4)
@@ -158,7 +184,8 @@ def test_decode_from_pages_in_place_gives_the_same_tokens(name, batch, monkeypat
         with PlaitCache(store, ids, in_place=True) as cache:
             got, _ = generate(model, ids, cache, max_new_tokens=12)
             assert torch.equal(got, want)
-    assert len(reads) >= 2 * 11 * 3 - 3, "each layer of each step of one token"
+    layers = model.config.num_hidden_layers
+    assert len(reads) >= 2 * 11 * layers - layers, "each layer of each step of one token"
     with PlaitCache(store, ids) as cache:
         assert torch.equal(generate(model, ids, cache, max_new_tokens=12)[0], want)
     assert torch.equal(generate(model, ids, None, max_new_tokens=12)[0], want)
@@ -182,6 +209,40 @@ def test_padded_rows_are_gathered_and_other_attention_is_refused() -> None:
     eager.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attends by 'eager'"):
         read_pages_in_place(eager)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("falcon, one KV head", ValueError, "attention built in"),
+        ("deepseek v3, latents", TypeError, "latent attention"),
+    ],
+)
+def test_attention_that_cannot_read_pages_says_so(name, error, said) -> None:
+    model, ids = make(name), torch.randint(1, 64, (1, 12))
+
+    def decode() -> None:
+        read_pages_in_place(model)
+        with PlaitCache(make_store(model, page_tokens=4), ids, in_place=True) as cache:
+            generate(model, ids, cache)
+
+    with pytest.raises(error, match=said):
+        decode()
+
+
+def test_layers_of_two_shapes_do_not_fit_in_pages() -> None:
+    model = make()
+    attention = model.model.layers[1].self_attn
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(32, 4 * 8, bias=False))
+    attention.num_key_value_groups = 1
+    with pytest.raises(ValueError, match="of 2 shapes or places"):
+        make_store(model)
+
+
+def test_layers_that_share_keys_cannot_choose_what_to_keep() -> None:
+    with pytest.raises(ValueError, match="2 layers of Gemma3nForCausalLM read the keys of others"):
+        compressed_store(make("gemma3n, layers that read the keys of others"), "snapkv:budget=0.25")
 
 
 def test_the_prefix_of_another_process_is_found_on_disk(tmp_path) -> None:
