@@ -21,6 +21,7 @@ from .tiers import (
     DiskTier,
     MemoryTier,
     Moves,
+    PageForm,
     PrefillMeter,
     Tier,
     TierStack,
@@ -185,15 +186,15 @@ class Placement:
 
 
 def make_tiers(
-    encoding: PageEncoding,
-    identity: bytes,
+    form: PageForm,
+    size: int,
     host_bytes: int | str | None,
     disk: str | Path | None,
     disk_bytes: int | str | None,
     disk_mode: Literal["write", "read"],
     more: Mapping[str, Tier] | None,
 ) -> dict[str, Tier]:
-    """Make the tiers of a store, the fastest first.
+    """Make the tiers of a store for pages of at most `size` bytes, the fastest first.
 
     Raises:
         ValueError: if one has no room for a page, or `disk_bytes` comes without `disk`.
@@ -201,16 +202,13 @@ def make_tiers(
     """
     tiers: dict[str, Tier] = {}
     if host_bytes is not None:
-        room = parse_bytes(host_bytes) // encoding.page_bytes
+        room = parse_bytes(host_bytes) // size
         if room < 1:
-            raise ValueError(
-                f"host_bytes={host_bytes} holds no page of {encoding.page_bytes} bytes; give more"
-            )
-        tiers["host"] = MemoryTier(room, encoding.page_bytes)
+            raise ValueError(f"host_bytes={host_bytes} holds no page of {size} bytes; give more")
+        tiers["host"] = MemoryTier(room, size)
     if disk is None and disk_bytes is not None:
         raise ValueError(f"disk_bytes={disk_bytes} needs disk=, the directory")
     if disk is not None:
-        form, size = encoding.form(identity), encoding.page_bytes
         try:
             tiers["disk"] = DiskTier(disk, form, size, disk_bytes, mode=disk_mode)
         except FileNotFoundError as error:

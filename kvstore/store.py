@@ -100,7 +100,13 @@ class KVStore(StoreAccounts):
         encoding = PageEncoding(spec, chain)
         with contextlib.ExitStack() as undo:
             below = make_tiers(
-                encoding, self._identity, host_bytes, disk, disk_bytes, disk_mode, tiers
+                encoding.form(self._identity),
+                encoding.page_bytes,
+                host_bytes,
+                disk,
+                disk_bytes,
+                disk_mode,
+                tiers,
             )
             for tier in below.values():
                 undo.callback(tier.close)

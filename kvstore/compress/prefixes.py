@@ -9,6 +9,8 @@ import numpy as np
 
 from .sequence import KeptSequence
 
+STRIDE = 256  # tokens from post to post
+
 
 class KeptPrefixes:
     """Sequences that stand where a prompt ended, found by its token ids; the longest unused goes first.
@@ -49,6 +51,43 @@ class KeptPrefixes:
     def drop(self) -> KeptSequence | None:
         """Lose the one that was not used for longest."""
         return self._held.popitem(last=False)[1][1] if self._held else None
+
+
+class Posts:
+    """Keys under which a text stands in tiers, and the posts on the way to it that say how long such texts are.
+
+    A post stands at every `STRIDE` tokens and names the texts that end before the next one, so that whoever knows only
+    a longer prompt finds them.
+    """
+
+    def __init__(self, key: bytes, ids: np.ndarray) -> None:
+        self.key, self.ids = key, ids
+        state = hashlib.blake2b(key=key, digest_size=32)
+        self._states = []
+        data = ids.astype("<i4")
+        for at in range(0, len(ids), STRIDE):
+            self._states.append(state.copy())
+            state.update(data[at : at + STRIDE].tobytes())
+
+    @property
+    def places(self) -> list[int]:
+        """Where posts may stand, numbered."""
+        return list(range(len(self._states)))
+
+    @property
+    def last(self) -> int:
+        """The post that names the whole text."""
+        return (len(self.ids) - 1) // STRIDE if len(self.ids) else 0
+
+    def post(self, place: int) -> bytes:
+        """The key of a post."""
+        state = self._states[place].copy()
+        state.update(b"post")
+        return state.digest()
+
+    def text(self, length: int) -> bytes:
+        """The key of the text that ends after `length` tokens."""
+        return _digest(self.key, self.ids[:length])
 
 
 def _digest(key: bytes, ids: np.ndarray) -> bytes:

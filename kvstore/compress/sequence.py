@@ -15,7 +15,7 @@ from .coded import CodedLayer
 from .lanes import Lanes
 
 if TYPE_CHECKING:
-    from .store import CompressedStore
+    from .parking import Parking
 
 
 class KeptSequence:
@@ -31,7 +31,7 @@ class KeptSequence:
         memory: what the selector remembers, by layer and head.
     """
 
-    def __init__(self, store: CompressedStore, number: int, layers: int, kv_heads: int) -> None:
+    def __init__(self, store: Parking, number: int, layers: int, kv_heads: int) -> None:
         self.store, self.number = store, number
         self.tokens = self.text = self.prompt = 0
         self.chosen = [0] * layers

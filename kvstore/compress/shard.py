@@ -100,6 +100,20 @@ class Shard:
         whole, _ = self.all_heads(scores)
         return [torch.stack(whole).mean(0)] * len(scores)
 
+    def all(self, yes: bool) -> bool:
+        """Whether all ranks say yes. Collective: kvp and tp, one all-gather of a flag each."""
+        return self._least(int(yes)) == 1
+
+    def same(self, number: int) -> bool:
+        """Whether all ranks say the same number. Collective: as `all`, twice."""
+        return self._least(number) == -self._least(-number)
+
+    def _least(self, number: int) -> int:
+        for group in (self.kvp, self.tp):
+            if group is not None:
+                number = int(primitive.all_gather(torch.tensor([number]), group).min())
+        return number
+
     def total(self, lse: Tensor) -> Tensor:
         """The lse over the keys of all kvp ranks. Collective: kvp, one all-gather."""
         return primitive.all_gather(lse[None], self.kvp).logsumexp(0)

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Listing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import StepError
 from ..identity import Identity, check_tenant, prefix_key
+from ..placement import disk_secret, make_tiers
 from ..select.selector import Selector
 from ..spec import KVSpec, plan_pages
 from ..step import check_rows
+from ..tiers import Tier
 from ..tokens import TokenIds, as_token_ids
 from .choice import Chooser, ModelFacts
 from .coded import Tiers
 from .compose import page_coder, selector_of
 from .compression import Compression, CompressionError, by_layer
-from .lanes import LanePool, Lanes
+from .depot import CHUNK_BYTES, Depot
+from .lanes import LanePool
 from .layers import LayerKeeper
+from .parking import Parking, busy
 from .prefixes import KeptPrefixes
-from .reader import KeptReader
 from .sequence import KeptSequence, KeptStep, listed
 from .shard import Shard
 
 
-class CompressedStore(KeptReader):
+class CompressedStore(Parking):
     """Keys and values of which little is kept, with the calls of `KVStore`; what is evicted is freed, not masked.
 
     A prompt is compressed layer by layer, right after the layer's attention: one layer at a time is whole. Tokens that
@@ -47,6 +52,9 @@ class CompressedStore(KeptReader):
         shard: the ranks that hold parts of the same sequences.
         selector: which of the kept tokens a step of one row a sequence reads, such as "rocket:budget=256"; default all.
         identity: what kept tokens are true for; see `Identity`.
+        host_bytes: memory for what is parked, and for texts that prompts may begin with and the pool has no room for.
+        disk, disk_bytes: a directory for them that outlives the process, of this rank alone, and what it may take.
+        tiers: further tiers by name, slower than those, of pages of `Depot.CHUNK_BYTES`.
 
     Attributes:
         waits: some scorer chooses when `choose` is called, and not before.
@@ -67,6 +75,10 @@ class CompressedStore(KeptReader):
         shard: Shard | None = None,
         selector: str | Selector | None = None,
         identity: Identity | None = None,
+        host_bytes: int | str | None = None,
+        disk: str | Path | None = None,
+        disk_bytes: int | str | None = None,
+        tiers: Mapping[str, Tier] | None = None,
     ) -> None:
         if spec.shared_kv:
             raise CompressionError(
@@ -90,10 +102,15 @@ class CompressedStore(KeptReader):
         self._sequences: dict[int, KeptSequence] = {}
         self._next = 0
         self.prefixes = KeptPrefixes()
-        tiers = "none" if coder is None else str(coder.tiers)
-        said = f"{tiers}; {'; '.join(map(str, self.what))}"  # what was evicted or coded is part of what a page is
+        held = "none" if coder is None else str(coder.tiers)
+        said = f"{held}; {'; '.join(map(str, self.what))}"  # what was evicted or coded is part of what a page is
         self._identity = replace(identity or Identity(), codec=said).digest(spec)
-        self._secret = os.urandom(32)
+        form = Depot.form(self._identity)
+        below = make_tiers(form, CHUNK_BYTES, host_bytes, disk, disk_bytes, "write", tiers)
+        self._secret = disk_secret(below) or os.urandom(32)
+        self.below = Depot(below) if below else None
+        if self.below is not None:
+            weakref.finalize(self, self.below.stack.close)
         self.pool.spare = self._spare
 
     def join(self, shard: Shard) -> None:
@@ -133,30 +150,37 @@ class CompressedStore(KeptReader):
     def _open(self, ids: np.ndarray | None = None, key: bytes = b"") -> KeptSequence:
         seq = self._made()
         self._sequences[seq.number] = seq
-        found = None if ids is None else self.prefixes.find(key, ids)
+        found = None if ids is None else self._find(key, ids)
         if found is not None:
             self._share(found, seq)
             seq.cached_tokens = seq.tokens
         seq.ids, seq.key = ids, key
         return seq
 
-    def _made(self) -> KeptSequence:
-        self._next += 1
-        return KeptSequence(self, self._next - 1, self.spec.layers, self.spec.kv_heads)
+    def _find(self, key: bytes, ids: np.ndarray) -> KeptSequence | None:
+        """A text to go on from, here or below."""
+        found = self.prefixes.find(key, ids)
+        if found is not None or self.below is None:
+            return found
+        fetched = self._fetch(key, ids)
+        if fetched is not None and fetched.ids is not None:
+            self.prefixes.add(key, fetched.ids, fetched)
+        return fetched
 
     def _share(self, seq: KeptSequence, twin: KeptSequence) -> None:
         twin.copy(seq)
         twin.lanes = [self.pool.share(lanes) for lanes in seq.lanes]
 
     def _spare(self) -> bool:
-        """Lose a text that no sequence stands on, to make room; False if there is none."""
+        """Move a text that no sequence stands on below, or lose it, to make room; False if there is none."""
         oldest = self.prefixes.drop()
         if oldest is not None:
+            self._demote(oldest)
             self._empty(oldest)
         return oldest is not None
 
     def evict(self) -> int:
-        """Lose all texts that are kept for later prompts; return how many."""
+        """Free all texts that are kept for later prompts, to the tiers if there are any; return how many."""
         with self._lock:
             count = len(self.prefixes)
             while self._spare():
@@ -171,17 +195,11 @@ class CompressedStore(KeptReader):
                 seq.require_open()
                 if seq.step is not None:
                     if len(seq.step.seqs) > 1:
-                        raise _busy(seq)
+                        raise busy(seq)
                     self.abort(seq.step)
                 self._empty(seq)
                 seq.closed = True
                 del self._sequences[seq.number]
-
-    def _empty(self, seq: KeptSequence) -> None:
-        for layer, lanes in enumerate(seq.lanes):
-            self.pool.release(lanes)
-            seq.lanes[layer] = Lanes.empty(self.spec.kv_heads)
-        seq.forget()
 
     def fork(self, seq: KeptSequence) -> KeptSequence:
         """Start a sequence with what another kept, sharing its pages; whoever writes into one copies it."""
@@ -345,6 +363,7 @@ class CompressedStore(KeptReader):
         if not self.prefixes.holds(seq.key, ids):
             twin = self._made()
             self._share(seq, twin)
+            twin.ids, twin.key = ids.copy(), seq.key
             self.prefixes.add(seq.key, ids, twin)
 
     def abort(self, step: KeptStep | KeptSequence) -> None:
@@ -373,14 +392,3 @@ class CompressedStore(KeptReader):
         if step.step is None:
             raise StepError(f"sequence {step.number} has no open step; append or reserve first")
         return step.step
-
-    def _idle(self, seq: KeptSequence) -> None:
-        seq.require_open()
-        if seq.store is not self:
-            raise ValueError(f"sequence {seq.number} belongs to another store")
-        if seq.step is not None:
-            raise _busy(seq)
-
-
-def _busy(seq: KeptSequence) -> StepError:
-    return StepError(f"sequence {seq.number} has an open step; commit or abort it first")
