@@ -1,5 +1,6 @@
 """How a model is cut over ranks: plans, and parallelize(model, plan)."""
 
+from .activations import offload_activations
 from .api import parallelize, unparallelize
 from .attention.mla import Mla
 from .attention.role import Attention
@@ -40,6 +41,7 @@ __all__ = [
     "Tensor",
     "Ulysses",
     "clip_grad_norm_",
+    "offload_activations",
     "offload_experts",
     "parallelize",
     "record_routing",

@@ -259,9 +259,10 @@ class Chunk(nn.Module):
         if hidden is not None and hidden.requires_grad:
             hidden.register_hook(lambda grad: grad.contiguous())  # what travels must be
         out = run.run_chunk(self.chunk, hidden, values)
-        if self.chunk == run.split.chunks - 1:
-            return out.loss
-        return out.last_hidden_state.contiguous()
+        last = self.chunk == run.split.chunks - 1
+        given = out.loss if last else out.last_hidden_state.contiguous()
+        # Zero-bubble schedules detach what they have differentiated in place, which no view lets them do.
+        return given.clone() if given._is_view() else given
 
 
 def make_schedule(run: PipelinedModel, shape: tuple[int, ...], count: int, device: Any) -> Any:

@@ -42,6 +42,7 @@ FOUR = [
     case("pp2 kvp2 ep2", "qwen3_moe"),
     case("pp2 kvp2 cp2", "gemma3"),
     case("pp2 tp2:sp ep2", "deepseek", layers=3),
+    case("pp2:zero-bubble,microbatches=4 tp2:sp", "llama"),  # activations that are views
     case("pp2 dp2:shard ep2", "qwen2_moe"),
     case("pp4 etp1", "gpt_neox", layers=5),
     case("tp2:sp cp2 ep2", "mixtral", **AUX),
@@ -175,7 +176,10 @@ def test_nobody_leaves_before_the_files_are_whole(tmp_path: Path) -> None:
 # --- other backends ---------------------------------------------------------------------------
 
 
-ELSEWHERE = ["pp2 cp2", "tp2:sp dp2 ep4", "dp2:shard cp2 ep4", "pp2 kvp2 ep2"]
+ELSEWHERE = [
+    *("pp2 cp2", "tp2:sp dp2 ep4", "dp2:shard cp2 ep4", "pp2 kvp2 ep2"),
+    *("dp2 tp2 ep2 etp2", "pp2:zero-bubble,microbatches=4 tp2:sp", "cp2:ulysses tp2 etp4"),
+]
 
 
 def over_shared_memory(plans: list[str], folder: str) -> list[dict[str, float]]:

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from memory import Anonymous
 from plait.parallel import Plan, parallelize
 from plait.parallel.checkpoint import weights
 from plait.parallel.checkpoint.stored import Joined, Stacked
@@ -358,28 +358,6 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
 
 
 # --- memory -----------------------------------------------------------------------------------
-
-
-class Anonymous(TorchDispatchMode):
-    """Note the most anonymous memory of this process after any torch operation.
-
-    Safetensors maps its files: a page of a file counts as resident while it is read, and the kernel drops it at
-    will. What a rank must have is anonymous memory (RssAnon); ru_maxrss would count both.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = self.most = self.now()
-
-    @staticmethod
-    def now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.most = max(self.most, self.now())
-        return out
 
 
 def big(device: str) -> Any:
