@@ -8,9 +8,10 @@ from .memory import at, put, store, take
 from .single_copy import (
     CARELESS,
     FILL,
-    LEAST,
     PUT,
     READ,
+    agree_on,
+    balance,
     may_be_read,
     note,
     offer,
@@ -18,6 +19,7 @@ from .single_copy import (
     read_there,
 )
 from .steps import (
+    BALANCE,
     CODE,
     COUNT,
     DONE,
@@ -61,6 +63,15 @@ def whole_of(received, item):
     for r in range(received.shape[0]):
         elements += received[r, 1]
     return elements * item
+
+
+@njit(nogil=True, cache=True)
+def largest_of(sent, received):
+    """Find the longest run of this rank."""
+    largest = 0
+    for r in range(sent.shape[0]):
+        largest = max(largest, sent[r, 1], received[r, 1])
+    return largest
 
 
 @njit(nogil=True, cache=True)
@@ -167,14 +178,14 @@ def land(state, peer, there, out, first, count):
 def give_out(state, sends, sent, receives, received, shared, meet, piece, item, code):
     """Fill the slot of this step, or (once for a call) show in it where the elements lie; then publish it."""
     rank, world, step = state[RANK], state[WORLD], state[STEP]
-    largest = 0
+    largest = largest_of(sent, received)
     table = carray(at(sizes_of(state, rank, step), state), world)
     for r in range(world):
-        largest = max(largest, sent[r, 1], received[r, 1])
         table[r] = sent[r, 1]
     if state[PLACE] == 0:
         state[OFFERS] = 0
-        if meet and largest * item >= LEAST and pays(state, largest * item, shared):
+        tell(state, BALANCE, balance(state, largest * item, shared))
+        if meet and pays(state, largest * item):
             state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
     if state[OFFERS]:
         offer(state, sends, sent, shared, item, slot_of(state, rank, step))
@@ -224,6 +235,8 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             state[PEER] += 1
         most, offered = header_word(state, rank, LARGEST), False
         if meet:
+            if done == 0 and state[PHASE] == 2:
+                agree_on(state, largest_of(sent, received) * item)
             for r in range(world):
                 most = max(most, header_word(state, r, LARGEST))
                 offered |= header_word(state, r, OFFERED) != 0
@@ -242,4 +255,4 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and single_copy.py d39f476b
+# inlines memory.py and steps.py and stores.py and single_copy.py da81ee59

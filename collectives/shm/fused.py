@@ -236,4 +236,4 @@ def run(
     return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and norms.py d63917d9
+# inlines memory.py and steps.py and stores.py and norms.py ceb34c4b

@@ -3,8 +3,10 @@
 The system call (process_vm_readv) costs the kernel something for each page, and takes nothing from another processor's
 cache but what it reads; two copies by way of a slot cost two processors a copy each, and more where the lines of a
 slot must be taken from its readers (see stores.py). Which is cheaper depends on the machine, its mode of the minute and
-the size, so each rank notes what a KB cost it, by sizes, and takes for what it sends the way that was cheaper of late.
-The header of the step tells the others; a rank that sent this way leaves the call when all have read.
+the size, so each rank notes what a KB cost it, by sizes, and shows in the headers of its calls which way was cheaper of
+late; all ranks add these up and take one way in the next call, for to mix them is the worst. A rank whose elements
+others may not read copies them all the same: the header says where they are. Who sent the one way leaves the call when
+all have read.
 """
 
 from __future__ import annotations
@@ -16,14 +18,13 @@ import numpy as np
 from numba import carray, njit, types
 
 from .memory import at
-from .steps import COSTS, FIRST_INPUT, PIECES, RANK, SINGLE, WORLD
+from .steps import BALANCE, COSTS, FIRST_INPUT, PIECES, RANK, SINGLE, WORLD, header_word
 from .stores import cycles
 
 LEAST = 128 << 10  # bytes for a rank that are worth a system call
 CLASSES = 8  # of sizes, each twice the one before; the last one has no end
-CALLS, FILL, PUT, READ = range(
-    4
-)  # words of a class: how often it was chosen in, and cycles for a KB of each copy
+# words of a class: how often it was chosen in, cycles for a KB of each copy, and what all ranks hold to be cheaper
+CALLS, FILL, PUT, READ, AGREED = range(5)
 TRIALS = 8  # the first calls of a class try both ways in turn,
 RETRY = 64  # and then one of so many the dearer one
 NEVER, BY_COST, ALWAYS, CARELESS = range(
@@ -68,42 +69,63 @@ def words_of(count):
     number = 0
     while number < CLASSES - 1 and count >= LEAST << (number + 1):
         number += 1
-    return COSTS + 4 * number
+    return COSTS + 5 * number
 
 
 @njit(nogil=True, cache=True)
 def note(state, count, which, begin, moved):
-    """Take note of what a copy cost that began at a time; a higher cost than before is doubted, as in stores.py."""
+    """Take note of what a copy cost that began at a time: a mean of late ones, of an interruption but a part."""
     if count < LEAST or moved < LEAST // 8:
         return
     word = words_of(count) + which
     cost, known = (cycles() - begin) * 1024 // moved, state[word]
-    if cost > known > 0:
-        cost = known + (min(cost, 4 * known) - known) // 4 + 1
+    if known > 0:
+        cost = known + (min(cost, 4 * known) - known) // 4
     state[word] = max(1, cost)
 
 
 @njit(nogil=True, cache=True)
-def pays(state, count, shared):
+def pays(state, count):
     """Choose a way for so many bytes to each rank; to be asked once a call."""
-    if state[SINGLE] != BY_COST:
-        return state[SINGLE] != NEVER
+    if count < LEAST or state[SINGLE] != BY_COST:
+        return count >= LEAST and state[SINGLE] != NEVER
     words = words_of(count)
     state[words + CALLS] += 1
-    number, readers = state[words + CALLS], state[WORLD] - 1
+    number = state[words + CALLS]
     if number <= TRIALS:
         return number % 2 == 0
+    return (state[words + AGREED] > 0) ^ (number % RETRY == 0)
+
+
+@njit(nogil=True, cache=True)
+def balance(state, count, shared):
+    """Say by how much one copy was cheaper to this rank than two, for so many bytes to each rank."""
+    if count < LEAST:
+        return 0
+    words, readers = words_of(count), state[WORLD] - 1
     two = (1 if shared else readers) * state[words + FILL] + readers * state[words + PUT]
-    return (readers * state[words + READ] < two) ^ (number % RETRY == 0)
+    return two - readers * state[words + READ]
+
+
+@njit(nogil=True, cache=True)
+def agree_on(state, count):
+    """Add up what the headers of this step say."""
+    if count >= LEAST:
+        total = 0
+        for r in range(state[WORLD]):
+            total += header_word(state, r, BALANCE)
+        state[words_of(count) + AGREED] = total
 
 
 @njit(nogil=True, cache=True)
 def readable(state, first, last):
     """Say whether the system lets processes read memory between two addresses (of devices it does not)."""
-    state[PIECES + 4] = 0
-    return read_there(
-        state, state[RANK], state.ctypes.data + 8 * (PIECES + 4), first, 1
-    ) and read_there(state, state[RANK], state.ctypes.data + 8 * (PIECES + 4), last, 1)
+    pieces = state.ctypes.data + 8 * PIECES
+    pid = state[FIRST_INPUT + state[WORLD] + state[RANK]]
+    state[PIECES], state[PIECES + 1] = pieces + 48, 2
+    state[PIECES + 2], state[PIECES + 3] = first, 1
+    state[PIECES + 4], state[PIECES + 5] = last, 1
+    return process_vm_readv(pid, pieces, 1, pieces + 16, 2, 0) == 2
 
 
 @njit(nogil=True, cache=True)
@@ -138,4 +160,4 @@ def offer(state, sends, sent, shared, item, slot):
         addresses[to] = view[0] + sent[rank if shared else to, 0] * item
 
 
-# inlines memory.py and steps.py and stores.py 034fda59
+# inlines memory.py and steps.py and stores.py 0cc6fba3

@@ -25,17 +25,12 @@ STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
 SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
 CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
 GIVEN, PAST, COST = range(16, 19)  # see stores.py; COST is two words
-SINGLE, OFFERS, PIECES, COSTS = (
-    20,
-    21,
-    22,
-    27,
-)  # see single_copy.py; of PIECES there are 5, of COSTS 36
-FIRST_INPUT = (
-    64  # from here an address for each rank, and then its process; INPUTS is where these words lie
-)
+# see single_copy.py; of PIECES there are 7, of COSTS 40
+SINGLE, OFFERS, PIECES, COSTS = 20, 21, 22, 29
+# from here an address for each rank, and then its process; INPUTS is where these words lie
+FIRST_INPUT = 72
 # words of a line, written by one rank, read by all
-FLAG, CODE, COUNT, LARGEST, OFFERED = range(5)
+FLAG, CODE, COUNT, LARGEST, OFFERED, BALANCE = range(6)
 
 LINE = 128  # bytes; two cache lines, for processors that fetch them in pairs
 

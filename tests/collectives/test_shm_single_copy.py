@@ -14,7 +14,16 @@ import torch.distributed as dist
 from plait.collectives import PeerLost, shm
 from plait.collectives.shm import members, single_copy
 from plait.collectives.shm.single_copy import ALWAYS, BY_COST, CARELESS, FILL, NEVER, PUT, READ
-from plait.collectives.shm.steps import COSTS, FIRST_INPUT, OFFERS, SINGLE, WORLD
+from plait.collectives.shm.steps import (
+    BALANCE,
+    CONTROL,
+    COSTS,
+    FIRST_INPUT,
+    LINE,
+    OFFERS,
+    SINGLE,
+    WORLD,
+)
 from world import RankError, current_rank, run_world
 
 RANKS = 3
@@ -167,26 +176,37 @@ def test_only_true_words_are_believed() -> None:
     assert not single_copy.can_read(os.getpid(), 64, 77)
 
 
-def costs(fill: int, put: int, read: int, ranks: int = 2) -> np.ndarray:
+def headers(costs: list[tuple[int, int, int]], shared: bool = False) -> np.ndarray:
+    """The state of a rank that has seen the headers of ranks whose copies cost so much: fill, put, read."""
+    ranks = len(costs)
     state = np.zeros(FIRST_INPUT + 2 * ranks, np.int64)
-    state[[SINGLE, WORLD]] = BY_COST, ranks
-    state[[COSTS + FILL, COSTS + PUT, COSTS + READ]] = fill, put, read
+    lines = np.zeros((2 * ranks, LINE // 8), np.int64)
+    state[[SINGLE, WORLD, CONTROL]] = BY_COST, ranks, lines.ctypes.data
+    for rank, of_rank in enumerate(costs):
+        state[[COSTS + FILL, COSTS + PUT, COSTS + READ]] = of_rank
+        lines[2 * rank, BALANCE] = single_copy.balance(state, single_copy.LEAST, shared)
+    single_copy.agree_on(state, single_copy.LEAST)
     return state
 
 
-def taken(state: np.ndarray, shared: bool = False) -> list[bool]:
-    return [bool(single_copy.pays(state, single_copy.LEAST, shared)) for _ in range(128)]
+def taken(state: np.ndarray, count: int = single_copy.LEAST) -> list[bool]:
+    return [bool(single_copy.pays(state, count)) for _ in range(128)]
 
 
-def test_the_cheaper_way_is_taken_and_the_other_tried() -> None:
-    for read, one in ((90, True), (130, False)):
-        found = taken(costs(50, 60, read))
+def test_the_way_that_is_cheaper_to_all_is_taken_and_the_other_tried() -> None:
+    for costs, one in (
+        ([(50, 60, 90)] * 2, True),
+        ([(50, 60, 130)] * 2, False),
+        ([(50, 60, 90), (50, 60, 140)], False),
+    ):
+        found = taken(headers(costs))
         assert found[: single_copy.TRIALS] == [False, True] * (single_copy.TRIALS // 2)
         later = found[single_copy.TRIALS :]
         assert later.count(not one) == 2, "one trial in RETRY calls"
     # one filling serves all readers of a gather
-    assert not taken(costs(50, 60, 90, ranks=4), shared=True)[20]
-    assert taken(costs(50, 60, 90, ranks=4), shared=False)[20]
-    never = costs(50, 60, 1)
+    assert not taken(headers([(50, 60, 90)] * 4, shared=True))[20]
+    assert taken(headers([(50, 60, 90)] * 4, shared=False))[20]
+    never = headers([(50, 60, 1)] * 2)
+    assert not any(taken(never, single_copy.LEAST - 1))
     never[SINGLE] = NEVER
     assert not any(taken(never))
