@@ -88,7 +88,10 @@ def compact(directory: Directory, as_json: AsJson = False) -> None:
 @app.command()
 def bench(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A directory on the disk to measure.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A directory on the disk to measure.", exists=True, file_okay=False
+        ),
     ],
     page: Annotated[str, typer.Option(help="Bytes of a page.")] = "2MiB",
     total: Annotated[str, typer.Option("--bytes", help="Bytes to move each time.")] = "256MiB",
@@ -115,7 +118,10 @@ def _tried(call: Callable[[], T]) -> T:
     try:
         return call()
     except (StoreError, OSError, ValueError) as error:
-        typer.echo(f"plait: {error}", err=True)
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        typer.echo(f"plait: {said}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -102,7 +102,8 @@ def test_bench(tmp_path) -> None:
 
 def test_errors_are_for_a_person(cache, tmp_path) -> None:
     assert "holds no cache" in run("inspect", tmp_path, code=2)
-    assert "No such file" in run("verify", tmp_path / "nowhere", code=2)
+    assert "nowhere: No such file" in run("verify", tmp_path / "nowhere", code=2)
+    assert "Invalid value for 'DIR'" in run("bench", tmp_path / "nowhere", code=2)
     with DiskTier(cache):
         assert "has a writer already" in run("repair", cache, code=2)
         assert "llama-8b" in run("inspect", cache), "looking needs no lock"
