@@ -16,7 +16,7 @@ from torch.autograd import Function
 from ..cuda_kernels.add_rms_norm import add_rms_norm, rms_norm_reference
 from ..cuda_kernels.quantised import TOPS, quantise_rows
 from . import primitive
-from .peer_norm import norm_of
+from .peer_norm import norms
 from .primitive import Group
 
 
@@ -111,7 +111,7 @@ def _compute(
     quantised: torch.dtype | None, *, keep: bool = False,
 ) -> tuple[Any, Tensor]:  # fmt: skip
     """In one kernel if the group has one; ``keep``: do not overwrite ``x``."""
-    kernel = getattr(group, "all_reduce_norm", None) or norm_of(group, x)
+    kernel = getattr(group, "all_reduce_norm", None) or norms.of(group, x)
     done = kernel and kernel(x, residual, weight, bias, eps, quantised)
     if done is not None:
         return done

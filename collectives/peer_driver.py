@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,8 +75,12 @@ class Driver(Protocol):
         """Start a kernel on the current stream."""
         ...
 
-    def capturing(self) -> bool:
-        """Say whether the current stream is being captured into a graph."""
+    def beside(self) -> AbstractContextManager[Any]:
+        """Start things that wait for what was started so far, and for which later work does not wait."""
+        ...
+
+    def join(self) -> None:
+        """Let later work wait for what was started beside."""
         ...
 
     def wait(self) -> None:
@@ -88,6 +93,7 @@ class CudaDriver:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.side = torch.cuda.Stream(self.device, priority=-1)
 
     def card(self) -> dict[str, Any]:
         it = torch.cuda.get_device_properties(self.device)
@@ -147,8 +153,12 @@ class CudaDriver:
     def launch(self, variant: Any, grid: Any, *args: float) -> None:
         variant.launch(grid, *args)
 
-    def capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+    def beside(self) -> AbstractContextManager[Any]:
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.side)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self.side)
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -18,14 +18,12 @@ from ..cuda_kernels.all_reduce_norm import STATISTICS
 from ..cuda_kernels.gpu.peers import Layout
 from ..cuda_kernels.gpu.vectors import VECTORS
 from ..cuda_kernels.quantised import Quantised
-from .errors import PeerMemoryError
 from .norm_schedule import ONE, SLOT_BYTES, SWITCH, Steps, choose, steps_for
 from .peer_driver import Driver
-from .symmetric import PeerBuffer, symmetric_buffer
+from .symmetric import PeerBuffer, PerGroup, symmetric_buffer
 from .trace import listening, tell_traces
 
 MOST_ROW_BYTES = 32 << 10  # a row stays in the registers of 512 threads
-MOST_RANKS = 16
 SWITCH_BLOCKS = 16  # TokenWeave: fewer starve the switch, more take multiprocessors for nothing
 
 
@@ -101,51 +99,27 @@ class PeerNorm:
         return max(1, min(runs, most, self.processors))
 
 
-_norms: dict[
-    dist.ProcessGroup, PeerNorm | str
-] = {}  # a group's buffers stay until the process ends
-
-
-def norm_of(group: dist.ProcessGroup | None, x: Tensor) -> PeerNorm | None:
-    """Give the fused norm of a group for tensors like `x`; None where an all-reduce and a norm must do.
-
-    Collective: the first call of a group on CUDA; see `symmetric_buffer`.
-
-    Raises:
-        RuntimeError: that first call is inside a CUDA graph capture.
-    """
-    if group is None or x.device.type != "cuda" or group.size() > MOST_RANKS:
-        return None
-    found = _norms.get(group)
-    if found is None:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the first all_reduce_rms_norm of a group allocates memory on all ranks, which cannot be inside a CUDA "
-                "graph capture; call it once before capturing"
-            )
-        found = _norms[group] = make_norm(group)
-    return None if isinstance(found, str) else found
-
-
-def make_norm(group: dist.ProcessGroup, driver: Driver | None = None) -> PeerNorm | str:
-    """Make the fused norm of a group, or say why it cannot be.
+def make_norm(group: dist.ProcessGroup, driver: Driver | None = None) -> PeerNorm:
+    """Make the fused norm of a group.
 
     Collective: all ranks of the group.
+
+    Raises:
+        PeerMemoryError: on every rank.
     """
     layout = Layout(group.size(), SLOT_BYTES)
-    try:
-        buffer = symmetric_buffer(layout.total_bytes, group, driver)
-    except PeerMemoryError as error:
-        return str(error)
+    buffer = symmetric_buffer(layout.total_bytes, group, driver)
     names = {card["name"] for card in buffer.cards}
     name = names.pop() if len(names) == 1 else ""
-    steps = steps_for(name, group.size(), buffer.multicast != 0)
-    return PeerNorm(buffer, layout, steps)
+    return PeerNorm(buffer, layout, steps_for(name, group.size(), buffer.multicast != 0))
+
+
+norms = PerGroup("all_reduce_rms_norm", make_norm)
 
 
 def how(group: dist.ProcessGroup) -> str:
     """Say how a CUDA group does `all_reduce_rms_norm`; known after its first call."""
-    found = _norms.get(group)
+    found = norms.made.get(group)
     if found is None:
         return "not called yet"
     if isinstance(found, str):

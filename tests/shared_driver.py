@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,10 @@ class SharedDriver:
     def view(self, address: int, size: int) -> Tensor:
         return torch.frombuffer(self.maps[address][0], dtype=torch.uint8, count=size)
 
-    def capturing(self) -> bool:
-        return False
+    def beside(self) -> Any:
+        return nullcontext()
+
+    def join(self) -> None: ...
 
     def wait(self) -> None:
         self.log.append("wait")

@@ -5,6 +5,7 @@ A kernel with a spill, a stack frame, a float64, a call or a generic access is r
 
     python tools/ptx_table.py                      print it
     python tools/ptx_table.py --write              after a change that is meant: renew the pinned table
+    python tools/ptx_table.py merge_rows --write   or one kernel's rows of it
     python tools/ptx_table.py merge_rows --sass    one kernel, with its machine code
 """
 
@@ -55,6 +56,8 @@ def main() -> int:
     for fault in faults:
         print("REFUSED:", fault, file=sys.stderr)
     if options.write and not faults:
+        kept = PINNED.read_text().splitlines()[1:] if options.kernels else []
+        rows += [row for row in kept if row.split()[0] not in options.kernels]
         PINNED.write_text("\n".join([HEAD, *sorted(rows)]) + "\n")
     return 1 if faults else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...collectives import autograd, primitive
+from ...collectives.peer_partials import PeerRun, partials
 from ...collectives.primitive import Group
 from ...cuda_kernels.merge import merge_states
 from ..context.ring import RingCall, ring_attention
@@ -26,6 +28,11 @@ def exchange_partials(o: Tensor, lse: Tensor, group: Group, sink: Tensor | None 
     """
     if group is None:
         return o if sink is None else merge_states(o[None], lse[None], sink)[0].to(o.dtype)
+    if not (torch.is_grad_enabled() and (o.requires_grad or lse.requires_grad)):
+        chunks = Chunks(group, [len(o)])
+        if chunks.to_slots(o, lse):
+            chunks.send(o, lse)
+            return chunks.merge(sink)
     return _merged(autograd.all_to_all(_by_rank(o, lse, group.size()), group), o, lse.dtype, sink)
 
 
@@ -46,6 +53,42 @@ def send_partials(o: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Sent:
     """Begin what ``exchange_partials`` does, and return while it is under way. No gradients."""
     record = _by_rank(o, lse, group.size())
     return Sent(primitive.start_all_to_all(record, group), o, lse.dtype)
+
+
+class Chunks:
+    """A step's partials on their way, chunk by chunk, of so many rows each. No gradients.
+
+    On CUDA, where ranks have each other's memory mapped, they go straight to where they are merged, in one launch for
+    all chunks (collectives/peer_partials.py); elsewhere each chunk is an all-to-all and a merge.
+
+    Collective: over kvp; together the bytes of ``exchange_partials``.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rows: Sequence[int]) -> None:
+        self.group, self.rows = group, rows
+        self.run: PeerRun | None = None
+        self.sent: list[Sent] = []
+
+    def to_slots(self, o: Tensor, lse: Tensor) -> bool:
+        """Say whether chunks like this one go straight to where they are merged; all ranks answer alike."""
+        peers = partials.of(self.group, o)
+        if self.run is None and peers is not None and peers.serves(self.rows, o, lse):
+            self.run = peers.begin(self.rows, o)
+        return self.run is not None
+
+    def send(self, o: Tensor, lse: Tensor) -> None:
+        """Begin to send a chunk."""
+        if not self.sent and self.to_slots(o, lse):
+            assert self.run is not None
+            self.run.send(o, lse)
+        else:
+            self.sent.append(send_partials(o, lse, self.group))
+
+    def merge(self, sink: Tensor | None = None) -> Tensor:
+        """Wait for all chunks, and merge what came. Shape: -> [all rows, heads/(kvp*tp), d]"""
+        if self.run is not None:
+            return self.run.merge(sink)
+        return torch.cat([chunk.merge(sink) for chunk in self.sent])
 
 
 def _by_rank(o: Tensor, lse: Tensor, shards: int) -> Tensor:

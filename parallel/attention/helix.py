@@ -26,13 +26,13 @@ from ..ranks import ModelRanks
 from ..roles import row_edits
 from ..tensor import Link, RowLinear
 from .exchange import (
+    Chunks,
     cheaper,
     connected,
     exchange_partials,
     gather_keys,
     pass_keys,
     rows_to_heads,
-    send_partials,
 )
 from .hopb import Pace
 from .step import Part, Step, make_step
@@ -79,7 +79,7 @@ class HelixState:
         if kept and max(step.counts, default=0) > 1:
             return  # prompts choose what they keep, with exchanges of their own
         if cache is not None and step.mode == "partials" and not torch.is_grad_enabled():
-            self.parts = step.parts(self.pace.chunks(step, device))
+            self.parts = step.parts(self.pace.chunks(step, device, self.layers[0]))
 
     def running(self) -> Step:
         """The step of the forward that runs."""
@@ -182,14 +182,14 @@ class HelixLayer:
         """
         group, parts = self.state.ranks.kvp_group, self.state.parts
         assert group is not None
-        begin, sent = time.perf_counter(), []
+        begin = time.perf_counter()
+        chunks = Chunks(group, [len(part.lo) for part in parts])
         for number, part in enumerate(parts):
             with span(f"attention, chunk {number}"):
                 o, lse = self._over_pages(q[part.rows], part, scale, softcap)
                 o = self._outgoing(o)
-            sent.append(send_partials(o, lse, group))
-        sink = self._own_sink(sink)
-        merged = torch.cat([chunk.merge(sink) for chunk in sent])
+            chunks.send(o, lse)
+        merged = chunks.merge(self._own_sink(sink))
         self.state.pace.note(0.0, time.perf_counter() - begin)
         return merged
 

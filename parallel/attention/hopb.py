@@ -2,7 +2,8 @@
 
 While a chunk's partial outputs are on the wire the next chunk is attended (Helix Parallelism, arXiv 2507.07120, section
 2.1.3). Every chunk costs one more exchange and one more call of the kernel, so that one chunk is often best: always
-where the wire is memory that the same cores copy. `Pace` measures the first steps, and answers by what it saw.
+where the wire is memory that the same cores copy. `Pace` measures the first steps, and answers by what it saw; on CUDA,
+where clocks of the host say nothing, it answers by bytes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from ...collectives import primitive
 
 if TYPE_CHECKING:
     from ..ranks import ModelRanks
+    from .helix import HelixLayer
     from .step import Step
 
 STEPS = 4  # steps timed one way before they are judged; the fastest counts
 GAIN = 0.95  # chunks are taken up if a step takes less than this much of its time in one piece
 AGAIN = 1024  # steps after which a choice is looked at again
 COUNTS = (2, 4, 8, 16)
+# A CUDA device as it is supposed: bytes a second of its memory and to its peers, seconds of one more chunk. Alike on all
+# ranks, which must answer alike; not measured.
+MEMORY, LINK, CHUNK = 2.5e12, 3.0e11, 5e-6
+ITEM = 2  # bytes of a number there
 
 
 def predicted(attention: float, exchange: float, chunks: int, launch: float) -> float:
@@ -52,6 +58,11 @@ def best_chunks(
     seconds = {n: predicted(attention, exchange, n, launch) for n in (1, *counts)}
     best = min(seconds, key=lambda n: seconds[n])
     return best if seconds[best] < GAIN * seconds[first] else first
+
+
+def chunks_by_bytes(attended: float, exchanged: float, requests: int) -> int:
+    """Choose for a CUDA device, by the bytes of keys and values that it reads and of partials that it sends."""
+    return best_chunks(attended / MEMORY, exchanged / LINK + CHUNK, CHUNK, requests)
 
 
 @dataclass
@@ -101,8 +112,8 @@ class Pace:
         self.regimes: dict[tuple[int, int], Regime] = {}
         self.running: Regime | None = None
 
-    def chunks(self, step: Step, device: torch.device) -> int:
-        """Say into how many chunks the coming step is cut.
+    def chunks(self, step: Step, device: torch.device, layer: HelixLayer | None = None) -> int:
+        """Say into how many chunks the coming step is cut; ``layer``: one of those that run.
 
         Collective: all ranks of the model copy while a regime is measured; after every ``STEPS`` of its steps three
         empty exchanges over kvp and an all-reduce of 32 bytes.
@@ -111,9 +122,15 @@ class Pace:
         requests = sum(count > 0 for count in step.counts)
         if isinstance(asked, int):
             return min(asked, max(1, requests))
-        # Elsewhere than on the CPU a call returns before its work is done, and clocks of the host say nothing.
-        if requests < 2 or self.ranks.kvp_group is None or device.type != "cpu":
+        if requests < 2 or self.ranks.kvp_group is None:
             return 1
+        if device.type != "cpu":  # a call returns before its work is done
+            if layer is None:
+                return 1
+            kvp = self.ranks.kvp
+            attended = sum(step.lengths) / kvp * layer.kv_width * ITEM
+            sent = step.num_rows * layer.heads * (layer.value_dim + 2) * (kvp - 1) / kvp * ITEM
+            return chunks_by_bytes(attended, sent, requests)
         size = step.num_rows.bit_length(), sum(step.lengths).bit_length()
         regime = self.running = self.regimes.setdefault(size, Regime())
         regime.count()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from plait.collectives.norm_schedule import (
     steps_for,
 )
 from plait.collectives.peer_norm import PeerNorm
+from plait.collectives.peer_partials import PeerPartials
 from plait.collectives.trace import Trace
 from plait.cuda_kernels.gpu.peers import Layout
+from plait.cuda_kernels.merge import merge_states_reference
 from plait.cuda_kernels.quantised import Quantised
 from world import current_rank, run_world
 
@@ -226,6 +229,49 @@ def test_what_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     group: Any = Group()
     assert peer_norm.how(group) == "not called yet"
     monkeypatch.setattr(peer_norm, "symmetric_buffer", refuses)
-    monkeypatch.setitem(peer_norm._norms, group, peer_norm.make_norm(group))
+    monkeypatch.setitem(peer_norm.norms.made, group, peer_norm.norms.tried(group))
     assert peer_norm.how(group).startswith("all-reduce, then add_rms_norm: ranks cannot map")
-    assert peer_norm.norm_of(group, torch.zeros(1)) is None
+    assert peer_norm.norms.of(group, torch.zeros(1)) is None
+
+
+# ---- Helix's exchange over such memory
+
+
+def partials(folder: str, fp8: bool) -> None:
+    """Chunks that are not alike, with and without sinks, step after step, against what all ranks' partials give."""
+    group = dist.group.WORLD
+    assert group is not None
+    driver, world, heads, width = SharedDriver(folder, devices="aaa"), group.size(), 2, 24
+    rows = [1, 2]
+    layout = Layout(world, 4096, blocks=4, sets=2)
+    buffer = symmetric.symmetric_buffer(layout.total_bytes, group, driver)
+    driver.regions = [(address, buffer.size) for address in buffer.addresses]
+    peers = PeerPartials(buffer, layout, fp8)
+    o, lse = torch.zeros(3, world * heads, width).bfloat16(), torch.zeros(3, world * heads)
+    assert not peers.serves([400], o, lse)
+    assert not peers.serves(rows, o[:, 1:], lse)
+    assert not peers.serves(rows, o.double(), lse)
+    assert not peers.serves([1] * 5, o, lse)
+    for step in range(2):
+        g = torch.Generator().manual_seed(step)
+        os = torch.randn(world, 3, world * heads, width, generator=g).bfloat16()
+        lses = torch.randn(world, 3, world * heads, generator=g)
+        lses[1, 0] = -math.inf
+        sinks = torch.randn(world * heads, generator=g) if step else None
+        o, lse = os[group.rank()], lses[group.rank()]
+        assert peers.serves(rows, o, lse)
+        run = peers.begin(rows, o)
+        run.send(o[:1], lse[:1])
+        run.send(o[1:], lse[1:])
+        own = slice(group.rank() * heads, (group.rank() + 1) * heads)
+        got = run.merge(None if sinks is None else sinks[own])
+        wide = None if sinks is None else sinks.double()
+        want, _ = merge_states_reference(os.double(), lses.double(), wide)
+        coarse = 2.0**-4 * 4 if fp8 else 2.0**-6
+        torch.testing.assert_close(got.double(), want[:, own], rtol=2.0**-6, atol=coarse)
+    buffer.close()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_partials_go_straight_to_who_merges_them(fp8: bool, tmp_path: Path) -> None:
+    run_world(partials, 3, str(tmp_path), fp8, timeout=120)

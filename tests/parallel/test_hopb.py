@@ -42,6 +42,15 @@ def test_chunks_are_exact(each: Case) -> None:
     assert_exact(TABLE.errors(each))
 
 
+def test_on_a_gpu_chunks_are_chosen_by_bytes() -> None:
+    kib, mib, gib = 1 << 10, 1 << 20, 1 << 30
+    assert hopb.chunks_by_bytes(4 * gib, 900 * kib, 32) == 1  # a few microseconds on the wire
+    assert hopb.chunks_by_bytes(10 * mib, 10 * kib, 32) == 1
+    assert hopb.chunks_by_bytes(2 * gib, 256 * mib, 32) > 2
+    assert hopb.chunks_by_bytes(2 * gib, 256 * mib, 2) == 2
+    assert hopb.chunks_by_bytes(2 * gib, 256 * mib, 1) == 1
+
+
 # --- ragged batches, over every backend ------------------------------------------------------
 
 # New tokens of each request in each step: they prefill, decode, verify several tokens and pause in one batch.

@@ -181,3 +181,12 @@ def multiply_add(a: Any, b: Any, c: Any) -> Any:
 @word("tanh.approx.f32 $0, $1;", "f32", "f32", pure=True)
 def tanh(x: Any) -> Any:
     return np.tanh(f32(x))
+
+
+@word("fma.rn.bf16x2 $0, $1, $2, $3;", "u32", "u32 u32 u32", pure=True)
+def multiply_add_bf16x2(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c for two bfloat16 each, rounded once; subnormal numbers count."""
+    low, high = (
+        f32(float(half(a)) * float(half(b)) + float(half(c))) for half in (bf16_low, bf16_high)
+    )
+    return bf16x2(low, high)
