@@ -14,7 +14,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda check lint format wheel wheel-smoke faults bench clean
+.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ check-cuda: $(CUDA_READY)  ## compile every CUDA kernel, without a GPU: register
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+sanitize-gpu: $(READY)  ## those of kernels again, under compute-sanitizer's memcheck and racecheck
+	$(BIN)/python tools/sanitize_gpu.py
 
 lint: $(READY)  ## format, lint, layers, spelling, types
 	$(BIN)/ruff format --check

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ def examine() -> list[Finding]:
         *(_package(name, use, line) for name, (use, line) in (PACKAGES | cuda).items()),
         *_devices(),
         *_cuda_kernels(),
+        *_peers(),
         Finding("cpu threads", f"{torch.get_num_threads()} of torch"),
         _launcher(),
         _backends(),
@@ -120,6 +122,29 @@ def _cuda_kernels() -> list[Finding]:
     if problem is None:
         return [Finding("CUDA kernels", "can be compiled and loaded")]
     return [Finding("CUDA kernels", problem.what, "absent", problem.remedy)]
+
+
+def _peers() -> list[Finding]:
+    """Whether devices reach each other's memory, as kernels over ranks need."""
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if len(devices) < 2:
+        return []
+    apart = [
+        f"cuda:{a} and cuda:{b}"
+        for a, b in combinations(devices, 2)
+        if not torch.cuda.can_device_access_peer(a, b)
+    ]
+    if not apart:
+        return [Finding("peer memory", f"all {len(devices)} devices reach each other's")]
+    told = f"not between {', '.join(apart[:3])}{', ...' if len(apart) > 3 else ''}"
+    return [
+        Finding(
+            "peer memory",
+            f"{told}: all-reduce and norm, and Helix's exchange, go by NCCL there",
+            "absent",
+            "nvidia-smi topo -p2p r shows why (often IOMMU or ACS)",
+        )
+    ]
 
 
 def _launcher() -> Finding:

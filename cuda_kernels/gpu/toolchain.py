@@ -10,7 +10,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 INSTALL = "pip install 'plait[cuda]'"
-OLDEST_DRIVER = (13, 0)
+OLDEST_DRIVER = OLDEST_TOOLKIT = (13, 0)
+DRIVER = "install NVIDIA's driver 580 or newer"
 REINSTALL = "pip install --force-reinstall 'plait[cuda]'"
 
 
@@ -49,8 +50,24 @@ def compiler_problem() -> Problem | None:
         try:
             touch()
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return Problem(f"{name} cannot be loaded ({reason})", f"{INSTALL}, or set CUDA_HOME")
+            return Problem(
+                f"{name} cannot be loaded ({_first(error)})", f"{INSTALL}, or set CUDA_HOME"
+            )
+    try:
+        _, *found = import_module("cuda.bindings.nvrtc").nvrtcVersion()
+        import_module("cuda.core")
+    except Exception as error:
+        return Problem(f"cuda-python cannot be loaded ({_first(error)})", INSTALL)
+    return toolkit_problem((found[0], found[1]))
+
+
+def toolkit_problem(found: tuple[int, int]) -> Problem | None:
+    """A toolkit of CUDA 12 knows neither all our instructions nor all devices; CUDA_HOME may point to one."""
+    if found < OLDEST_TOOLKIT:
+        return Problem(
+            f"the toolkit is CUDA {found[0]}.{found[1]}; plait needs 13.0",
+            f"{INSTALL}, and unset CUDA_HOME",
+        )
     return None
 
 
@@ -58,16 +75,25 @@ def driver_problem() -> Problem | None:
     """Look for a driver that takes what the compiler writes."""
     try:
         _, number = import_module("cuda.bindings.driver").cuDriverGetVersion()
+    except ModuleNotFoundError as error:
+        return Problem(f"cuda-python cannot be loaded ({_first(error)})", INSTALL)
     except Exception as error:
-        return Problem(f"no CUDA driver ({error})", "install NVIDIA's driver 580 or newer")
+        return Problem(f"no CUDA driver ({_first(error)})", DRIVER)
+    if not number:
+        return Problem("no CUDA driver", DRIVER)
     return version_problem((number // 1000, number % 1000 // 10), _nvvm_version())
+
+
+def _first(error: Exception) -> str:
+    """The first line of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def version_problem(driver: tuple[int, int], compiler: tuple[int, int] | None) -> Problem | None:
     """A driver takes PTX of its own toolkit's version and older."""
     told = f"the driver is for CUDA {driver[0]}.{driver[1]}"
     if driver < OLDEST_DRIVER:
-        return Problem(f"{told}; plait needs 13.0", "install NVIDIA's driver 580 or newer")
+        return Problem(f"{told}; plait needs 13.0", DRIVER)
     if compiler is not None and compiler > driver:
         return Problem(
             f"libnvvm {compiler[0]}.{compiler[1]} writes PTX that is too new: {told}",

@@ -27,8 +27,8 @@ STEPS = 4  # steps timed one way before they are judged; the fastest counts
 GAIN = 0.95  # chunks are taken up if a step takes less than this much of its time in one piece
 AGAIN = 1024  # steps after which a choice is looked at again
 COUNTS = (2, 4, 8, 16)
-# A CUDA device as it is supposed: bytes a second of its memory and to its peers, seconds of one more chunk. Alike on all
-# ranks, which must answer alike; not measured.
+# A CUDA device as it is supposed: bytes a second of its memory and to its peers, seconds of one more chunk. Not
+# measured; ranks must answer alike, so they are no device's own.
 MEMORY, LINK, CHUNK = 2.5e12, 3.0e11, 5e-6
 ITEM = 2  # bytes of a number there
 

@@ -255,7 +255,8 @@ class _Runs:
         if fused:
             notes.append(
                 f"in inference {fused} layers do all-reduce, residual add and norm as one step, on one host in one "
-                "kernel; tp's fuse=false takes them apart"
+                "kernel (on CUDA if devices reach each other's memory, see `plait doctor`; else all-reduce, then add "
+                "and norm); tp's fuse=false takes them apart"
             )
         if fused and self.pieces > 1:
             notes.append(

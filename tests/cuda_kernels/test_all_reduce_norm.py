@@ -30,6 +30,7 @@ class Ranks:
     def __init__(self, world: int, module: types.ModuleType = all_reduce_norm) -> None:
         self.world, self.module, self.seed = world, module, 0
         layout = Layout(world, SLOT, BLOCKS)
+        self.slots = layout.slots
         self.buffers = [torch.zeros(layout.total_bytes, dtype=torch.uint8) for _ in range(world)]
         self.table = torch.tensor([b.data_ptr() for b in self.buffers], dtype=torch.uint64)
 
@@ -99,6 +100,18 @@ def test_schedules_change_from_step_to_step(world) -> None:
     ranks.step(TWO, dtype=torch.float32)
     ranks.step(ONE, dtype=torch.float32, blocks=3)
     ranks.step(TWO, fp8=True, blocks=1)
+
+
+def test_steps_go_on_where_their_number_wraps() -> None:
+    """As after four billion steps: flags and steps begin three before the end of 32 bits."""
+    ranks, begin = Ranks(2), 2**32 - 3
+    for buffer in ranks.buffers:
+        words = buffer[: ranks.slots].view(torch.uint32)
+        words[peers.HEAD // 4 :] = begin
+        words[0] = begin
+    for schedule in (ONE, TWO, SWITCH, ONE, TWO, ONE):
+        ranks.step(schedule)
+    assert ranks.buffers[0][:4].view(torch.uint32).item() == 3
 
 
 def mutated(module: types.ModuleType, old: str, new: str) -> types.ModuleType:

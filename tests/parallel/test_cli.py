@@ -64,6 +64,27 @@ def test_doctor_names_the_pip_line_of_what_is_missing(monkeypatch: pytest.Monkey
     assert findings["transformers"]["state"] == "absent"
 
 
+def test_doctor_says_what_the_gpu_kernels_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        name, total_memory, major, minor = "H", 80 << 30, 9, 0
+
+    cuda = doctor.torch.cuda
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda _: Device)
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: a + b == 1)
+    problem = doctor.toolchain.Problem("libnvvm cannot be loaded", "pip install 'plait[cuda]'")
+    monkeypatch.setattr(doctor.toolchain, "problem", lambda: problem)
+    found = {f.topic: f for f in doctor.examine()}
+    assert found["CUDA kernels"].value == "libnvvm cannot be loaded"
+    assert found["CUDA kernels"].remedy == "pip install 'plait[cuda]'"
+    assert found["peer memory"].value.startswith("not between cuda:0 and cuda:2, cuda:1 and cuda:2")
+    monkeypatch.setattr(doctor.toolchain, "problem", lambda: None)
+    monkeypatch.setattr(cuda, "can_device_access_peer", lambda a, b: True)
+    found = {f.topic: f for f in doctor.examine()}
+    assert found["CUDA kernels"].state == found["peer memory"].state == "ok"
+
+
 def test_doctor_fails_where_plait_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.torch, "__version__", "2.9.1+cu128")
     assert run("doctor").exit_code == 1
