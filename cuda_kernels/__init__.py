@@ -1,7 +1,8 @@
 """Kernels: torch operators under `plait::`, each with a reference, a CPU and a fake implementation."""
 
-from . import paged_decode  # noqa: F401  (registers what CUDA runs for paged_attention)
+from . import decode_choice  # noqa: F401  (registers what CUDA runs for paged_attention)
 from .attention_mass import attention_mass
+from .coded_attention import coded_attention
 from .dense_attention import dense_attention
 from .expert_order import sort_by_expert
 from .expert_rows import permute_rows, unpermute_rows
@@ -18,6 +19,7 @@ __all__ = [
     "Regions",
     "attention_mass",
     "attention_reference",
+    "coded_attention",
     "copy_pages",
     "dense_attention",
     "merge_states",

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .decode_choice import served_shape, splits_for
 from .gpu.page_forms import FORMS, PageForm, row_bytes, scale_bytes, whole_scale
 from .gpu.toolchain import usable
 from .merge import merge_states
 from .minifloats import table_of
 from .paged_attention import paged_attention
-from .paged_decode import decode_launch, served_shape, splits_for
+from .paged_decode import decode_launch
 
 BLOCKS = {"int4": (8, 16, 32, 64, 128), "mxfp8": (32,), "mxfp4": (32,)}
 

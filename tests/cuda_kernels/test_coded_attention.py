@@ -127,7 +127,7 @@ def mutated(old: str, new: str) -> types.ModuleType:
     forms.__package__ = page_forms.__package__
     sys.modules[forms.__name__] = forms
     exec(compile(source.replace(old, new), "", "exec"), forms.__dict__)
-    source = inspect.getsource(paged_decode).partition("@paged_attention_op")[0]
+    source = inspect.getsource(paged_decode)
     changed = types.ModuleType(paged_decode.__name__ + "_coded")
     changed.__package__ = paged_decode.__package__
     sys.modules[changed.__name__] = changed
