@@ -55,8 +55,9 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
 
     def one_kernel(most: int, brought: Tensor) -> Callable[[], Any]:
         def call() -> None:
-            kernel.ONE_SHOT_BYTES = {2: most}
-            kernel.schedule.cache_clear()
+            if kernel.ONE_SHOT_BYTES[2] != most:  # the first, untimed call of a turn
+                kernel.ONE_SHOT_BYTES[2] = most
+                kernel.schedule.cache_clear()
             fused.all_reduce_rms_norm(brought, residual, weight, EPS, group)
 
         return call

@@ -88,13 +88,16 @@ def _all_reduce_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group: Group,
     quantised: torch.dtype | None,
 ) -> tuple[Any, Tensor]:  # fmt: skip
-    parameters = [weight] if bias is None else [weight, bias]
-    if x.shape != residual.shape or any(p.shape != x.shape[-1:] for p in parameters):
+    hidden = x.shape[-1:]
+    fits = weight.shape == hidden and (bias is None or bias.shape == hidden)
+    if x.shape != residual.shape or not fits:
         raise ValueError(
             f"all-reduce and norm: x {list(x.shape)}, residual {list(residual.shape)} and weight {list(weight.shape)} "
             "do not fit; use x and residual [..., hidden] with weight (and bias) [hidden]"
         )
-    records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, *parameters))
+    records = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
+    )
     if quantised is None:
         if records:
             return _AllReduceNorm.apply(x, residual, weight, bias, eps, group)

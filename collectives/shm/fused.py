@@ -8,6 +8,7 @@ crossings, a part of the adding. Which is faster where was measured (docs/decisi
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,21 +189,42 @@ def schedule(rows: int, row_bytes: int, ranks: int) -> tuple[int, bool]:
     return rows_of_a_step(rows, row_bytes, ranks), rows * row_bytes <= most
 
 
-@lru_cache(maxsize=64)
-def _bits(x: float) -> int:
-    return int(np.float64(x).view(np.int64))
-
-
 def serves(
     engine: Engine, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None
 ) -> bool:
     """Say whether the kernel can do it: plain dense tensors of one dtype, and rows that fit."""
-    tensors = [t for t in (x, residual, weight, bias) if t is not None]
-    alike = all(t.dtype == x.dtype and t.is_cpu and t.is_contiguous() for t in tensors)
-    if not alike or x.dtype not in DTYPES or x.numel() == 0 or engine.members.ranks == 1:
+    dtype = x.dtype
+    for t in (x, residual, weight, x if bias is None else bias):
+        if t.dtype != dtype or not t.is_cpu or not t.is_contiguous():
+            return False
+    ranks = engine.members.ranks
+    if dtype not in DTYPES or ranks == 1:
         return False
-    row_bytes = x.shape[-1] * x.element_size()
-    return schedule(x.numel() // x.shape[-1], row_bytes, engine.members.ranks)[0] > 0
+    return rows_in(x.shape, dtype.itemsize, ranks) > 0
+
+
+@lru_cache(maxsize=256)
+def rows_in(shape: torch.Size, item: int, ranks: int) -> int:
+    """Count the rows of a step for tensors of this shape; 0 where there are none, or they do not fit."""
+    rows = shape.numel() // max(1, shape[-1])
+    return schedule(rows, shape[-1] * item, ranks)[0] if rows else 0
+
+
+@lru_cache(maxsize=4096)
+def words_of(
+    x: int, residual: int, weight: int, bias: int, normed: int, total: int, scales: int,
+    shape: torch.Size, dtype: torch.dtype, stored: torch.dtype | None, eps: float, offset: int,
+    chunk: int, one_shot: bool,
+) -> Any:  # fmt: skip
+    """Write down a call for the kernel, which wants a copy of its own; most calls come again at the same addresses."""
+    width, item = shape[-1], dtype.itemsize
+    rows, row_bytes = shape.numel() // width, width * item
+    return np.array([
+        weight, bias, int(np.float64(eps).view(np.int64)), width, item, 0, bias != 0, _STORED[stored],
+        x, residual, normed, total, scales, rows, shape.numel(), chunk,
+        width * (item if stored is None else stored.itemsize), row_bytes,
+        one_shot and offset == ELSEWHERE, offset,
+    ], np.int64)  # fmt: skip
 
 
 def run(
@@ -215,25 +237,20 @@ def run(
     stored: torch.dtype | None,
 ) -> tuple[Tensor | Quantised, Tensor]:
     """Sum `x` over the ranks, add the residual, normalise; the sum and the normed rows are new tensors."""
-    ranks, width, item = engine.members.ranks, x.shape[-1], x.element_size()
-    rows, row_bytes = x.numel() // width, width * item
+    shape, dtype, width, ranks = x.shape, x.dtype, x.shape[-1], engine.members.ranks
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=stored)
-    scales = None if stored is None else torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
-    chunk, one_shot = schedule(rows, row_bytes, ranks)
+    scales = None if stored is None else torch.empty((*shape[:-1], 1), dtype=torch.float32)
     bases, offset = engine.place_of(x) or (_NOWHERE, ELSEWHERE)
-    addresses = [t.data_ptr() for t in (x, residual, normed, total)]
-    words = np.array([
-        weight.data_ptr(), 0 if bias is None else bias.data_ptr(), _bits(eps), width, item,
-        0, bias is not None, _STORED[stored], *addresses,
-        0 if scales is None else scales.data_ptr(),
-        rows, x.numel(), chunk, width * normed.element_size(), row_bytes,
-        one_shot and offset == ELSEWHERE, offset,
-    ], np.int64)  # fmt: skip
-    code = code_of(KIND["all_reduce with norm"], x.dtype, SUM)
-    arguments = (words, bases, *row_functions(x.dtype), np.empty(2))
-    inputs = [x, residual, weight] + ([] if bias is None else [bias])
+    words = words_of(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        normed.data_ptr(), total.data_ptr(), 0 if scales is None else scales.data_ptr(),
+        shape, dtype, stored, eps, offset, *schedule(x.numel() // width, width * dtype.itemsize, ranks),
+    )  # fmt: skip
+    code = code_of(KIND["all_reduce with norm"], dtype, SUM)
+    arguments = (words.copy(), bases, *row_functions(dtype), np.empty(2))
+    inputs = [x, residual, weight] if bias is None else [x, residual, weight, bias]
     engine.run(all_reduce_norm, arguments, code, x.numel(), [normed, total], True, inputs)
     return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and norms.py ceb34c4b
+# inlines memory.py and steps.py and stores.py and norms.py 50e6b92d

@@ -28,6 +28,7 @@ _SIGNATURE = types.void(*[types.int64] * 7)  # the words, then what each functio
 _WORDS, _REALS, _F4, _U1 = (np.empty(0, look) for look in ("i8", "f8", "f4", "u1"))
 
 
+@cache
 def row_functions(dtype: torch.dtype) -> tuple[int, int]:
     """Find the function that adds rows of a dtype up, and the one that normalises them."""
     return _compiled("adds", dtype).address, _compiled("scales", dtype).address
@@ -40,19 +41,24 @@ def _compiled(kind: str, dtype: torch.dtype) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _moments(o, wide, centred):
-    """Mean (0 unless centred) and mean square about it; of one array, so that every rank sums in one order."""
+def _moments(o, wide):
+    """Mean, and mean square about it; of one array, so that every rank sums in one order."""
     n = o.shape[0]
     mean = wide.dtype.type(0)
-    if centred:
-        for i in range(n):
-            mean += widen(o[i])
-        mean /= wide.dtype.type(n)
+    for i in range(n):
+        mean += widen(o[i])
+    mean /= wide.dtype.type(n)
     squares = wide.dtype.type(0)
     for i in range(n):
         x = widen(o[i]) - mean
         squares += x * x
     return mean, squares / wide.dtype.type(n)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _and_square(squares, x):
+    """Add a square, in whatever order is fastest; inlined, what surrounds it keeps its own order."""
+    return squares + x * x
 
 
 def _adds(like: Any, wide: Any) -> Any:
@@ -66,6 +72,7 @@ def _adds(like: Any, wide: Any) -> Any:
         of = carray(at(inputs, _WORDS), ranks)
         w = np.empty(PIECE, wide.dtype)
         for r in range(rows):
+            squares = wide.dtype.type(0)
             for start in range(0, width, PIECE):
                 n = min(PIECE, width - start)
                 place = r * row_bytes + start * like.itemsize
@@ -75,7 +82,9 @@ def _adds(like: Any, wide: Any) -> Any:
                 b = carray(at(of[1] + offset + place, like), n)
                 if ranks == 2:
                     for i in range(n):
-                        o[i] = narrow(widen(a[i]) + widen(b[i]) + widen(x[i]), like)
+                        value = narrow(widen(a[i]) + widen(b[i]) + widen(x[i]), like)
+                        o[i] = value
+                        squares = _and_square(squares, widen(value))
                     continue
                 for i in range(n):
                     w[i] = widen(a[i]) + widen(b[i])
@@ -84,10 +93,12 @@ def _adds(like: Any, wide: Any) -> Any:
                     for i in range(n):
                         w[i] += widen(b[i])
                 for i in range(n):
-                    o[i] = narrow(w[i] + widen(x[i]), like)
-            mean, square = _moments(
-                carray(at(total + r * row_bytes, like), width), wide, word[CENTRED]
-            )
+                    value = narrow(w[i] + widen(x[i]), like)
+                    o[i] = value
+                    squares = _and_square(squares, widen(value))
+            mean, square = wide.dtype.type(0), squares / wide.dtype.type(width)
+            if word[CENTRED]:
+                mean, square = _moments(carray(at(total + r * row_bytes, like), width), wide)
             stats[2 * r] = mean
             stats[2 * r + 1] = wide.dtype.type(1) / np.sqrt(square + wide.dtype.type(eps))
 
