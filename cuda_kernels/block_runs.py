@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .halves import widen
+from .halves import narrow_result, widen
+from .minifloats import round_to, widen_code
 
 RUN = 2048  # elements done together, about: their float32 stay in the first cache
 
@@ -57,6 +58,24 @@ def spread(values, size, steps):
 
 
 @njit(nogil=True, cache=True)
+def round_run(wide, steps, form, codes):
+    """Code numbers times what their blocks have; `form` is of `rounding_of`."""
+    lowest, largest, lift, unit, sign = form
+    for i in range(wide.size):
+        codes[i] = round_to(wide[i] * steps[i], lowest, largest, lift, unit, sign)
+
+
+@njit(nogil=True, cache=True)
+def widen_codes(codes, steps, form, x):
+    """Undo it with the inverse factors; `form` is of `float16_of`."""
+    lift, size_bits, sign_lift, top, bias = form
+    for i in range(codes.size):
+        x[i] = narrow_result(
+            widen_code(codes[i], lift, size_bits, sign_lift, top) * bias * steps[i], x
+        )
+
+
+@njit(nogil=True, cache=True)
 def clear_blocks(worst, size, wide):
     """Make zeros of the blocks that hold a NaN."""
     for b in range(worst.size):
@@ -72,4 +91,4 @@ def power(field):
     return np.int32(bits).view(np.float32)
 
 
-# inlines halves.py 3d74d947
+# inlines halves.py and minifloats.py 1d6c2c56

@@ -5,11 +5,10 @@ What it makes is what `int_groups.py` makes on the CPU, bit for bit: the lanes o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .codes_gpu import inverse_of, quotient, stores
 from .gpu import ptx
 from .gpu.kernel import Variant, kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
@@ -17,13 +16,6 @@ from .gpu.vectors import VECTORS
 
 BITS = (2, 4, 8)
 SMALL, LARGE = 2.0**-60, 2.0**60
-
-
-@device_function
-def _quotient(x, by, inverse):
-    """x / by rounded as IEEE says, from an inverse rounded as well; `div.rn` would be a call."""
-    near = f32(x * inverse)
-    return ptx.multiply_add(ptx.multiply_add(f32(-by), near, x), inverse, near)
 
 
 @device_function
@@ -46,33 +38,6 @@ TABLE = [
 ] + [{"lanes": 16, "bits": 4, "dtype": torch.float32}]  # fmt: skip
 
 
-@device_function
-def _store8(place, a, b):
-    ptx.st8(place, a, b)
-
-
-@device_function
-def _load8(place):
-    return ptx.ld8(place)
-
-
-def _stores(size: int) -> tuple[Any, Any]:
-    """Give what stores and loads so many bytes of codes, held in two words."""
-    if size == 8:
-        return _store8, _load8
-    put, get = {1: (ptx.st1, ptx.ld1), 2: (ptx.st2, ptx.ld2), 4: (ptx.st4, ptx.ld4)}[size]
-
-    @device_function
-    def store(place, a, b):
-        put(place, a)
-
-    @device_function
-    def load(place):
-        return get(place), u32(0)
-
-    return store, load
-
-
 @kernel(threads=256, table=TABLE)
 def quantise_int_rows(lanes, bits, dtype, threads):
     """Quantise groups of `lanes` 16-byte pieces; `flag` becomes 1 if a group cannot be coded."""
@@ -80,7 +45,7 @@ def quantise_int_rows(lanes, bits, dtype, threads):
     pair, low_of, high_of = HALVES[dtype]
     shift, top, size = (lanes - 1).bit_length(), (1 << bits) - 1, width * bits // 8
     first = min(width, 32 // bits)  # codes of the first word
-    store, _ = _stores(size)
+    store, _ = stores(size)
     top_inverse = 1 / top
 
     def body(x: u64, codes: u64, scales: u64, lows: u64, flag: u64, vectors: i32):
@@ -97,7 +62,7 @@ def quantise_int_rows(lanes, bits, dtype, threads):
         for step in range(shift):
             low = ptx.smaller(low, ptx.shuffle_xor(low, i32(1 << step)))
             high = ptx.larger(high, ptx.shuffle_xor(high, i32(1 << step)))
-        halves = pair(_quotient(f32(high - low), f32(top), f32(top_inverse)), low)
+        halves = pair(quotient(f32(high - low), f32(top), f32(top_inverse)), low)
         scale, low = low_of(halves), high_of(halves)
         if odd != f32(0) or f32(scale - scale) != f32(0) or f32(low - low) != f32(0):
             ptx.st4(flag, u32(1))
@@ -107,15 +72,12 @@ def quantise_int_rows(lanes, bits, dtype, threads):
         elif scale > f32(LARGE):
             lift = f32(SMALL * SMALL)
         lifted = f32(scale * lift)
-        inverse = ptx.reciprocal(lifted)  # near; one step makes it nearest
-        inverse = ptx.multiply_add(
-            inverse, ptx.multiply_add(f32(-lifted), inverse, f32(1)), inverse
-        )
+        inverse = inverse_of(lifted)
         first_word, second_word = u32(0), u32(0)
         for i in range(width):
             code = u32(0)
             if scale > f32(0):
-                near = ptx.nearest(_quotient(f32(f32(v[i] - low) * lift), lifted, inverse))
+                near = ptx.nearest(quotient(f32(f32(v[i] - low) * lift), lifted, inverse))
                 code = u32(min(max(near, i32(0)), i32(top)))
             if i < first:
                 first_word = u32(first_word | (code << u32(i * bits)))
@@ -138,7 +100,7 @@ def dequantise_int_rows(lanes, bits, dtype, threads):
     _, low_of, _ = HALVES[dtype]
     shift, mask, size = (lanes - 1).bit_length(), (1 << bits) - 1, width * bits // 8
     first = min(width, 32 // bits)
-    _, load = _stores(size)
+    _, load = stores(size)
 
     def body(codes: u64, scales: u64, lows: u64, x: u64, vectors: i32):
         at = i32(ptx.block() * i32(threads) + ptx.thread())

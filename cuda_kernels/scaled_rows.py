@@ -1,6 +1,6 @@
 """Rows of eight bits with a float32 scale each: e4m3, or whole numbers from -127 to 127.
 
-scale = max |x| / largest;  code = round(x / scale);  a row of nothing but subnormal numbers becomes zeros
+scale = max |x| / largest;  code = round(x / scale);  a row whose scale would be subnormal becomes zeros
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
+from .gpu.toolchain import usable
 from .halves import narrow_result
 from .minifloats import float16_of, round_to, rounding_of, widen_code
 from .numbers import bits_of, widen_run
+from .scaled_rows_gpu import dequantise_launch, quantise_launch, serves
 
 TINY = np.float32(2.0**-126)
+CANNOT = "quantise_scaled: infinities or NaN"
 
 
 def scaled_reference(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
@@ -23,7 +26,8 @@ def scaled_reference(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     largest = 127.0 if whole else 448.0
     wide = x.float()
     scale = wide.abs().amax(1, keepdim=True) / largest
-    inverse = torch.where(scale >= float(TINY), 1 / scale, 0)
+    scale = torch.where(scale >= float(TINY), scale, 0)
+    inverse = torch.where(scale > 0, 1 / scale, 0)
     scaled = (wide * inverse).clamp(-largest, largest)
     codes = scaled.round().to(torch.int8) if whole else scaled.to(torch.float8_e4m3fn)
     return codes, scale[:, 0]
@@ -53,8 +57,9 @@ def _quantise(x, whole, form, scales, codes):
         worst = widen_run(x[r], wide)
         bad += worst >= 0x7F800000
         scale = np.float32(np.uint32(worst).view(np.float32) / largest)
+        scale = scale if scale >= TINY else np.float32(0)
         scales[r] = scale
-        inverse = np.float32(1) / scale if scale >= TINY else np.float32(0)
+        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
         if whole:
             _whole_row(wide, inverse, codes[r])
         else:
@@ -98,6 +103,74 @@ def dequantise_rows_into(scales: np.ndarray, codes: np.ndarray, whole: bool, x: 
         lambda a, b, tile: _dequantise(tile, whole, form, scales[a:b], target[a:b]),
         target.shape, 8, codes,
     )  # fmt: skip
+
+
+@torch.library.custom_op("plait::quantise_scaled", mutates_args=())
+def quantise_scaled(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """Quantise rows to eight bits, whole numbers or e4m3, with a float32 scale each.
+
+    Shape: x `[rows, width]` -> scales `[rows]`, codes `[rows, width]` uint8
+
+    Raises:
+        ValueError: an element is infinite or not a number.
+    """
+    scales, codes = (t.cpu() for t in _rooms(x, whole))
+    if not quantise_rows_into(x.cpu().contiguous(), whole, scales.numpy(), codes.numpy()):
+        raise ValueError(CANNOT)
+    return scales.to(x.device), codes.to(x.device)
+
+
+def _rooms(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float32), torch.empty_like(x, dtype=torch.uint8)
+
+
+quantise_scaled.register_fake(_rooms)
+
+
+@torch.library.custom_op("plait::dequantise_scaled", mutates_args=())
+def dequantise_scaled(scales: Tensor, codes: Tensor, whole: bool, dtype: torch.dtype) -> Tensor:
+    """Undo `quantise_scaled`. Shape: -> `[rows, width]` of the dtype"""
+    x = torch.empty(codes.shape, dtype=dtype)
+    s, c = (t.cpu().contiguous().numpy() for t in (scales, codes))
+    dequantise_rows_into(s, c, whole, x)
+    return x.to(codes.device)
+
+
+@dequantise_scaled.register_fake
+def _(scales: Tensor, codes: Tensor, whole: bool, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@quantise_scaled.register_kernel("cuda")
+def quantise_scaled_cuda(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """Quantise rows in one launch; what the kernel does not serve goes by way of the host."""
+    x = x.contiguous()
+    fits = serves(x.dtype, x.shape[-1]) and x.data_ptr() % 16 == 0
+    if not fits or not x.numel() or not usable():
+        scales, codes = quantise_scaled(x.cpu(), whole)
+        return scales.to(x.device), codes.to(x.device)
+    scales, codes = _rooms(x, whole)
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    variant, grid, args = quantise_launch(x, whole, scales, codes, flag)
+    variant.launch(grid, *args)
+    if bool(flag):
+        raise ValueError(CANNOT)
+    return scales, codes
+
+
+@dequantise_scaled.register_kernel("cuda")
+def dequantise_scaled_cuda(
+    scales: Tensor, codes: Tensor, whole: bool, dtype: torch.dtype
+) -> Tensor:
+    """Undo it in one launch."""
+    s, c = scales.contiguous(), codes.contiguous()
+    fits = serves(dtype, c.shape[-1]) and c.data_ptr() % 8 == 0
+    if not fits or not c.numel() or not usable():
+        return dequantise_scaled(s.cpu(), c.cpu(), whole, dtype).to(codes.device)
+    x = torch.empty_like(c, dtype=dtype)
+    variant, grid, args = dequantise_launch(s, c, whole, x)
+    variant.launch(grid, *args)
+    return x
 
 
 # inlines halves.py and minifloats.py and numbers.py e8ec89db

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from ...cuda_kernels.block_floats import (
+from ...cuda_kernels.nvfp4 import (
     NVFP4_BLOCK,
     dequantise_nvfp4_into,
     nvfp4_whole,

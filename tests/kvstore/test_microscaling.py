@@ -10,14 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from plait.cuda_kernels.bits import pack_into, packed_width, unpack_into
-from plait.cuda_kernels.block_floats import (
-    dequantise_mx,
-    dequantise_nvfp4,
-    nvfp4_whole,
-    quantise_mx,
-    quantise_nvfp4,
-)
+from plait.cuda_kernels.block_floats import dequantise_mx, quantise_mx
 from plait.cuda_kernels.minifloats import MINIFLOATS, table_of
+from plait.cuda_kernels.nvfp4 import dequantise_nvfp4, nvfp4_whole, quantise_nvfp4
 from plait.kvstore.codecs import PageLayout, find_codec
 
 ORACLE = load_file(Path(__file__).with_name("mx_oracle.safetensors"))
