@@ -21,9 +21,13 @@ import torch
 from plait.cuda_kernels import merge_states, paged_attention
 from plait.cuda_kernels.add_rms_norm import add_rms_norm_reference
 from plait.cuda_kernels.all_reduce_norm import STATISTICS, norm_one_shot, norm_two_shot
+from plait.cuda_kernels.block_floats import dequantise_mx, quantise_mx
 from plait.cuda_kernels.gpu import toolchain
 from plait.cuda_kernels.gpu.peers import Layout
+from plait.cuda_kernels.int_groups import dequantise_groups, quantise_groups
 from plait.cuda_kernels.merge import merge_states_reference
+from plait.cuda_kernels.nvfp4 import dequantise_nvfp4, nvfp4_whole, quantise_nvfp4
+from plait.cuda_kernels.scaled_rows import dequantise_scaled, quantise_scaled
 
 RUNS, MEGABYTE = 30, 1 << 20
 
@@ -150,6 +154,39 @@ def decodes(bandwidth: float) -> list[dict[str, Any]]:
     return found
 
 
+def codecs(bandwidth: float) -> list[dict[str, Any]]:
+    """Encode and decode 64 MB of a page; int and scaled encoders wait for the flag that says what cannot be coded."""
+    x = torch.randn(1 << 18, 128, device="cuda").bfloat16()
+    whole, width, dtype = nvfp4_whole(x), x.shape[-1], x.dtype
+    ways: list[tuple[str, Callable[[], Any], Callable[..., Any]]] = [
+        (f"int{bits}, groups of 64", lambda bits=bits: quantise_groups(x, bits, 64, False),
+         lambda *parts, bits=bits: dequantise_groups(*parts, bits, 64, False, width, dtype))
+        for bits in (2, 4)
+    ] + [
+        ("int8" if exact else "fp8", lambda exact=exact: quantise_scaled(x, exact),
+         lambda *parts, exact=exact: dequantise_scaled(*parts, exact, dtype))
+        for exact in (True, False)
+    ] + [
+        (f"MX {form}", lambda form=form: quantise_mx(x, form, "floor"),
+         lambda *parts, form=form: dequantise_mx(*parts, form, width, dtype))
+        for form in ("e4m3", "e2m3", "e2m1")
+    ] + [
+        ("NVFP4", lambda: quantise_nvfp4(x, whole, False),
+         lambda *parts: dequantise_nvfp4(*parts, whole, width, dtype))
+    ]  # fmt: skip
+    found = []
+    for name, encode, decode in ways:
+        parts = encode()
+        moved = x.nbytes + sum(part.nbytes for part in parts)
+        for what, call in (("encode", encode), ("decode", lambda d=decode, p=parts: d(*p))):
+            ours = microseconds(lambda _, call=call: call())
+            found.append({
+                "kernel": f"{what} {name}, {moved / MEGABYTE:.0f} MB", "us": ours,
+                "of copy bandwidth": moved / (ours * 1e-6) / bandwidth, "goal": "0.85 of bandwidth",
+            })  # fmt: skip
+    return found
+
+
 def launches(_: float) -> list[dict[str, Any]]:
     o, lse = torch.randn(2, 1, 1, 64, device="cuda"), torch.randn(2, 1, 1, device="cuda")
     plain = microseconds(lambda _: merge_states(o, lse))
@@ -178,7 +215,7 @@ def main() -> int:
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     rows = []
-    for part in (merges, norms, decodes, launches):
+    for part in (merges, norms, decodes, codecs, launches):
         for row in part(bandwidth):
             rows.append(row)
             share, ratio = row.get("of copy bandwidth"), row.get("torch / ours")
