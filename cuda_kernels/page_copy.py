@@ -2,12 +2,14 @@
 
 A region is a tensor `[pages, *page]` whose pages are contiguous; the step from page to page may be larger, as in
 one layer of a row of pages that stand layer after layer. CPU kernel in Numba: one `memmove` a page and region,
-without the GIL, page by page, so that a page of all layers is still in the caches when the next call reads it.
+without the GIL, page by page, so that a page of all layers is still in the caches when the next call reads it. On a
+GPU one launch, see `page_copy_gpu.py`; there page numbers may be a tensor on the device, and then no host reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,10 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
+from .gpu.pieces import piece_bytes
+from .gpu.toolchain import usable
 from .merge import direct
+from .page_copy_gpu import MOST_BLOCKS, copy_pages_launch, pages_on, write_tokens_launch
 
 memmove: Any = types.ExternalFunction("memmove", types.intp(types.intp, types.intp, types.intp))
 
@@ -45,11 +50,28 @@ class Regions:
         self.direct = all(map(direct, self.tensors))
         self.shapes = [(tensor.shape[1:], tensor.dtype) for tensor in self.tensors]
         self.table = np.array([_row(t) for t in self.tensors], np.int64).reshape(-1, 3)
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """Give the table in a GPU's memory, the same at each call."""
+        if device not in self._tables:
+            self._tables[device] = pages_on(device, torch.from_numpy(self.table))
+        return self._tables[device]
+
+    @cached_property
+    def cuda(self) -> bool:
+        """Whether a GPU reaches them: its own memory, or pinned memory of the host."""
+        return all(map(_reached, self.tensors))
+
+
+def _reached(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and (tensor.is_cuda or (tensor.is_cpu and tensor.is_pinned()))
 
 
 def _row(tensor: Tensor) -> tuple[int, int, int]:
     item = tensor.element_size()
-    address = tensor.data_ptr() if direct(tensor) else 0
+    there = type(tensor) is Tensor and tensor.device.type in ("cpu", "cuda")
+    address = tensor.data_ptr() if there and not torch.compiler.is_compiling() else 0
     return address, tensor.stride(0) * item, tensor[0].numel() * item if len(tensor) else 0
 
 
@@ -65,7 +87,8 @@ def copy_pages_reference(
 ) -> None:
     """Copy in plain torch, on any device; see `copy_pages`."""
     for target, source in zip(to, of, strict=True):
-        target.index_copy_(0, to_pages, source.index_select(0, of_pages))
+        pages = source.index_select(0, of_pages.to(source.device))
+        target.index_copy_(0, to_pages.to(target.device), pages.to(target.device))
 
 
 @torch.library.custom_op("plait::copy_pages", mutates_args={"to"})
@@ -84,31 +107,62 @@ def _(to, to_pages, of, of_pages):
     return None
 
 
-def copy_pages(to: Regions, to_pages: np.ndarray, of: Regions, of_pages: np.ndarray) -> None:
+@copy_pages_op.register_kernel("cuda")
+def _(to: Sequence[Tensor], to_pages: Tensor, of: Sequence[Tensor], of_pages: Tensor) -> None:
+    _copy_cuda(Regions(to), to_pages, Regions(of), of_pages)
+
+
+def _copy_cuda(to: Regions, to_pages: Tensor, of: Regions, of_pages: Tensor) -> None:
+    """Copy in one launch; what the kernel does not reach goes by torch."""
+    if not (to_pages.numel() and len(to.table)):
+        return
+    if not (to.cuda and of.cuda and len(to.table) <= MOST_BLOCKS and usable()):
+        copy_pages_reference(to.tensors, to_pages, of.tensors, of_pages)
+        return
+    device = next(t.device for t in (*to.tensors, *of.tensors) if t.is_cuda)
+    size = piece_bytes([*to.table.ravel().tolist(), *of.table.ravel().tolist()])
+    tables = to.table_on(device), of.table_on(device)
+    pages = pages_on(device, to_pages), pages_on(device, of_pages)
+    variant, grid, args = copy_pages_launch(*tables, *pages, size, int(to.table[:, 2].max()))
+    variant.launch(grid, *args)
+
+
+def copy_pages(
+    to: Regions, to_pages: np.ndarray | Tensor, of: Regions, of_pages: np.ndarray | Tensor
+) -> None:
     """Copy page `of_pages[i]` of each region of `of` over page `to_pages[i]` of the same region of `to`.
 
     Gather, scatter and copy-on-write in one: it depends on what the regions are. No page that is written may
-    also be read.
+    also be read. Between a GPU and pinned memory of the host too.
 
-    Shape: to_pages, of_pages `[n]` whole numbers.
+    Shape: to_pages, of_pages `[n]` whole numbers. Tensors on a GPU are not looked at by the host: they must be right.
 
     Raises:
         ValueError: if the regions' pages differ in number, shape or dtype, or a page does not exist.
     """
     if to.shapes != of.shapes:
         raise ValueError(f"copy_pages: pages of {of.shapes[:2]}... do not fit {to.shapes[:2]}...")
-    a, b = (np.ascontiguousarray(pages, np.int64) for pages in (to_pages, of_pages))
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"copy_pages: {b.shape} pages cannot go to {a.shape}; give two equal rows")
-    for pages, there in ((a, to.pages), (b, of.pages)):
-        if len(pages) and not 0 <= pages.min() <= pages.max() < there:
-            raise ValueError(f"copy_pages: pages {pages.tolist()[:8]} must be in [0, {there})")
-    if to.direct and of.direct and not torch.compiler.is_compiling():
-        _copy(to.table, a, of.table, b)
+    a, b = _checked(to_pages, to.pages), _checked(of_pages, of.pages)
+    if a.shape != b.shape or a.dim() != 1:
+        told = f"{tuple(b.shape)} pages cannot go to {tuple(a.shape)}"
+        raise ValueError(f"copy_pages: {told}; give two equal rows")
+    compiling = torch.compiler.is_compiling()
+    if to.direct and of.direct and not compiling:
+        _copy(to.table, a.numpy(), of.table, b.numpy())
+    elif to.cuda and of.cuda and not compiling:
+        _copy_cuda(to, a, of, b)  # with the tables that are there already
     else:
-        torch.ops.plait.copy_pages(
-            to.tensors, torch.from_numpy(a), of.tensors, torch.from_numpy(b)
-        )  # fmt: skip
+        torch.ops.plait.copy_pages(to.tensors, a, of.tensors, b)
+
+
+def _checked(pages: np.ndarray | Tensor, there: int) -> Tensor:
+    """See page numbers as a tensor; those in host memory must exist."""
+    if isinstance(pages, Tensor) and pages.device.type != "cpu":
+        return pages
+    held = np.ascontiguousarray(pages, np.int64)
+    if held.size and not 0 <= held.min() <= held.max() < there:
+        raise ValueError(f"copy_pages: pages {held.tolist()[:8]} must be in [0, {there})")
+    return torch.from_numpy(held)
 
 
 @njit(nogil=True, cache=True)
@@ -149,6 +203,18 @@ def _(region, slots, rows):
     return None
 
 
+@write_tokens_op.register_kernel("cuda")
+def _(region: Tensor, slots: Tensor, rows: Tensor) -> None:
+    if not rows.numel():
+        return
+    if not (region.is_cuda and _reached(rows) and rows.shape[1] <= MOST_BLOCKS and usable()):
+        write_tokens_reference(region, slots.to(region.device), rows.to(region.device))
+        return
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    variant, grid, args = write_tokens_launch(region, pages_on(region.device, slots), rows)
+    variant.launch(grid, *args)
+
+
 def _write_direct(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
     _, heads, width = rows.shape
     token_step, head_step, step = rows.stride()
@@ -163,16 +229,29 @@ def _write_direct(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
     )  # fmt: skip
 
 
-def write_tokens(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:
+def write_tokens(region: Tensor, slots: np.ndarray | Tensor, rows: Tensor) -> None:
     """Write the keys or values of new tokens into their places in one layer's region.
 
     Shape: region `[pages, page_tokens, kv_heads, d]` contiguous, slots `[tokens]` int64 (`page * page_tokens +
         offset`, the caller's own and in range), rows `[tokens, kv_heads, d]` of the region's dtype, any strides.
+
+    Raises:
+        ValueError: if they do not belong together, or the region is not contiguous.
     """
-    if direct(rows) and region.is_cpu:
-        _write_direct(region, slots, rows)
+    fits = region.dim() == 4 and rows.dim() == 3 and rows.shape[1:] == region.shape[2:]
+    if not fits or rows.dtype != region.dtype or len(slots) != len(rows):
+        raise ValueError(
+            f"write_tokens: rows {list(rows.shape)} {rows.dtype} at {len(slots)} slots do not fit region "
+            f"{list(region.shape)} {region.dtype}; use rows [tokens, kv_heads, d] and as many slots"
+        )
+    if not region.is_contiguous():
+        raise ValueError(
+            f"write_tokens: region {list(region.shape)} with strides {region.stride()} is not contiguous; make it so"
+        )
+    if direct(rows) and direct(region):
+        _write_direct(region, np.ascontiguousarray(slots, np.int64), rows)
     else:
-        torch.ops.plait.write_tokens(region, torch.from_numpy(slots), rows)
+        torch.ops.plait.write_tokens(region, torch.as_tensor(slots), rows)
 
 
 __all__ = [

@@ -9,8 +9,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .gpu.toolchain import usable
 from .halves import widen
 from .merge import direct
+from .page_summary_gpu import serves, summarise_launch
 from .paged_attention import _flat, _plain
 
 
@@ -90,6 +92,21 @@ def summarise_op(
     """Run it behind torch's dispatcher: Numba on CPU, torch elsewhere."""
     add = _summarise_cpu if keys.device.type == "cpu" else summarise_reference
     add(keys, pages, first, stop, unit, shift, low, high)
+
+
+@summarise_op.register_kernel("cuda")
+def _(
+    keys: Tensor, pages: Tensor, first: int, stop: int, unit: int, shift: int, low: Tensor,
+    high: Tensor | None,
+) -> None:  # fmt: skip
+    if stop <= first:
+        return
+    if not (serves(keys, low, high) and usable()):
+        summarise_reference(keys, pages, first, stop, unit, shift, low, high)
+        return
+    held = pages.to(keys.device, torch.int32).contiguous()
+    variant, grid, args = summarise_launch(keys, held, first, stop, unit, shift, low, high)
+    variant.launch(grid, *args)
 
 
 @summarise_op.register_fake

@@ -13,9 +13,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .gpu.toolchain import usable
 from .halves import widen
 from .merge import direct
 from .paged_attention import _flat
+from .top_k_gpu import serves, top_k_launch
 from .workers import run_shares
 
 SAMPLE = 1024  # values looked at for a guess
@@ -195,8 +197,19 @@ def _top_k_cpu(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("plait::top_k", mutates_args=())
 def top_k_op(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
-    """Run it behind torch's dispatcher: Numba on CPU, a stable sort elsewhere."""
+    """Run it behind torch's dispatcher: Numba on CPU, `top_k_gpu.py` on CUDA, a stable sort elsewhere."""
     return _top_k_cpu(x, k, hint) if x.device.type == "cpu" else top_k_reference(x, k)
+
+
+@top_k_op.register_kernel("cuda")
+def _(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
+    if not (serves(x, k) and usable()):
+        return top_k_reference(x, k)
+    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
+    held = None if hint is None else hint.to(x.device, torch.int64).contiguous()
+    variant, grid, args = top_k_launch(x, k, held, out)
+    variant.launch(grid, *args)
+    return out
 
 
 @top_k_op.register_fake
@@ -216,10 +229,14 @@ def top_k(x: Tensor, k: int, hint: Tensor | None = None) -> Tensor:
     Shape: x `[..., n]` float, hint `[..., any]` -> `[..., k]` int64
 
     Raises:
-        ValueError: if k is negative or greater than n, or the hint has other rows.
+        ValueError: if k is negative or greater than n, x is not floating, or the hint has other rows.
     """
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"top_k: x {list(x.shape)} {x.dtype}; use [..., n] of a floating dtype")
     if not 0 <= k <= x.shape[-1]:
         raise ValueError(f"top_k: k={k} of rows of {x.shape[-1]} values; use 0 to {x.shape[-1]}")
+    if hint is not None and (hint.is_floating_point() or hint.dim() == 0):
+        raise ValueError(f"top_k: hint {list(hint.shape)} {hint.dtype}; use places [..., any]")
     if hint is not None and hint.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"top_k: hint {list(hint.shape)} must have the rows of x {list(x.shape)}")
     return (_top_k_cpu if direct(x) else torch.ops.plait.top_k)(x, k, hint)
