@@ -3,6 +3,7 @@
 from .choice import ModelFacts
 from .choose import keep_best
 from .compression import Compression, CompressionError
+from .refresh import DenoisingBlock, Elastic, StepCache
 from .registry import BUDGETS, SCORERS, find_budget, find_scorer
 from .rotary import Rotary
 from .sequence import KeptSequence, KeptStep
@@ -16,12 +17,15 @@ __all__ = [
     "CompressedStore",
     "Compression",
     "CompressionError",
+    "DenoisingBlock",
+    "Elastic",
     "KeptSequence",
     "KeptStep",
     "LayerView",
     "ModelFacts",
     "Rotary",
     "Shard",
+    "StepCache",
     "find_budget",
     "find_scorer",
     "keep_best",

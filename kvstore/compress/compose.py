@@ -6,9 +6,25 @@ from collections.abc import Sequence as Listing
 
 from ..select.selector import Selector
 from ..spec import KVSpec
+from .choice import ModelFacts
 from .coded import PageCoder, Tiers
 from .compression import Compression, CompressionError
 from .scorers import Scorer
+
+
+def check_facts(what: Listing[Compression | None], facts: ModelFacts) -> None:
+    """Refuse scorers that must know more of the model than is said.
+
+    Raises:
+        CompressionError: saying what.
+    """
+    for own in what:
+        missing = own and own.scorer.unmet(facts.rotary is not None, len(facts.outputs), len(what))
+        if own is not None and missing:
+            raise CompressionError(
+                f"{own} needs {missing}, which this store does not know; give facts=facts_of(model), make it by "
+                "compressed_store, or use another scorer such as snapkv or keydiff"
+            )
 
 
 def page_coder(

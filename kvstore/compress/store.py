@@ -23,7 +23,7 @@ from ..tiers import Tier
 from ..tokens import TokenIds, as_token_ids
 from .choice import Chooser, ModelFacts
 from .coded import Tiers
-from .compose import page_coder, selector_of
+from .compose import check_facts, page_coder, selector_of
 from .compression import Compression, CompressionError, by_layer
 from .depot import CHUNK_BYTES, Depot
 from .lanes import LanePool
@@ -96,7 +96,9 @@ class CompressedStore(Parking):
         coder = page_coder(spec, codec, self.what, self.selector)
         filled = any(what is not None and what.rule.by_loss for what in self.what)
         widths = coder.widths if coder is not None and filled else None
-        chooser = Chooser(spec.layers, facts or ModelFacts(), self.shard, widths)
+        facts = facts or ModelFacts()
+        check_facts(self.what, facts)
+        chooser = Chooser(spec.layers, facts, self.shard, widths)
         self.keeper = LayerKeeper(self.pool, self.what, chooser, coder)
         self._lock = threading.RLock()
         self._sequences: dict[int, KeptSequence] = {}

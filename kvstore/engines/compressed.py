@@ -77,6 +77,12 @@ def _agrees(own: Rotary, module: nn.Module, attention: nn.Module) -> bool:
     return torch.allclose(theirs.float(), own.rotate(probe, places[0]), atol=1e-4)
 
 
+def repetitions(ids: Tensor, ask: Tensor | None, chunk: int) -> list[Tensor]:
+    """What a model reads to repeat its text: the request, then a chunk of it. Shape: ids `[batch, tokens]`"""
+    before = ids[:, :0] if ask is None else ask.to(ids.device).expand(len(ids), -1)
+    return [torch.cat([before, part], 1) for part in ids.split(chunk, 1)]
+
+
 class CompressedCache(RowCache):
     """A transformers cache of which each head keeps what matters. Padding is not stored.
 
@@ -250,12 +256,11 @@ class CompressedCache(RowCache):
                 f"reconstruct: {list(ids.shape)} ids for {len(self.seqs)} rows of {self.columns} cached tokens; give "
                 "the whole cached text, without padding, and make the store with scorer='kvzip:budget=...'"
             )
-        before = ids[:, :0] if ask is None else ask.to(ids.device).expand(len(ids), -1)
         self._listens = True
         try:
-            for part in ids.split(chunk, 1):
+            for repeated in repetitions(ids, ask, chunk):
                 with torch.no_grad():
-                    model(torch.cat([before, part], 1), past_key_values=self, logits_to_keep=1)
+                    model(repeated, past_key_values=self, logits_to_keep=1)
                 self._drop()
         finally:
             self._listens = False

@@ -125,11 +125,6 @@ class CacheBinding:
                 "a CompressedStore with cp", "chooses right after a prompt's attention, which cp computes elsewhere",
                 "use kvp or tp alone",
             )  # fmt: skip
-        if store.waits:
-            raise PlanError(
-                f"a CompressedStore of {store.what[0]}", "waits until the text was repeated, which ranks do not do",
-                "use a scorer that chooses after the prompt, such as snapkv",
-            )  # fmt: skip
         store.join(Shard(self.state.rule, ranks.kvp_group, ranks.groups.group("tp")))
 
     def begin(

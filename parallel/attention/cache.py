@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ...kvstore import CompressedStore, KVStore
+from ...kvstore.engines.compressed import repetitions
 from ..errors import PlanError
 from .helix import HelixLayer, HelixState
 
@@ -81,6 +82,7 @@ class PagedCache(Cache):
         self.seqs: list[Any] = []
         self.valid = np.zeros((0, 0), dtype=bool)
         self.write_step: Any = None
+        self._listens = False
 
     @property
     def columns(self) -> int:
@@ -118,6 +120,7 @@ class PagedCache(Cache):
         step = self.state.running()
         if isinstance(self.store, CompressedStore):
             self.write_step = self.store.reserve(self.seqs, step.own_counts, step.counts)
+            self.write_step.listens = self._listens
         else:
             self.write_step = self.store.reserve(self.seqs, step.own_counts)
         self._new = np.ones((batch, length), dtype=bool) if new is None else new
@@ -147,13 +150,41 @@ class PagedCache(Cache):
 
     def end(self) -> None:
         """Commit the step of a forward that returned."""
-        if self.write_step is not None:
+        if self.write_step is not None and self._listens:
+            self.store.abort(self.write_step)
+            self.write_step = None
+        elif self.write_step is not None:
             self.store.commit(self.write_step)
             self.write_step = None
             self.valid = np.concatenate([self.valid, self._new], 1)
         self.state.cache = (
             None  # else the model would keep the pages of a cache that its owner dropped
         )
+
+    def reconstruct(
+        self, model: Any, ids: Tensor, ask: Tensor | None = None, chunk: int = 2048
+    ) -> None:
+        """Let the model repeat its text and keep what it needed for that (KVzip); see `CompressedCache.reconstruct`.
+
+        Raises:
+            ValueError: if the store's scorers do not wait for it, or the text is not the one that is cached.
+        Collective: forwards over all ranks, then as a choice after a prompt.
+        """
+        own = all(isinstance(layer, PagedCacheLayer) for layer in self.layers)
+        store, same = self.store, ids.shape == self.valid.shape and bool(self.valid.all())
+        if not isinstance(store, CompressedStore) or not (store.waits and own and same):
+            raise ValueError(
+                f"reconstruct: {list(ids.shape)} ids for a cache of {list(self.valid.shape)}; give the whole cached "
+                "text, without padding, and a CompressedStore of scorer='kvzip:budget=...' for a model without windows"
+            )
+        self._listens = True
+        try:
+            for repeated in repetitions(ids, ask, chunk):
+                with torch.no_grad():
+                    model(repeated, past_key_values=self, use_cache=True)
+        finally:
+            self._listens = False
+        store.choose(self.seqs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each beam the history it chose; pages are shared, not copied."""

@@ -120,6 +120,70 @@ def test_choosing_by_own_tokens_alone_is_another_answer() -> None:
     assert all(rank[0][0] > 1e-6 for rank in run_world(local_choice, 2, "kvp2"))
 
 
+def zipped(model: Any, cache: Any) -> torch.Tensor:
+    """The logits of a question after the text was repeated and most of it evicted."""
+    ids, ask, question = tokens(2, 30), tokens(1, 3, seed=7)[0], tokens(2, 5, seed=4)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+        cache.reconstruct(model, ids, ask, chunk=16)
+        return model(question, past_key_values=cache, use_cache=True).logits
+
+
+KVZIP = "kvzip:budget=0.3,rule=ada"
+
+
+def zipped_alone() -> tuple[torch.Tensor, Any]:
+    model = tiny("llama", layers=LAYERS)
+    store = compressed_store(model, KVZIP, page_tokens=4)
+    with CompressedCache(store, tokens(2, 30)) as cache:
+        logits = zipped(model, cache)
+        cache.commit()
+        return logits, kept(store, cache.seqs)
+
+
+def zipped_over_ranks(plans: tuple[str, ...]) -> list[Any]:
+    """For each plan: the error of the logits, and what this rank kept; a row is parked and resumed."""
+    want, out = zipped_alone()[0], []
+    for plan in plans:
+        model = tiny("llama", layers=LAYERS)
+        heads = KV_HEADS // 2 if plan.startswith("tp") else KV_HEADS
+        spec = KVSpec(LAYERS, heads, 8, page_tokens=4, dtype=torch.float64)
+        store = CompressedStore(spec, KVZIP, facts=facts_of(model), host_bytes="1MiB")
+        parallelize(model, plan, store=store)
+        cache = model.kv_cache()
+        error = far(zipped(model, cache), want)
+        store.check_integrity()
+        own = kept(store, cache.seqs)
+        assert store.park(cache.seqs.pop(0), "talk")
+        again = store.resume("talk")
+        assert again is not None
+        assert kept(store, [again]) == own[:1]
+        store.close(again)
+        if torch.distributed.get_rank() == 0:
+            assert store.below is not None
+            store.below.remove(store._parked("talk", None))
+        assert store.resume("talk") is None, "lost on one rank: none resumes"
+        store.check_integrity()
+        out.append((error, own))
+    return out
+
+
+def test_kvzip_keeps_over_ranks_what_one_process_keeps() -> None:
+    want = zipped_alone()[1]
+    ranks = run_world(zipped_over_ranks, 2, ("kvp2:interleave=3", "tp2"), timeout=400)
+    for rank in ranks:
+        assert all(error < EXACT for error, _ in rank)
+    cut = KV_HEADS // 2
+    for row in range(2):
+        both = [rank[0][1][row] for rank in ranks]
+        assert [sorted(a + b) for a, b in zip(*both, strict=True)] == want[row]
+        sides = [rank[1][1][row] for rank in ranks]
+        joined = [
+            own for layer in range(LAYERS) for side in sides for own in side[layer * cut : (layer + 1) * cut]
+        ]  # fmt: skip
+        assert joined == want[row]
+
+
 def refusals() -> list[str]:
     said = []
     for plan in ("kvp2 cp2", "cp2", "pp2"):

@@ -42,6 +42,12 @@ class Critical(Scorer):
         """The base's; a sum of attention is not handed down."""
         return self.base.prompts_only or self.base.received
 
+    def unmet(self, rotary: bool, outputs: int, layers: int) -> str | None:
+        """Every layer's output projection, and what the base must know."""
+        if outputs < layers:
+            return "the output projection of every layer"
+        return self.base.unmet(rotary, outputs, layers)
+
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Scores in two stages."""
         score = self.base.score(view, keep)

@@ -43,6 +43,10 @@ class ExpectedAttention(Scorer):
         """All but the sinks'."""
         return tokens
 
+    def unmet(self, rotary: bool, outputs: int, layers: int) -> str | None:
+        """The rotary embedding."""
+        return None if rotary else "a rotary embedding of the usual kind"
+
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Softmax of the expected logits over the tokens, the group's mean."""
         if view.rotary is None or view.positions is None:

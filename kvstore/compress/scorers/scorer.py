@@ -47,6 +47,14 @@ class Scorer(Named):
         """Whether it needs every query of the text, which only a prompt's forward has."""
         return self.queries(1 << 40) == 1 << 40 and not self.received
 
+    def unmet(self, rotary: bool, outputs: int, layers: int) -> str | None:
+        """What it must know of a model and is not told, in words; see `ModelFacts`.
+
+        Args:
+            rotary: the rotary embedding is known; outputs: of so many layers the output projection is.
+        """
+        return None
+
     @abstractmethod
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Score each token of each KV head; ``inf`` for those that must stay.

@@ -50,6 +50,12 @@ class TriAttention(Scorer):
     name: ClassVar[str] = "triattention"
     every: ClassVar[int] = 128
 
+    def unmet(self, rotary: bool, outputs: int, layers: int) -> str | None:
+        """The rotary embedding, and means of every layer."""
+        if len(self.means) < layers:
+            return f"calibrated means of all {layers} layers, not {len(self.means)}"
+        return None if rotary else "a rotary embedding of the usual kind"
+
     def score(self, view: LayerView, keep: int) -> Tensor:
         """The z-scored sum."""
         if view.rotary is None or view.positions is None or len(self.means) <= view.layer:
