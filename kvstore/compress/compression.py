@@ -106,9 +106,15 @@ class Compression:
         """Decoded tokens after which it chooses again; 0: never."""
         return self.every or 0
 
-    def hears(self, listens: bool) -> bool:
-        """Whether it wants to know the attention of a step's rows; `listens`: the step is for those that wait."""
-        return self.scorer.received and (listens if self.scorer.waits else self.cadence > 0)
+    def hears(self, listens: bool, prompt: bool) -> bool:
+        """Whether it wants to know the attention of a step's rows.
+
+        Args:
+            listens: the step is for those that wait; prompt: it has more than one row of some sequence.
+        """
+        return self.scorer.received and (
+            listens if self.scorer.waits else prompt or self.cadence > 0
+        )
 
     def keeps(self, prompt: int, text: int) -> int:
         """Tokens that a head keeps on average of a text; of a share, while decoding, as many as of its prompt."""

@@ -108,7 +108,11 @@ class KeptReader:
             parts = self._attend_selected([seqs[i] for i in paged], layer, asked, options)
             parts = parts or attend_lanes(self.pool, asked, options)
             what = self.what[layer]
-            if step is not None and what is not None and what.hears(step.listens):
+            if (
+                step is not None
+                and what is not None
+                and what.hears(step.listens, bool((step.rows > 1).any()))
+            ):
                 hear(self.pool, asked, parts[1], options.scale, self.shard, what.scorer.waits)
             heads = self.spec.kv_heads
             o[at], lse[at] = (by_sequence(part, rows[paged], heads) for part in parts)

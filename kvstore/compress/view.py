@@ -55,15 +55,19 @@ class LayerView:
         """KV heads of this rank."""
         return self.k.shape[1]
 
-    def last_queries(self, count: int, who: str) -> Tensor:
+    def last_queries(self, count: int, who: str, fewer: bool = False) -> Tensor:
         """The last `count` queries, or fewer where there are fewer tokens.
+
+        Args:
+            fewer: make do with those there are: a later turn brings its own queries only.
 
         Raises:
             ValueError: if they were not kept.
         """
-        need = min(count, self.tokens)
-        if self.q is None or self.q.shape[2] < need:
-            kept = 0 if self.q is None else self.q.shape[2]
+        need, kept = min(count, self.tokens), 0 if self.q is None else self.q.shape[2]
+        if fewer and kept:
+            need = min(need, kept)
+        if self.q is None or kept < need:
             raise ValueError(
                 f"{who} scores by the last {need} queries and {kept} were kept; "
                 "compress right after the prompt's forward, or use a scorer of keys such as knorm"

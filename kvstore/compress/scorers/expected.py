@@ -54,8 +54,9 @@ class ExpectedAttention(Scorer):
                 "expected: needs the model's rotary embedding and the tokens' positions"
             )
         skip = min(self.sinks, view.tokens - 1)
-        q = wide(view.last_queries(view.tokens, self.name))[:, :, skip:]
-        mean, cov = self._future(view.rotary.undo(q, view.positions[skip:]), view)
+        q = wide(view.last_queries(view.tokens, self.name, fewer=True))
+        q = q[:, :, max(0, skip - view.tokens + q.shape[2]) :]
+        mean, cov = self._future(view.rotary.undo(q, view.positions[-q.shape[2] :]), view)
         k, d = wide(view.k)[:, :, skip:], view.k.shape[-1]
         logits = torch.einsum("bhgd,bhtd->bhgt", grouped(mean, view.kv_heads), k) * d**-0.5
         if self.covariance:

@@ -51,7 +51,7 @@ class SnapKV(Scorer):
 
     def score(self, view: LayerView, keep: int) -> Tensor:
         """Votes of the window; the window itself stays."""
-        q = view.last_queries(min(self.window, max(keep, 1)), self.name)
+        q = view.last_queries(min(self.window, max(keep, 1)), self.name, fewer=True)
         before = view.tokens - q.shape[2]
         votes = attention_received(view, q)[..., :before] / q.shape[2]
         if self.pool == "avg":  # pooling is linear: before the group's mean or after it

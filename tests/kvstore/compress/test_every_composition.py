@@ -121,3 +121,27 @@ def test_layers_have_compositions_of_their_own() -> None:
             [[store.pool.read(lanes, head)[2].tolist() for head in range(2)] for lanes in seq.lanes]
         )
     assert places[0] == [[list(range(30))] * 2, places[1][1], places[2][2]]
+
+
+def test_a_later_turn_votes_with_its_own_queries() -> None:
+    """It may be shorter than the window; H2O's sums go on over it though nothing is chosen while decoding."""
+    spec = KVSpec(layers=1, kv_heads=2, head_dim=8, page_tokens=8)
+    k, v = torch.randn(2, 60, 2, 8, generator=GEN)
+    q = torch.randn(60, 4, 8, generator=GEN)
+    found = []
+    for scorer, turn in (("snapkv", q), ("snapkv", -q), ("h2o:every=0", q), ("h2o:every=0", -q)):
+        store = CompressedStore(spec, f"{scorer}{',' if ':' in scorer else ':'}budget=16")
+        seq = store.open()
+        for first, stop, asked in ((0, 50, q), (50, 55, turn)):
+            step = store.reserve([seq], [stop - first])
+            store.append(step, 0, k[first:stop], v[first:stop])
+            store.attend(seq, 0, asked[first:stop], step=step)
+            store.commit(step)
+        _, _, places, heard = store.pool.read(seq.lanes[0], 0)
+        found.append((places.tolist(), heard))
+    assert found[0][0] != found[1][0]
+    assert {50, 51, 52, 53, 54} <= set(found[0][0])
+    (same, one), (_, other) = found[2:]
+    both = [x for x in range(16) if same[x] < 50 and found[3][0][x] == same[x]]
+    assert both
+    assert not torch.equal(one[both], other[both])
