@@ -10,7 +10,7 @@ SLOT_BYTES = MOST_BYTES + (
     64 << 10
 )  # of a (parity, source) place, with statistics: 65 MiB of each device at 8 ranks
 
-# (device, ranks, whether a switch adds) -> what was fastest there; `benchmarks/gpu.py --norms` prints such lines.
+# (device, ranks, whether a switch adds) -> what was fastest there; `benchmarks/gpu_norms.py` prints such lines.
 # Empty: no device has been measured.
 MEASURED: dict[tuple[str, int, bool], Steps] = {}
 
