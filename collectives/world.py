@@ -20,7 +20,7 @@ from .errors import BackendUnavailable, LaunchError
 from .launch import Launch
 from .rendezvous import meet
 
-OURS = ("mpi", "shm")
+OURS = ("gloo", "mpi", "shm")
 """Backends that plait adds to torch, each a package beside this file that is imported when it is asked for."""
 
 CHOSEN = "chosen by the caller"
@@ -167,7 +167,7 @@ def _adopt(launch: Launch, backend: str | None) -> World:
 
 def _choose_backend(asked: str | None) -> str:
     if asked is None:
-        return "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+        asked = "nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     if asked == "nccl" and not (torch.cuda.is_available() and dist.is_nccl_available()):
         raise BackendUnavailable(
             "backend 'nccl' needs a CUDA device and a torch built for CUDA; neither `plait.init()` nor "

@@ -26,6 +26,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..collectives.errors import BackendUnavailable
+from ..collectives.gloo import NAME as GLOO
+from ..collectives.gloo import register as register_gloo
 from ..collectives.shm import register as register_shm
 from ..collectives.world import CHOSEN
 from .errors import PlanError
@@ -76,7 +78,8 @@ class TorchCommunicators:
             register_shm()
             with suppress(BackendUnavailable):  # several hosts; every member is told the same
                 return self._new(ranks, "shm")
-        return self._new(ranks, None)
+        # torch's own gloo names nobody when a rank is lost
+        return self._new(ranks, register_gloo() if dist.get_backend() == "gloo" else None)
 
     def _new(self, ranks: tuple[int, ...], backend: str | None) -> dist.ProcessGroup:
         ordered: dict[str, Any] = {} if list(ranks) == sorted(ranks) else {"sort_ranks": False}
@@ -117,7 +120,7 @@ def may_share_memory() -> bool:
     assert world is not None
     return (
         sys.platform == "linux"
-        and dist.get_backend() == "gloo"
+        and dist.get_backend() in ("gloo", GLOO)
         and not world.group_desc.startswith(CHOSEN)
     )
 

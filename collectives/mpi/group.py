@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from ..shown_call import Moved, ShownCall, is_on
 from ..trace import listening, tell_traces
 from ..work import Finished, Several
 from . import check, exchange, failure
@@ -135,15 +136,15 @@ class MPIGroup(dist.ProcessGroup):
         opts: Any = None,
         peer: int | None = None,
         brought: Sequence[Tensor] | None = None,
-        moved: check.Moved = ([], []),
+        moved: Moved = ([], []),
     ) -> dist.Work:
         """Start or do a call that fills `tensors`; `brought` is what this rank gives, where that is not the same."""
         if self.lost is not None:
             raise self.lost
         brought = tensors if brought is None else brought
         begin = time.perf_counter() if listening() else None
-        if peer is None and check.is_on():
-            call = check.Call.of(name, tensors, opts, *moved)
+        if peer is None and is_on():
+            call = ShownCall.of(name, tensors, opts, *moved)
             compare = check.compare(self.peers, self.ranks, call, str(self))
             self._run_here((f"{call}, before it,", None, None), [], compare)
         work = self._run_call(name, tensors, steps, opts, peer)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import select
-import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import BackendUnavailable, PeerLost
+from ..processes import Processes, own_card
 from .segment import Layout, Segment
 from .single_copy import can_read
 
@@ -39,7 +38,6 @@ class Members:
     ) -> None:
         self.rank, self.ranks, self.name = rank, len(names), name
         self._names = names  # of the ranks in the world
-        self._files: list[int] = []
         self._probe = np.array([secrets.randbits(62)])  # for the others to read
         self._deadline = time.monotonic() + timeout.total_seconds()
         self._store = store
@@ -48,14 +46,14 @@ class Members:
         self._fd = -1
         if rank == 0:
             self.segment, self._fd = Segment.create(f"plait-{name}", self.layout.size)
-        try:
+        with ExitStack() as undo:
+            if rank == 0:
+                undo.callback(os.close, self._fd)
             self.cards = self._exchange_cards(store, self._fd, timeout)
-            self._handles = [self._handle(r) for r in range(self.ranks)]
+            self._processes = self._watch()
+            undo.callback(self._processes.close)
             self._agree_on_mapping(timeout)
-        except Exception:
-            for file in (*self._files, *([self._fd] if rank == 0 else [])):
-                os.close(file)
-            raise
+            undo.pop_all()
 
     def open(self, prepare: Callable[[], None]) -> None:
         """Wait until all ranks have mapped the segment. Rank 0 prepares first, alone; then the others do."""
@@ -74,8 +72,7 @@ class Members:
         self.note(OPEN)
 
     def _exchange_cards(self, store: Any, fd: int, timeout: timedelta) -> list[dict[str, Any]]:
-        card = {"host": _host(), "on": socket.gethostname(), "pid": os.getpid(), "fd": fd}
-        card["born"] = _born(os.getpid())
+        card = {**own_card(), "fd": fd}
         card["at"], card["word"] = self._probe.ctypes.data, int(self._probe[0])
         store.set(self._key("card", self.rank), json.dumps(card))
         cards = [json.loads(text) for text in self._read_all("card", timeout)]
@@ -121,25 +118,18 @@ class Members:
             ) from error
         return [self._store.get(key).decode() for key in keys]
 
-    def _handle(self, rank: int) -> select.poll | None:
-        """Make what tells that a process has ended; it keeps its file to itself."""
-        if rank == self.rank:
-            return None
-        card = self.cards[rank]
+    def _watch(self) -> Processes:
         try:
-            fd = os.pidfd_open(card["pid"])
-        except ProcessLookupError:
-            fd = -1
+            processes = Processes(self.cards)
         except OSError as error:  # a sandbox without the call
             raise BackendUnavailable(
-                f"backend 'shm' cannot watch process {card['pid']}: {error}; use backend 'gloo'"
+                f"backend 'shm' cannot watch other processes: {error}; use backend 'gloo'"
             ) from error
-        if fd < 0 or _born(card["pid"]) != card["born"]:
-            raise PeerLost(f"{self._who(rank)} ended while group {self.name} opened")
-        self._files.append(fd)
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return poll
+        for rank in range(self.ranks):
+            if processes.ended(rank):
+                processes.close()
+                raise PeerLost(f"{self._who(rank)} ended while group {self.name} opened")
+        return processes
 
     def _await(self, rank: int, level: int) -> None:
         while self.note_of(rank) < level:
@@ -168,14 +158,13 @@ class Members:
             other = note - _FAILED_BASE
             why = "" if other == 255 else f", for it lost rank {self._names[other]}"
             return f"{who} has given up this group{why}"
-        handle = self._handles[rank]
-        if handle is not None and handle.poll(0):
+        if self._processes.ended(rank):
             return f"{who} has ended"
         return f"{who} has closed this group" if note == CLOSED else ""
 
     def stopped(self, rank: int) -> bool:
         """Say whether the process of a rank is stopped by a signal."""
-        return _stat(self.cards[rank]["pid"])[:1] == ["T"]
+        return self._processes.stopped(rank)
 
     def slow(self, rank: int) -> str:
         """Say of a rank that lives but did not come what it looks like from outside."""
@@ -193,32 +182,10 @@ class Members:
         """Tell the others, and let go of their processes."""
         if self.note_of(self.rank) < CLOSED:
             self.note(CLOSED)
-        for fd in self._files:
-            os.close(fd)
-        self._files = []
-        self._handles = [None] * self.ranks
+        self._processes.close()
 
 
 def check_platform() -> None:
     """Refuse a system without the calls that this backend rests on."""
     if not (sys.platform == "linux" and hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")):
         raise BackendUnavailable("backend 'shm' needs Linux 5.3 or later; use backend 'gloo'")
-
-
-def _host() -> str:
-    """Identify this boot of this host and the processes that are seen on it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-
-
-def _stat(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _born(pid: int) -> str:
-    """When a process began: with its pid, this names it for ever."""
-    stat = _stat(pid)
-    return stat[19] if stat else ""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from conformance import CHECKS, GLOO, Abilities, run_all
 from conformance_exchanges import EXCHANGES
 from conformance_users import USERS
-from plait.collectives import shm
+from plait.collectives import gloo, shm
 from world import current_rank, run_world
 
 RANKS = 4
@@ -18,7 +18,7 @@ ALL = (*CHECKS, *EXCHANGES, *USERS)
 
 
 def on_gloo(folder: str) -> list[str]:
-    open_world("gloo", folder)
+    open_world(gloo.register(), folder)
     return run_all(ALL, GLOO)
 
 

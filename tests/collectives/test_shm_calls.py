@@ -63,41 +63,6 @@ def test_symmetric_tensors_are_reduced_where_they_lie(tmp_path: Path) -> None:
 # ---- mistakes
 
 
-def mistaken(folder: str, number: int) -> str:
-    """Two ranks make different calls in a group of their own; both are told what each did."""
-    open_world(folder, 2)
-    first = dist.get_rank() == 0
-    mistakes = [
-        lambda: dist.all_reduce(torch.ones(4 if first else 5)),
-        lambda: dist.all_reduce(torch.ones(4, dtype=torch.float64 if first else torch.float32)),
-        lambda: dist.all_reduce(torch.ones(4), dist.ReduceOp.MAX if first else dist.ReduceOp.SUM),
-        lambda: dist.all_reduce(torch.ones(4)) if first else dist.barrier(),
-        lambda: dist.all_to_all_single(
-            torch.empty(4), torch.ones(4), [2, 2], [2, 2] if first else [1, 3]
-        ),
-    ]
-    with pytest.raises(RuntimeError) as refusal:
-        mistakes[number]()
-    return str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("number", "sides"),
-    [
-        (0, ("all_reduce of 4 float32 by sum", "all_reduce of 5 float32 by sum")),
-        (1, ("all_reduce of 4 float64 by sum", "all_reduce of 4 float32 by sum")),
-        (2, ("all_reduce of 4 float32 by max", "all_reduce of 4 float32 by sum")),
-        (3, ("all_reduce of 4 float32 by sum", "barrier")),
-    ],
-)
-def test_different_calls_are_shown(number: int, sides: tuple[str, str], tmp_path: Path) -> None:
-    answers = run_world(mistaken, 2, str(tmp_path), number, backend=None)
-    told = [answer for answer in answers if "different calls" in answer]
-    assert told, answers
-    for answer in told:
-        assert all(side in answer for side in sides), answer
-
-
 def refusals(folder: str) -> list[str]:
     open_world(folder, 2)
     ones = torch.ones(4)

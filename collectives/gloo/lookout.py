@@ -1,0 +1,54 @@
+"""One thread that looks after all groups of this process: who waits long, and whose peer is stopped."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+import weakref
+from functools import cache
+from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .group import GlooGroup
+
+ROUND_S = 0.25
+
+
+class Lookout:
+    """Rounds of four a second over the groups that are alive."""
+
+    def __init__(self) -> None:
+        self.groups: weakref.WeakSet[GlooGroup] = weakref.WeakSet()
+        self._told = ""
+        Thread(target=self._run, name="plait-gloo", daemon=True).start()
+        atexit.register(self._end)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(ROUND_S)
+            self._look(list(self.groups))
+
+    def _look(self, groups: list[GlooGroup]) -> None:
+        """Tell the other ranks of this process' oldest slow call, and give up ranks that stay stopped."""
+        slow = [(call.since, group.where(call)) for group in groups for call in group.slow_calls()]
+        where = min(slow)[1] if slow else ""
+        if where != self._told and groups:
+            self._told = where
+            groups[0].members.say_where(where)
+        for group in groups:
+            group.give_up_the_stopped()
+
+    def _end(self) -> None:
+        """Where this process ends with an error, say so: others may wait for it."""
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            for group in list(self.groups):
+                group.leave(f"{type(error).__name__}: {error}")
+
+
+@cache
+def lookout() -> Lookout:
+    """Return this process' lookout, made with its first group."""
+    return Lookout()

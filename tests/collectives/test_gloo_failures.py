@@ -1,0 +1,104 @@
+"""A rank that is lost over gloo: the others get a PeerLost that names it, in bounded time, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lost_ranks import CALLS, PATIENCE_S, RANKS, with_victim
+from plait.collectives import PeerLost, gloo
+from plait.collectives.gloo import group
+from world import current_rank, run_world
+
+
+@pytest.mark.parametrize(("end", "calls"), [("kill", len(CALLS)), ("raise", 2)])
+def test_a_rank_that_ends_is_named_at_once(end: str, calls: int, tmp_path: Path) -> None:
+    seen = run_world(with_victim, RANKS - 1, str(tmp_path), "gloo", end, calls, backend=None)
+    for message, seconds in (answer for answers in seen for answer in answers):
+        assert "rank 3 (process" in message
+        assert "has ended with ValueError: my own error" in message or end == "kill"
+        assert seconds < PATIENCE_S, message
+
+
+def test_a_stopped_rank_is_named_in_time(tmp_path: Path) -> None:
+    seen = run_world(with_victim, RANKS - 1, str(tmp_path), "gloo", "stop", 2, backend=None)
+    for message, seconds in (answer for answers in seen for answer in answers):
+        assert "rank 3 (process" in message
+        assert "is stopped" in message
+        assert seconds < 3 * PATIENCE_S, message
+
+
+def in_different_groups(folder: str) -> str:
+    """Ranks 0 and 1 wait for rank 2 in a group, and it for them in the world."""
+    store = dist.FileStore(f"{folder}/store", 3)
+    name = gloo.register()
+    dist.init_process_group(name, store=store, rank=current_rank(), world_size=3)
+    all_three = dist.new_group([0, 1, 2], timeout=timedelta(seconds=PATIENCE_S))
+    assert isinstance(all_three, gloo.GlooGroup)
+    dist.all_reduce(torch.ones(3), group=all_three)
+    dist.group.WORLD.set_timeout(timedelta(seconds=PATIENCE_S))  # type: ignore[union-attr]
+    calls = {2: lambda: dist.all_gather([torch.ones(2)] * 3, torch.ones(2))}
+    with pytest.raises(PeerLost) as lost:
+        calls.get(current_rank(), lambda: dist.barrier(group=all_three))()
+    with pytest.raises(PeerLost):
+        dist.barrier(group=all_three)
+    return str(lost.value)
+
+
+def test_ranks_that_wait_for_each_other_see_both_calls(tmp_path: Path) -> None:
+    said = run_world(in_different_groups, 3, str(tmp_path), backend=None)
+    assert "barrier in group" in said[0]
+    assert any("rank 2" in text and "all_gather of 2 float32 in group 0" in text for text in said)
+    assert "all_gather of 2 float32 in group 0 did not end" in said[2]
+    assert "barrier in group" in said[2]
+
+
+def comes_late(folder: str) -> str:
+    store = dist.FileStore(f"{folder}/store", 2)
+    limit = timedelta(seconds=1)
+    name = gloo.register()
+    dist.init_process_group(name, store=store, rank=current_rank(), world_size=2, timeout=limit)
+    if current_rank():
+        time.sleep(3)
+    with pytest.raises(PeerLost) as lost:
+        dist.all_reduce(torch.ones(3), async_op=True).wait()
+    return str(lost.value)
+
+
+def test_a_rank_that_comes_too_late_is_told(tmp_path: Path) -> None:
+    waited, late = run_world(comes_late, 2, str(tmp_path), backend=None)
+    assert "rank 1" in waited
+    assert "has not come" in waited
+    assert "rank 0" in late
+    assert "has given up" in late
+
+
+def stops_for_long(folder: str) -> str:
+    """The group would wait for five minutes; a process that is stopped is given up before."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    group.STOPPED_S = 1.0
+    if child := os.fork():
+        dist.init_process_group(gloo.register(), store=store, rank=0, world_size=2)
+        future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
+        with pytest.raises(RuntimeError) as lost:  # torch wraps what a future holds
+            future.wait()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return str(lost.value)
+    dist.init_process_group(gloo.register(), store=store, rank=1, world_size=2)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(0)
+
+
+def test_a_stopped_rank_is_given_up_before_a_long_timeout(tmp_path: Path) -> None:
+    (said,) = run_world(stops_for_long, 1, str(tmp_path), backend=None)
+    assert "all_reduce of 3 float32" in said
+    assert "rank 1 (process" in said
+    assert "is stopped" in said

@@ -1,0 +1,151 @@
+"""A rank of a world of four ends, stops or leaves, and the others find it lost in a call; over any backend.
+
+The victim is a fork of rank 0's process, so that a test may kill it: the world itself has the other ranks only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from plait.collectives import PeerLost, gloo, shm
+from world import current_rank
+
+RANKS = 4
+VICTIM = 3
+LARGE = 1_000_000
+PATIENCE_S = 2.0
+REGISTER = {"gloo": gloo.register, "shm": shm.register}
+
+
+def all_reduce(group: Any) -> None:
+    dist.all_reduce(torch.ones(5), group=group)
+
+
+def large_all_reduce(group: Any) -> None:
+    dist.all_reduce(torch.ones(LARGE), group=group)
+
+
+def asynchronous(group: Any) -> None:
+    dist.all_reduce(torch.ones(5), group=group, async_op=True).wait()
+
+
+def by_future(group: Any) -> None:
+    try:
+        dist.all_reduce(torch.ones(5), group=group, async_op=True).get_future().wait()
+    except RuntimeError as error:  # torch wraps what a future holds
+        raise PeerLost(str(error)) from error
+
+
+def all_gather(group: Any) -> None:
+    dist.all_gather([torch.ones(5) for _ in range(RANKS)], torch.ones(5), group=group)
+
+
+def reduce_scatter(group: Any) -> None:
+    dist.reduce_scatter(torch.ones(5), [torch.ones(5) for _ in range(RANKS)], group=group)
+
+
+def all_to_all(group: Any) -> None:
+    ones = [torch.ones(5) for _ in range(RANKS)]
+    dist.all_to_all([torch.ones(5) for _ in range(RANKS)], ones, group=group)
+
+
+def broadcast(group: Any) -> None:
+    dist.broadcast(torch.ones(5), VICTIM, group=group)
+
+
+def barrier(group: Any) -> None:
+    dist.barrier(group=group)
+
+
+def receive(group: Any) -> None:
+    dist.recv(torch.ones(5), VICTIM, group=group)
+
+
+def large_send(group: Any) -> None:
+    dist.send(torch.ones(LARGE), VICTIM, group=group)
+
+
+def gathered_dtensor(group: Any) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    DTensor.from_local(torch.ones(5), mesh, [Shard(0)], run_check=False).full_tensor().sum().item()
+
+
+CALLS: dict[Callable[[Any], None], str] = {
+    all_reduce: "all_reduce of 5 float32 by sum",
+    large_all_reduce: "all_reduce of 1000000 float32",
+    asynchronous: "all_reduce of 5 float32",
+    by_future: "all_reduce of 5 float32",
+    all_gather: "all_gather of 5 float32",
+    reduce_scatter: "reduce_scatter of 5 float32",
+    all_to_all: "all_to_all of 20 float32",
+    broadcast: "broadcast of ",
+    barrier: "barrier",
+    receive: "receive of 5 float32, tag 0, from rank 3",
+    large_send: "send of 1000000 float32, tag 0, to rank 3",
+    gathered_dtensor: "all_gather of 5 float32",
+}
+
+
+def with_victim(folder: str, backend: str, end: str, calls: int) -> list[tuple[str, float]]:
+    """Rank 0 forks the victim, which ends after one call in a group; say what each later call of the others gave."""
+    victim = 0
+    if current_rank() == 0 and (victim := os.fork()) == 0:
+        live_and_end(folder, backend, end, calls)
+    groups = open_groups(folder, backend, current_rank(), calls)
+    chosen = list(zip(CALLS.items(), groups, strict=False))
+    seen = []
+    for (call, what), group in chosen:
+        begin = time.monotonic()
+        with pytest.raises(PeerLost) as lost:
+            call(group)
+        seen.append((str(lost.value), time.monotonic() - begin))
+        assert (what if backend == "shm" else what.split()[0]) in str(lost.value)
+        with pytest.raises((PeerLost, RuntimeError)):
+            call(group)  # and again, at once
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"seen/{current_rank()}", "")
+    if victim:
+        store.wait([f"seen/{r}" for r in range(RANKS - 1)])
+        os.kill(victim, signal.SIGCONT)
+        os.kill(victim, signal.SIGKILL)
+        os.waitpid(victim, 0)
+    dist.destroy_process_group()
+    return seen
+
+
+def live_and_end(folder: str, backend: str, end: str, calls: int) -> None:
+    open_groups(folder, backend, VICTIM, calls)
+    if end == "leave":
+        dist.destroy_process_group()
+        time.sleep(60)
+    if end == "raise":
+        sys.last_value = ValueError("my own error")
+        atexit._run_exitfuncs()
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL if end == "kill" else signal.SIGSTOP)
+    os._exit(0)
+
+
+def open_groups(folder: str, backend: str, rank: int, count: int) -> list[Any]:
+    """Open the world and a group of all ranks for each call, and see that each works."""
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group(REGISTER[backend](), store=store, rank=rank, world_size=RANKS)
+    groups = [dist.new_group(list(range(RANKS))) for _ in range(count)]
+    for group in groups:
+        dist.all_reduce(torch.ones(3), group=group)
+        group.set_timeout(timedelta(seconds=PATIENCE_S))
+    dist.barrier()
+    return groups
