@@ -14,7 +14,11 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults bench clean
+=======
+.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda check lint format wheel wheel-smoke faults soak bench clean
+>>>>>>> 421d371 (gloo, watched: docs and decision; the soak is a program over every backend; debug mode of shm compares rooted calls)
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +88,11 @@ faults: $(READY)  ## kill the disk tier and a store on it, 500 times each; a tho
 	$(BIN)/python tests/kvstore/faults.py --kills 500
 	$(BIN)/python tests/kvstore/store_faults.py --kills 500
 	$(BIN)/python tests/kvstore/test_tiered_machine.py
+
+soak: $(READY)  ## random collectives on four ranks, every result checked: 100,000 over shm, 10,000 over gloo and mpi
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 tests/soak.py --backend shm --calls 100000
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 tests/soak.py --backend gloo --calls 10000
+	OMP_NUM_THREADS=1 $(BIN)/mpirun --oversubscribe -n 4 $(BIN)/python tests/soak.py --backend mpi --calls 10000
 
 bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from threading import Lock
@@ -56,7 +57,8 @@ class GlooGroup(dist.ProcessGroup):
             why = self.members.why("", True, self.members.others)
             raise PeerLost(f"group {name} cannot open: {why} ({error})") from error
         self._calls = 0
-        self._under_way: dict[int, Call] = {}
+        # weak: who drops the work of a message waits for it no more
+        self._under_way: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
         self._ending = Lock()
         self._lost_call: Call | None = None
         self._lost_at = 0.0

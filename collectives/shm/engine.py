@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CallMismatch
+from ..shown_call import is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
 from .calls import (
@@ -88,6 +90,7 @@ class Engine:
         self._finished = Finished()
         self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
         self._symmetric: list[tuple[list[Segment], Any, int]] = []  # with the ranks' bases, bytes
+        self._shows_calls = is_on()
 
     def run(
         self,
@@ -102,6 +105,29 @@ class Engine:
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
         begin = time.perf_counter() if listening() else None
+        if self._shows_calls:
+            self._show(code, count)
+        status, work = self._run(kernel, arguments, code, count, outputs, wait, inputs)
+        if status != DONE and not wait:
+            self.progress.wake()
+        if begin is not None:
+            under_way, brought = None if wait else work, outputs if inputs is None else inputs
+            group, seconds = self._group(), time.perf_counter() - begin
+            if group is not None:
+                op = KINDS[code & 255].split()[0]
+                tell_traces(group, op, brought, seconds, under_way, kept)
+        return work
+
+    def _run(
+        self,
+        kernel: Kernel,
+        arguments: tuple[Any, ...],
+        code: int,
+        count: int,
+        outputs: list[Tensor],
+        wait: bool,
+        inputs: list[Tensor] | None,
+    ) -> tuple[int, dist.Work]:
         progress = self.progress
         with progress.lock:
             if progress.broken is not None:
@@ -117,15 +143,34 @@ class Engine:
                 work = self._pend(kernel, arguments, code, count, outputs, inputs)
         if status != DONE and wait:
             work.wait()
-        elif status != DONE:
-            progress.wake()
-        if begin is not None:
-            under_way, brought = None if wait else work, outputs if inputs is None else inputs
-            group, seconds = self._group(), time.perf_counter() - begin
-            if group is not None:
-                op = KINDS[code & 255].split()[0]
-                tell_traces(group, op, brought, seconds, under_way, kept)
-        return work
+        return status, work
+
+    def _show(self, code: int, count: int) -> None:
+        """In debug mode: compare all ranks' calls first; elsewhere a root does not look at those it only sends to.
+
+        Raises:
+            CallMismatch: two ranks are in different calls; the same on every rank.
+        """
+        ranks = self.members.ranks
+        own, found = torch.tensor([code, count]), torch.empty(ranks, 2, dtype=torch.int64)
+        runs = np.array([(2 * r, 2) for r in range(ranks)])
+        same = np.array([(0, 2)] * ranks)
+        arguments = (views_of([own]), same, views_of([found]), runs, True, True, own.itemsize)
+        shown = code_of(KIND["all_gather"], own.dtype)
+        self._run(exchange, arguments, shown, 2, [found], True, [own])
+        codes = found[:, 0].tolist()
+        for rank, other in itertools.combinations(range(ranks), 2):
+            if codes[rank] != codes[other]:
+                calls = [(r, describe(*found[r].tolist())) for r in (rank, other)]
+                raise CallMismatch(self._differing(*calls))
+
+    def _differing(self, one: tuple[int, str], other: tuple[int, str]) -> str:
+        (a, first), (b, second) = one, other
+        called = self.members.called
+        return (
+            f"ranks of group {self.members.name!r} made different calls: rank {called(a)} is in {first}, "
+            f"rank {called(b)} in {second}"
+        )
 
     def _pend(
         self,
@@ -158,12 +203,9 @@ class Engine:
         other = int(self.state[STUCK])
         line = (2 * other + int(self.state[STEP]) % 2) * LINE // 8
         header = self.members.segment.words[line : line + LINE // 8]
-        called = self.members.called
         theirs = describe(int(header[CODE]), int(header[COUNT]))
-        return CallMismatch(
-            f"ranks of group {self.members.name!r} made different calls: rank {called(self.members.rank)} is in "
-            f"{describe(code, count)}, rank {called(other)} in {theirs}"
-        )
+        own = (self.members.rank, describe(code, count))
+        return CallMismatch(self._differing(own, (other, theirs)))
 
     def reduction(
         self, kind: str, dtype: torch.dtype, op: Any, root: int = -1

@@ -1,4 +1,4 @@
-"""Ranks of a group in different calls: all of them are shown what two of them do. shm always looks, gloo in debug mode."""
+"""Ranks of a group in different calls: in debug mode all of them are shown what two of them do."""
 
 from __future__ import annotations
 
