@@ -14,11 +14,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults bench clean
-=======
-.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda check lint format wheel wheel-smoke faults soak bench clean
->>>>>>> 421d371 (gloo, watched: docs and decision; the soak is a program over every backend; debug mode of shm compares rooted calls)
+.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults soak bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

@@ -104,30 +104,9 @@ class Engine:
         kept: float | None = None,
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
-        begin = time.perf_counter() if listening() else None
         if self._shows_calls:
             self._show(code, count)
-        status, work = self._run(kernel, arguments, code, count, outputs, wait, inputs)
-        if status != DONE and not wait:
-            self.progress.wake()
-        if begin is not None:
-            under_way, brought = None if wait else work, outputs if inputs is None else inputs
-            group, seconds = self._group(), time.perf_counter() - begin
-            if group is not None:
-                op = KINDS[code & 255].split()[0]
-                tell_traces(group, op, brought, seconds, under_way, kept)
-        return work
-
-    def _run(
-        self,
-        kernel: Kernel,
-        arguments: tuple[Any, ...],
-        code: int,
-        count: int,
-        outputs: list[Tensor],
-        wait: bool,
-        inputs: list[Tensor] | None,
-    ) -> tuple[int, dist.Work]:
+        begin = time.perf_counter() if listening() else None
         progress = self.progress
         with progress.lock:
             if progress.broken is not None:
@@ -143,7 +122,15 @@ class Engine:
                 work = self._pend(kernel, arguments, code, count, outputs, inputs)
         if status != DONE and wait:
             work.wait()
-        return status, work
+        elif status != DONE:
+            progress.wake()
+        if begin is not None:
+            under_way, brought = None if wait else work, outputs if inputs is None else inputs
+            group, seconds = self._group(), time.perf_counter() - begin
+            if group is not None:
+                op = KINDS[code & 255].split()[0]
+                tell_traces(group, op, brought, seconds, under_way, kept)
+        return work
 
     def _show(self, code: int, count: int) -> None:
         """In debug mode: compare all ranks' calls first; elsewhere a root does not look at those it only sends to.
@@ -157,7 +144,11 @@ class Engine:
         same = np.array([(0, 2)] * ranks)
         arguments = (views_of([own]), same, views_of([found]), runs, True, True, own.itemsize)
         shown = code_of(KIND["all_gather"], own.dtype)
-        self._run(exchange, arguments, shown, 2, [found], True, [own])
+        self._shows_calls = False
+        try:
+            self.run(exchange, arguments, shown, 2, [found], True, [own])
+        finally:
+            self._shows_calls = True
         codes = found[:, 0].tolist()
         for rank, other in itertools.combinations(range(ranks), 2):
             if codes[rank] != codes[other]:
