@@ -18,6 +18,7 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -165,10 +166,18 @@ def reduce_scatter_single(peers: Peers, out: Tensor, t: Tensor, by: Reduction) -
     if peers.size == 1:
         peers.wire.land(brought.view(out.shape), out)
         return
-    address, n = brought.data_ptr(), twin.nbytes
-    runs = [(address + r * n, n) for r in range(peers.size)]
-    own = brought.view(peers.size, *twin.shape)[peers.rank]
-    yield from _reduce_to(peers, twin, own, runs, by, tag)
+    address, n, rank = brought.data_ptr(), twin.nbytes, peers.rank
+    if n * (peers.size - 1) > SEGMENT_BYTES:
+        runs = [(address + r * n, n) for r in range(peers.size)]
+        own = brought.view(peers.size, *twin.shape)[rank]
+        yield from _reduce_to(peers, twin, own, runs, by, tag)
+    else:  # one message to each rank: what Python must prepare is prepared while they travel
+        room, requests = _receive(peers, twin, tag)
+        requests += [peers.inner.Isend(span(address + r * n, n), r, tag) for r in peers.others]
+        own = brought.view(peers.size, *twin.shape)[rank]
+        yield requests
+        by.fold(twin, (own, *room.pieces))
+        peers.scratch.give_back(room)
     peers.wire.land(twin, out)
 
 
@@ -272,9 +281,17 @@ def all_to_all_single(
 
 
 def _by_rows(t: Tensor, rows: Sequence[int], size: int) -> list[Any]:
-    row = t.nbytes // max(1, t.shape[0])
-    counts = [n * row for n in rows] or [t.shape[0] // size * row] * size
-    return [memory(t)[0], counts, [0, *itertools.accumulate(counts[:-1])], MPI.BYTE]
+    length = t.shape[0]
+    row = t.nbytes // max(1, length)
+    counts, places = _runs_of(tuple(rows) or (length // size,) * size, row)
+    return [memory(t)[0], counts, places, MPI.BYTE]
+
+
+@lru_cache(maxsize=1024)
+def _runs_of(rows: tuple[int, ...], row: int) -> tuple[list[int], list[int]]:
+    """Bytes for each rank, and where they begin; nobody writes to the lists, which are given again."""
+    counts = [n * row for n in rows]
+    return counts, [0, *itertools.accumulate(counts[:-1])]
 
 
 def all_to_all(peers: Peers, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Steps:

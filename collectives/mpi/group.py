@@ -25,6 +25,7 @@ from .progress import Engine
 from .reduction import reduction
 from .rollcall import Answer
 
+_SCATTER = dist.ReduceScatterOptions()
 SPINS = 200  # tests of a request before a blocking call lets other threads and ranks go first
 _TRACED = {  # how a trace calls them
     "all_gather_into_tensor": "all_gather",
@@ -227,8 +228,7 @@ class MPIGroup(dist.ProcessGroup):
         by = reduction(opts.reduceOp.op.value, t.dtype)
         return self._run("reduce", [t], exchange.reduce(self.peers, t, by, opts.rootRank), opts)
 
-    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        opts = opts or dist.ReduceScatterOptions()
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = _SCATTER) -> dist.Work:
         outputs = _listed(outputs)
         lists = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]
         op = opts.reduceOp.op.value
@@ -236,9 +236,8 @@ class MPIGroup(dist.ProcessGroup):
             if len(parts) != self.size():
                 raise self._misfit(f"reduce_scatter of {len(parts)} tensors")
             if parts[self._rank].numel() != out.numel():
-                raise self._misfit(
-                    f"reduce_scatter of {_shape(parts[self._rank])} into {_shape(out)}"
-                )
+                own = _shape(parts[self._rank])
+                raise self._misfit(f"reduce_scatter of {own} into {_shape(out)}")
         steps = [
             exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
@@ -246,24 +245,26 @@ class MPIGroup(dist.ProcessGroup):
         brought = [t for parts in lists for t in parts]
         return self._run("reduce_scatter", outputs, _together(steps), opts, brought=brought)
 
-    def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
-        return self.reduce_scatter_single_coalesced([out], [t], opts)
+    def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = _SCATTER) -> dist.Work:
+        steps = self._reduce_scatter_steps(out, t, opts.reduceOp.op.value)
+        return self._run("reduce_scatter", [out], steps, opts, None, [t])
 
     _reduce_scatter_base = reduce_scatter_single  # pyright: ignore[reportAssignmentType]
 
     def reduce_scatter_single_coalesced(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = _SCATTER
     ) -> dist.Work:
-        opts = opts or dist.ReduceScatterOptions()
-        op, steps = opts.reduceOp.op.value, []
-        for out, t in zip(outputs, inputs, strict=True):
-            if t.numel() != out.numel() * self.size():
-                raise self._misfit(f"reduce_scatter_tensor of {_shape(t)} into {_shape(out)}")
-            by = reduction(op, out.dtype)
-            steps.append(exchange.reduce_scatter_single(self.peers, out, t, by))
+        op, pairs = opts.reduceOp.op.value, zip(outputs, inputs, strict=True)
+        steps = [self._reduce_scatter_steps(*pair, op) for pair in pairs]
         return self._run("reduce_scatter", list(outputs), _together(steps), opts, brought=inputs)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
+
+    def _reduce_scatter_steps(self, out: Tensor, t: Tensor, op: int) -> Steps:
+        if t.numel() != out.numel() * self.size():
+            raise self._misfit(f"reduce_scatter_tensor of {_shape(t)} into {_shape(out)}")
+        by = reduction(op, out.dtype)
+        return exchange.reduce_scatter_single(self.peers, out, t, by)
 
     # ---- moving
 
@@ -317,6 +318,8 @@ class MPIGroup(dist.ProcessGroup):
                 how = list(runs) or "of equal size"
                 raise self._misfit(f"all_to_all of {rows} {what} rows in runs {how}")
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
+        if not (send or receive or check.is_on()):  # equal runs are of interest to nobody else
+            return self._run("all_to_all_single", [out], steps, opts, None, [t])
         moved = _by_rank(t, send, self.size()), _by_rank(out, receive, self.size())
         return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
 
