@@ -15,10 +15,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from . import int_channels_gpu, int_groups_gpu
 from .bits import pack_tiles, packed_width, unpack_tiles
 from .gpu.toolchain import usable
 from .halves import narrow, narrow_result, widen
-from .int_groups_gpu import dequantise_launch, quantise_launch, serves
 from .numbers import bits_of, half_of
 
 CANNOT = "quantise_groups: infinities, NaN, or values too large for 16-bit scales"
@@ -295,19 +295,29 @@ def _(
     return codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
 
 
+def _fits(x: Tensor, bits: int, group: int, channels: bool) -> bool:
+    """Say whether the CUDA kernels take such a page."""
+    width = x.shape[-1]
+    if channels:
+        groups = x.numel() // (group * max(1, width))
+        return int_channels_gpu.serves(x.dtype, width, bits, groups)
+    return int_groups_gpu.serves(x.dtype, width, bits, group)
+
+
 @quantise_groups.register_kernel("cuda")
 def quantise_groups_cuda(
     x: Tensor, bits: int, group: int, channels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise rows in one launch; what the kernel does not serve goes by way of the host."""
+    """Quantise in one launch; what the kernels do not serve goes by way of the host."""
     x = x.contiguous()
-    fits = not channels and serves(x.dtype, x.shape[-1], bits, group) and x.data_ptr() % 16 == 0
+    fits = _fits(x, bits, group, channels) and x.data_ptr() % 16 == 0
     if not fits or not x.numel() or not usable():
         parts = quantise_groups(x.cpu(), bits, group, channels)
         return parts[0].to(x.device), parts[1].to(x.device), parts[2].to(x.device)
     codes, scales, lows = _room(x, bits, group, channels)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    variant, grid, args = quantise_launch(x, bits, group, codes, scales, lows, flag)
+    choose = int_channels_gpu.quantise_launch if channels else int_groups_gpu.quantise_launch
+    variant, grid, args = choose(x, bits, group, codes, scales, lows, flag)
     variant.launch(grid, *args)
     if bool(flag):
         raise ValueError(CANNOT)
@@ -321,11 +331,13 @@ def dequantise_groups_cuda(
 ) -> Tensor:  # fmt: skip
     """Undo it in one launch."""
     c, s, low = codes.contiguous(), scales.contiguous(), lows.contiguous()
-    if channels or not serves(dtype, width, bits, group) or not codes.numel() or not usable():
+    x = codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
+    aligned = all(part.data_ptr() % 16 == 0 for part in (c, s, low))
+    if not _fits(x, bits, group, channels) or not aligned or not codes.numel() or not usable():
         x = dequantise_groups(c.cpu(), s.cpu(), low.cpu(), bits, group, channels, width, dtype)
         return x.to(codes.device)
-    x = codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
-    variant, grid, args = dequantise_launch(c, s, low, bits, group, x)
+    choose = int_channels_gpu.dequantise_launch if channels else int_groups_gpu.dequantise_launch
+    variant, grid, args = choose(c, s, low, bits, group, x)
     variant.launch(grid, *args)
     return x
 

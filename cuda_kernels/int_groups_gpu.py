@@ -38,6 +38,24 @@ TABLE = [
 ] + [{"lanes": 16, "bits": 4, "dtype": torch.float32}]  # fmt: skip
 
 
+@device_function
+def lifting(scale):
+    """What to multiply a scale by so that neither it nor its inverse is subnormal."""
+    lift = f32(1)
+    if scale < f32(SMALL):
+        lift = f32(LARGE * LARGE)
+    elif scale > f32(LARGE):
+        lift = f32(SMALL * SMALL)
+    return lift
+
+
+@device_function
+def code_of(apart, lift, lifted, inverse, top):
+    """Round apart / scale, as IEEE divides, to a code."""
+    near = ptx.nearest(quotient(f32(apart * lift), lifted, inverse))
+    return u32(min(max(near, i32(0)), i32(top)))
+
+
 @kernel(threads=256, table=TABLE)
 def quantise_int_rows(lanes, bits, dtype, threads):
     """Quantise groups of `lanes` 16-byte pieces; `flag` becomes 1 if a group cannot be coded."""
@@ -66,19 +84,14 @@ def quantise_int_rows(lanes, bits, dtype, threads):
         scale, low = low_of(halves), high_of(halves)
         if odd != f32(0) or f32(scale - scale) != f32(0) or f32(low - low) != f32(0):
             ptx.st4(flag, u32(1))
-        lift = f32(1)  # so that neither the scale nor its inverse is subnormal
-        if scale < f32(SMALL):
-            lift = f32(LARGE * LARGE)
-        elif scale > f32(LARGE):
-            lift = f32(SMALL * SMALL)
+        lift = lifting(scale)
         lifted = f32(scale * lift)
         inverse = inverse_of(lifted)
         first_word, second_word = u32(0), u32(0)
         for i in range(width):
             code = u32(0)
             if scale > f32(0):
-                near = ptx.nearest(quotient(f32(f32(v[i] - low) * lift), lifted, inverse))
-                code = u32(min(max(near, i32(0)), i32(top)))
+                code = code_of(f32(v[i] - low), lift, lifted, inverse, top)
             if i < first:
                 first_word = u32(first_word | (code << u32(i * bits)))
             else:

@@ -10,6 +10,8 @@ from plait.cuda_kernels import (
     block_floats,
     block_floats_gpu,
     codes_gpu,
+    int_channels_gpu,
+    int_groups,
     nvfp4,
     scaled_rows,
     scaled_rows_gpu,
@@ -114,6 +116,35 @@ def test_nvfp4(dtype, both) -> None:
         run(block_floats_gpu.dequantise_nvfp4_launch, *wanted, whole, back)
         assert same(back, nvfp4.dequantise_nvfp4(*wanted, whole, 48, dtype))
         assert not back[page == 0].count_nonzero()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group"),
+    [(torch.bfloat16, 2, 16), (torch.float16, 8, 4), (torch.float32, 4, 8)],
+)
+def test_channels(dtype, bits, group) -> None:
+    draws = torch.Generator().manual_seed(bits)
+    x = torch.randn(2, 2 * group, 24, generator=draws)
+    x[..., 3], x[..., 5] = 2.5, 0
+    if dtype == torch.bfloat16:
+        x[..., 8] *= 2.0**100
+        x[..., 9] *= 2.0**-128  # with scales that are subnormal
+    x = x.to(dtype)
+    wanted = int_groups.quantise_groups(x, bits, group, True)
+    got, flag = [torch.full_like(part, 99) for part in wanted], torch.zeros(1, dtype=torch.int32)
+    assert int_channels_gpu.serves(dtype, 24, bits, 4)
+    run(int_channels_gpu.quantise_launch, x, bits, group, *got, flag)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert not flag.any()
+    back = torch.full_like(x, float("nan"))
+    run(int_channels_gpu.dequantise_launch, *wanted, bits, group, back)
+    args = (*wanted, bits, group, True, 24, dtype)
+    assert torch.equal(back, int_groups.dequantise_groups(*args))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x[1, 1, 20] = bad
+        run(int_channels_gpu.quantise_launch, x, bits, group, *got, flag.zero_())
+        assert flag.item() == 1
+    assert not int_channels_gpu.serves(dtype, 23, bits, 4)
 
 
 # ---- what must be noticed, and what a device does that the simulator does not
