@@ -12,116 +12,176 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
-from .halves import narrow
-from .numbers import bits_of, widen_run
+from .block_runs import (
+    RUN,
+    clear_blocks,
+    keep,
+    power,
+    spread,
+    whole_blocks,
+    widen_all,
+    worst_of_blocks,
+)
+from .halves import narrow_result
+from .numbers import bits_of
 
 NAN_SCALE = 255
+INFINITE = np.int32(0x7F800000)
 MICRO_BLOCK = 16
 
 
 @njit(nogil=True, cache=True)
-def _field(row, wide):
-    """Widen a run; give the exponent field of its largest magnitude, 255 if one is NaN; infinities count as 254."""
-    worst = np.int64(widen_run(row, wide))
-    if worst > 0x7F800000:
-        return NAN_SCALE
-    return min(worst >> 23, 254)
+def _fields(worst, scales):
+    """Give exponent fields of blocks: 255 if one is NaN, infinities count as 254; and how many are NaN."""
+    odd = 0
+    for b in range(worst.size):
+        field = np.int32(min(np.int32(worst[b] >> np.int32(23)), np.int32(254)))
+        nan = worst[b] > INFINITE
+        scales[b] = np.uint8(NAN_SCALE) if nan else np.uint8(field)
+        odd += nan
+    return odd
 
 
 @njit(nogil=True, cache=True)
-def _power(field):
-    """2 ** (field - 127) for a field of 0 to 254; 0 is the subnormal 2 ** -127."""
-    return np.uint32(field << 23 if field > 0 else 0x00400000).view(np.float32)
-
-
-@njit(nogil=True, cache=True)
-def _round_signed(wide, factor, top, mask, codes):
+def _round_signed(wide, steps, top, mask, codes):
     for i in range(wide.size):
-        whole = min(max(np.rint(wide[i] * factor), -top), top)
+        whole = min(max(np.rint(wide[i] * steps[i]), -top), top)
         codes[i] = np.uint8(np.int32(whole) & mask)
 
 
 @njit(nogil=True, cache=True)
 def _quantise_blocks(x, size, bits, scales, codes):
-    """Shape: x, codes `[rows, width]`, scales `[rows, blocks]`: exponent of the largest element, bias 127."""
-    rows, width = x.shape
-    wide = np.empty(size, np.float32)
+    """Shape: x, codes `[blocks * size]`, scales `[blocks]`: exponent of the largest element, bias 127."""
+    many = max(1, RUN // size)
+    wide, steps = np.empty(many * size, np.float32), np.empty(many * size, np.float32)
+    worst, factors = np.empty(many, np.int32), np.empty(many, np.float32)
     top, mask = np.float32((1 << (bits - 1)) - 1), np.int32((1 << bits) - 1)
-    for r in range(rows):
-        for b in range(scales.shape[1]):
-            start, stop = b * size, min((b + 1) * size, width)
-            field = _field(x[r, start:stop], wide[: stop - start])
-            scales[r, b] = field
-            if field == NAN_SCALE:
-                codes[r, start:stop] = 0
-            else:
-                step = max(field - (bits - 2), 1)
-                _round_signed(
-                    wide[: stop - start], _power(254 - step), top, mask, codes[r, start:stop]
-                )
+    for first in range(0, scales.size, many):
+        last = min(first + many, scales.size)
+        a, b, blocks = first * size, last * size, last - first
+        widen_all(x[a:b], wide)
+        worst_of_blocks(wide, size, worst[:blocks])
+        if _fields(worst[:blocks], scales[first:last]):
+            clear_blocks(worst[:blocks], size, wide)
+        for block in range(blocks):
+            step = max(np.int32(scales[first + block]) - (bits - 2), 1)
+            factors[block] = power(max(254 - step, 0))
+        spread(factors[:blocks], size, steps)
+        _round_signed(wide[: b - a], steps, top, mask, codes[a:b])
+
+
+@njit(nogil=True, cache=True)
+def _widen_signed(codes, half, steps, x):
+    for i in range(codes.size):
+        whole = np.int32(np.int32(np.int32(codes[i]) ^ half) - half)
+        x[i] = narrow_result(np.float32(whole) * steps[i], x)
 
 
 @njit(nogil=True, cache=True)
 def _dequantise_blocks(codes, size, bits, scales, x):
-    rows, width = codes.shape
-    shift = np.uint32(32 - bits)
-    for r in range(rows):
-        for b in range(scales.shape[1]):
-            start, stop = b * size, min((b + 1) * size, width)
-            field = np.int64(scales[r, b])
-            scale = np.float32(np.nan) if field == NAN_SCALE else _power(max(field - (bits - 2), 1))
-            run, out = codes[r, start:stop], x[r, start:stop]
-            for i in range(run.size):
-                whole = np.uint32(np.uint32(run[i]) << shift).view(np.int32) >> np.int32(shift)
-                out[i] = narrow(np.float32(np.int32(whole)) * scale, x)
+    many, half = max(1, RUN // size), np.int32(1 << (bits - 1))
+    steps, factors = np.empty(many * size, np.float32), np.empty(many, np.float32)
+    for first in range(0, scales.size, many):
+        last = min(first + many, scales.size)
+        a, b = first * size, last * size
+        for block in range(last - first):
+            field = np.int32(scales[first + block])
+            value = power(max(field - (bits - 2), 1))
+            factors[block] = np.float32(np.nan) if field == NAN_SCALE else value
+        spread(factors[: last - first], size, steps)
+        _widen_signed(codes[a:b], half, steps, x[a:b])
+
+
+@njit(nogil=True, cache=True)
+def _lesser_pairs(wide, fields, less):
+    """Say which pairs have a smaller exponent than their block. Shape: less `[pairs]`, 0 or 1"""
+    for i in range(less.size):
+        a = np.int32(np.int32(np.float32(wide[2 * i]).view(np.int32)) & np.int32(0x7FFFFFFF))
+        b = np.int32(np.int32(np.float32(wide[2 * i + 1]).view(np.int32)) & np.int32(0x7FFFFFFF))
+        less[i] = np.int32(max(a, b) >> np.int32(23)) < fields[i]
+
+
+@njit(nogil=True, cache=True)
+def _pair_steps(fields, less, magnitude, back, steps):
+    """Give each element what it is multiplied by on the way back, or its inverse."""
+    for i in range(less.size):
+        field = np.int32(max(np.int32(fields[i] - np.int32(less[i]) - magnitude), np.int32(1)))
+        value = power(np.int32(min(field, np.int32(254)) if back else np.int32(254) - field))
+        steps[2 * i] = value
+        steps[2 * i + 1] = value
+
+
+@njit(nogil=True, cache=True)
+def _round_sizes(wide, steps, top, sign, codes):
+    for i in range(wide.size):
+        bits = np.int32(np.float32(wide[i]).view(np.int32))
+        size = np.int32(min(np.rint(abs(wide[i]) * steps[i]), top))
+        codes[i] = np.uint8(np.int32(size | np.int32(np.int32(bits >> np.int32(31)) & sign)))
+
+
+@njit(nogil=True, cache=True)
+def _bytes_of_bits(bits, out):
+    for i in range(out.size):
+        byte = np.uint8(0)
+        for j in range(8):
+            byte |= np.uint8(bits[8 * i + j] << j)
+        out[i] = byte
+
+
+@njit(nogil=True, cache=True)
+def _bits_of_bytes(data, bits):
+    for i in range(data.size):
+        for j in range(8):
+            bits[8 * i + j] = np.uint8(np.uint8(data[i] >> j) & np.uint8(1))
 
 
 @njit(nogil=True, cache=True)
 def _quantise_micro(x, magnitude, scales, pairs, codes):
-    """Shape: x, codes `[rows, width]`, scales, pairs `[rows, blocks]` uint8; a pair's bit: one exponent less."""
-    rows, width = x.shape
-    wide = np.empty(MICRO_BLOCK, np.float32)
-    top = np.float32((1 << magnitude) - 1)
-    for r in range(rows):
-        for b in range(scales.shape[1]):
-            start, stop = b * MICRO_BLOCK, min((b + 1) * MICRO_BLOCK, width)
-            field = _field(x[r, start:stop], wide[: stop - start])
-            scales[r, b] = field
-            less = np.uint8(0)
-            for i in range(0, stop - start, 2):
-                pair = max(abs(wide[i]), abs(wide[min(i + 1, stop - start - 1)]))
-                own = np.int64(np.float32(pair).view(np.uint32) >> np.uint32(23))
-                low = 1 if own < field else 0
-                less = np.uint8(less | (low << (i >> 1)))
-                factor = _power(254 - max(field - low - magnitude + 1, 1))
-                for j in range(start + i, min(start + i + 2, stop)):
-                    if field == NAN_SCALE:
-                        codes[r, j] = 0
-                        continue
-                    value = wide[j - start]
-                    sign = np.float32(value).view(np.uint32) >> np.uint32(31)
-                    size = np.uint32(min(np.rint(abs(value) * factor), top))
-                    codes[r, j] = np.uint8(size | sign << np.uint32(magnitude))
-            pairs[r, b] = less
+    """Shape: x, codes `[blocks * 16]`, scales, pairs `[blocks]` uint8; a pair's bit: one exponent less."""
+    many = RUN // MICRO_BLOCK
+    wide, steps = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
+    worst, fields = np.empty(many, np.int32), np.empty(RUN // 2, np.int32)
+    less = np.empty(RUN // 2, np.uint8)
+    top, sign = np.float32((1 << magnitude) - 1), np.int32(1 << magnitude)
+    for first in range(0, scales.size, many):
+        last = min(first + many, scales.size)
+        a, b, blocks = first * MICRO_BLOCK, last * MICRO_BLOCK, last - first
+        widen_all(x[a:b], wide)
+        worst_of_blocks(wide, MICRO_BLOCK, worst[:blocks])
+        if _fields(worst[:blocks], scales[first:last]):
+            clear_blocks(worst[:blocks], MICRO_BLOCK, wide)
+        spread(scales[first:last], MICRO_BLOCK // 2, fields)
+        run = less[: (b - a) // 2]
+        _lesser_pairs(wide, fields, run)
+        _bytes_of_bits(run, pairs[first:last])
+        _pair_steps(fields, run, np.int32(magnitude - 1), False, steps)
+        _round_sizes(wide[: b - a], steps, top, sign, codes[a:b])
+
+
+@njit(nogil=True, cache=True)
+def _widen_sizes(codes, mask, steps, x):
+    for i in range(codes.size):
+        code = np.int32(codes[i])
+        size = np.float32(np.int32(code & mask)) * steps[i]
+        x[i] = narrow_result(-size if code > mask else size, x)
 
 
 @njit(nogil=True, cache=True)
 def _dequantise_micro(codes, magnitude, scales, pairs, x):
-    rows, width = codes.shape
-    mask = np.int32((1 << magnitude) - 1)
-    for r in range(rows):
-        for b in range(scales.shape[1]):
-            start, stop = b * MICRO_BLOCK, min((b + 1) * MICRO_BLOCK, width)
-            field = np.int64(scales[r, b])
-            high = _power(min(max(field - magnitude + 1, 1), 254))
-            low = _power(min(max(field - magnitude, 1), 254))
-            if field == NAN_SCALE:
-                high = low = np.float32(np.nan)
-            for j in range(start, stop):
-                code = np.int32(codes[r, j])
-                scale = low if pairs[r, b] >> ((j - start) >> 1) & 1 else high
-                size = np.float32(np.int32(code & mask)) * scale
-                x[r, j] = narrow(-size if code > mask else size, x)
+    many, mask = RUN // MICRO_BLOCK, np.int32((1 << magnitude) - 1)
+    steps, fields = np.empty(RUN, np.float32), np.empty(RUN // 2, np.int32)
+    less = np.empty(RUN // 2, np.uint8)
+    for first in range(0, scales.size, many):
+        last = min(first + many, scales.size)
+        a, b = first * MICRO_BLOCK, last * MICRO_BLOCK
+        spread(scales[first:last], MICRO_BLOCK // 2, fields)
+        run = less[: (b - a) // 2]
+        _bits_of_bytes(pairs[first:last], run)
+        _pair_steps(fields, run, np.int32(magnitude - 1), True, steps)
+        for block in range(last - first):
+            if scales[first + block] == NAN_SCALE:
+                steps[block * MICRO_BLOCK : (block + 1) * MICRO_BLOCK] = np.nan
+        _widen_sizes(codes[a:b], mask, steps, x[a:b])
 
 
 def quantise_blocks_into(
@@ -134,7 +194,9 @@ def quantise_blocks_into(
     source = bits_of(x)
 
     def quantise(a: int, b: int, tile: np.ndarray) -> None:
-        _quantise_blocks(source[a:b], size, bits, scales[a:b], tile)
+        rows, room = whole_blocks(source[a:b], size), whole_blocks(tile, size)
+        _quantise_blocks(rows.reshape(-1), size, bits, scales[a:b].reshape(-1), room.reshape(-1))
+        keep(room, tile)
 
     pack_tiles(quantise, source.shape, bits, codes)
 
@@ -146,7 +208,9 @@ def dequantise_blocks_into(
     target = bits_of(x)
 
     def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-        _dequantise_blocks(tile, size, bits, scales[a:b], target[a:b])
+        rows, room = whole_blocks(tile, size), whole_blocks(target[a:b], size)
+        _dequantise_blocks(rows.reshape(-1), size, bits, scales[a:b].reshape(-1), room.reshape(-1))
+        keep(room, target[a:b])
 
     unpack_tiles(dequantise, target.shape, bits, codes)
 
@@ -158,7 +222,10 @@ def quantise_micro_into(
     source = bits_of(x)
 
     def quantise(a: int, b: int, tile: np.ndarray) -> None:
-        _quantise_micro(source[a:b], magnitude, scales[a:b], pairs[a:b], tile)
+        rows, room = whole_blocks(source[a:b], MICRO_BLOCK), whole_blocks(tile, MICRO_BLOCK)
+        parts = (scales[a:b].reshape(-1), pairs[a:b].reshape(-1))
+        _quantise_micro(rows.reshape(-1), magnitude, *parts, room.reshape(-1))
+        keep(room, tile)
 
     pack_tiles(quantise, source.shape, magnitude + 1, codes)
 
@@ -170,7 +237,10 @@ def dequantise_micro_into(
     target = bits_of(x)
 
     def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-        _dequantise_micro(tile, magnitude, scales[a:b], pairs[a:b], target[a:b])
+        rows, room = whole_blocks(tile, MICRO_BLOCK), whole_blocks(target[a:b], MICRO_BLOCK)
+        parts = (scales[a:b].reshape(-1), pairs[a:b].reshape(-1))
+        _dequantise_micro(rows.reshape(-1), magnitude, *parts, room.reshape(-1))
+        keep(room, target[a:b])
 
     unpack_tiles(dequantise, target.shape, magnitude + 1, codes)
 
@@ -194,4 +264,4 @@ def blocks_reference(x: Tensor, bits: int, size: int) -> Tensor:
     return ((blocks / step).round().clamp(-top, top) * step).flatten(-2)
 
 
-# inlines halves.py and numbers.py 7ce133ae
+# inlines block_runs.py and halves.py d6c49f44

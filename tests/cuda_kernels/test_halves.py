@@ -109,7 +109,7 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
         ("cuda_kernels/scaled_rows.py", ("halves.py", "minifloats.py", "numbers.py")),
         ("cuda_kernels/numbers.py", ("halves.py",)),
         ("cuda_kernels/minifloats.py", ("halves.py",)),
-        ("cuda_kernels/block_ints.py", ("halves.py", "numbers.py")),
+        ("cuda_kernels/block_ints.py", ("block_runs.py", "halves.py")),
         ("cuda_kernels/hadamard.py", ("halves.py",)),
         ("cuda_kernels/sign_groups.py", ("halves.py",)),
         (f"{SHM}/fold.py", ("memory.py", "halves.py")),
