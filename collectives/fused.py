@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..cuda_kernels.add_rms_norm import add_rms_norm, rms_norm_reference
+from ..cuda_kernels.add_rms_norm import add_layer_norm, add_rms_norm, rms_norm_reference
 from ..cuda_kernels.quantised import TOPS, quantise_rows
 from . import primitive
 from .peer_norm import norms
@@ -122,8 +122,7 @@ def _compute(
     if bias is None:
         normed, total = add_rms_norm(reduced, residual, weight, eps)
     else:
-        total = residual + reduced
-        normed = _norm(total, weight, bias, eps)
+        normed, total = add_layer_norm(reduced, residual, weight, bias, eps)
     return normed if quantised is None else quantise_rows(normed, quantised), total
 
 

@@ -12,6 +12,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .add_norm_gpu import add_norm_cuda, serves
+from .gpu.toolchain import usable
 from .merge import direct
 from .room import room
 from .workers import run_rows
@@ -149,6 +151,13 @@ def add_rms_norm_op(
     return add_rms_norm_plain(x, residual, weight, eps)
 
 
+@add_rms_norm_op.register_kernel("cuda")
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not (serves(x, residual, weight) and usable()):
+        return add_rms_norm_reference(x, residual, weight, eps)
+    return add_norm_cuda(x, residual, weight, None, eps)
+
+
 @add_rms_norm_op.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
@@ -172,4 +181,59 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return (add_rms_norm_plain if direct(x) else add_rms_norm_op)(x, residual, weight, eps)
 
 
-__all__ = ["add_rms_norm", "add_rms_norm_plain", "add_rms_norm_reference"]
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute it in plain torch, differentiable. Shape: as `add_layer_norm`."""
+    total = residual + x
+    return torch.nn.functional.layer_norm(total, weight.shape, weight, bias, eps), total
+
+
+@torch.library.custom_op("plait::add_layer_norm", mutates_args=())
+def add_layer_norm_op(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add and normalise behind torch's dispatcher: torch's own operations, but for CUDA."""
+    return add_layer_norm_reference(x, residual, weight, bias, eps)
+
+
+@add_layer_norm_op.register_kernel("cuda")
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    if not (serves(x, residual, weight, bias) and usable()):
+        return add_layer_norm_reference(x, residual, weight, bias, eps)
+    return add_norm_cuda(x, residual, weight, bias, eps)
+
+
+@add_layer_norm_op.register_fake
+def _(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return `(normed, sum)` of `residual + x`, by LayerNorm. Differentiable when an input requires grad.
+
+    Shape: x, residual `[..., width]`, weight, bias `[width]` -> normed, sum `[..., width]`
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    if x.shape != residual.shape or not weight.shape == bias.shape == x.shape[-1:]:
+        raise ValueError(
+            f"add_layer_norm: x {list(x.shape)}, residual {list(residual.shape)}, weight {list(weight.shape)} and "
+            f"bias {list(bias.shape)} do not fit; use x and residual [..., width] with weight and bias [width]"
+        )
+    plain = direct(x) or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, weight, bias))
+    )
+    return (add_layer_norm_reference if plain else add_layer_norm_op)(
+        x, residual, weight, bias, eps
+    )
+
+
+__all__ = ["add_layer_norm", "add_rms_norm", "add_rms_norm_plain", "add_rms_norm_reference"]

@@ -1,4 +1,4 @@
-"""Strided tensors: canonical layouts, their MPI datatypes, and when walking one by MPI beats packing it.
+"""Strided tensors: their MPI datatypes, and when walking one by MPI beats packing it.
 
 MPI's own packing walks the runs one by one, torch's copy kernel does not (TEMPI's idea, arXiv 2012.14363). From which
 run on a datatype is faster differs between libraries and sizes: measured, see docs/decisions/011-mpi-backend.md.
@@ -13,34 +13,14 @@ from threading import Lock
 from mpi4py import MPI
 from torch import Tensor
 
+from ...cuda_kernels.strided import Layout, layout
+
 CACHED_DATATYPES = 256
 # By library: up to so many bytes of a message, the least bytes of a run; beyond the last, all are packed.
 LEAST_RUNS = {
     "Open MPI": ((64 << 10, 128), (512 << 10, 512)),
     "MPICH": ((2 << 20, 1024), (1 << 62, 4096)),
 }
-
-Layout = tuple[int, tuple[tuple[int, int], ...]]  # run bytes, and (count, stride bytes) outside in
-
-
-def layout(t: Tensor) -> Layout:
-    """Describe the memory of a tensor canonically: contiguous runs inside nested strides.
-
-    Dims of one element vanish and dims that continue each other merge, so that equal memory has
-    one description however it is viewed. The order is the tensor's own, row-major.
-    """
-    size = t.element_size()
-    run, strides = size, []
-    for count, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
-        if count == 1:
-            continue
-        if not strides and stride * size == run:
-            run *= count
-        elif strides and stride * size == strides[0][0] * strides[0][1]:
-            strides[0] = (strides[0][0] * count, strides[0][1])
-        else:
-            strides.insert(0, (count, stride * size))
-    return run, tuple(strides)
 
 
 class Datatypes:
@@ -86,3 +66,6 @@ def strided_memory(t: Tensor, key: Layout) -> MPI.memory:
     run, strides = key
     span = run + sum((count - 1) * stride for count, stride in strides)
     return MPI.memory.fromaddress(t.data_ptr(), span)
+
+
+__all__ = ["Datatypes", "layout", "least_run", "strided_memory"]

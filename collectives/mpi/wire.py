@@ -22,6 +22,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from ...cuda_kernels.strided import pack, unpack
 from .strided import Datatypes, layout, least_run, strided_memory
 
 Message = list  # [memory, count, datatype], as mpi4py takes it
@@ -53,15 +54,11 @@ class Wire:
         if t.is_cpu and (t.is_contiguous() or (strided and self._walks(t))):
             return t
         if t.is_cuda and self.cuda == "direct":
-            twin = (
-                t
-                if t.is_contiguous()
-                else torch.empty_like(t, memory_format=torch.contiguous_format)
-            )
+            twin = t if t.is_contiguous() else pack(t) if read else t.new_empty(t.shape)
         else:
             twin = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-        if read and twin is not t:
-            twin.copy_(t)
+            if read:
+                twin.copy_(t)
         if t.is_cuda:
             torch.cuda.current_stream(t.device).synchronize()  # MPI knows no streams
         return twin
@@ -72,7 +69,10 @@ class Wire:
         if twin is t or (twin.data_ptr() == t.data_ptr() and twin.device == t.device):
             return
         with torch.inference_mode(t.is_inference()):
-            t.detach().copy_(twin)
+            if t.is_cuda:
+                unpack(twin, t.detach())
+            else:
+                t.detach().copy_(twin)
 
     def message(self, t: Tensor) -> Message:
         """Describe a lent tensor for one MPI call."""

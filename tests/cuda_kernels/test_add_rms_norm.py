@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from plait.cuda_kernels.add_norm_gpu import norm_launch, serves
 from plait.cuda_kernels.add_rms_norm import (
+    add_layer_norm,
+    add_layer_norm_op,
     add_rms_norm,
     add_rms_norm_op,
     add_rms_norm_plain,
@@ -74,8 +77,56 @@ def test_gradients_flow_through_both_outputs() -> None:
 def test_operator_agrees_with_its_fake() -> None:
     x, residual, weight = drawn((4, 16), torch.float32)
     torch.library.opcheck(add_rms_norm_op, (x, residual, weight, 1e-5))
+    torch.library.opcheck(add_layer_norm_op, (x, residual, weight, weight, 1e-5))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weight \[width\]"):
         add_rms_norm(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3), 1e-5)
+    with pytest.raises(ValueError, match=r"bias \[width\]"):
+        add_layer_norm(*torch.ones(2, 2, 4), torch.ones(4), torch.ones(3), 1e-5)
+
+
+# ---- the CUDA kernel, simulated
+
+
+def simulated(x, residual, weight, bias, eps):
+    assert serves(x, residual, weight)
+    normed, total = torch.full_like(x, 7), torch.full_like(x, 7)
+    variant, grid, args = norm_launch(x, residual, weight, bias, eps, normed, total)
+    variant.simulate(grid, *args)
+    return normed, total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("hidden", [8, 264, 1032])
+def test_cuda_kernel(hidden: int, layer_norm: bool, dtype: torch.dtype) -> None:
+    """Rows of few pieces, of more than a warp, and one of zeros."""
+    x, residual, weight = drawn((3, hidden), dtype)
+    x[-1], residual[-1] = 0, 0
+    bias = weight.flip(0).contiguous() if layer_norm else None
+    normed, total = simulated(x, residual, weight, bias, 1e-5)
+    want = residual.double() + x.double()
+    coarse = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}[dtype]
+    torch.testing.assert_close(total.double(), want, rtol=coarse, atol=coarse)
+    shape, wide = (hidden,), total.double()
+    if bias is None:
+        right = torch.nn.functional.rms_norm(wide, shape, weight.double(), 1e-5)
+        wrong = torch.nn.functional.rms_norm(x.double(), shape, weight.double(), 1e-5)
+    else:
+        right = torch.nn.functional.layer_norm(wide, shape, weight.double(), bias.double(), 1e-5)
+        wrong = torch.nn.functional.layer_norm(wide, shape, weight.double(), -bias.double(), 1e-5)
+    torch.testing.assert_close(normed.double(), right, rtol=2 * coarse, atol=4 * coarse)
+    assert (normed.double() - wrong).abs().max() > 0.1
+
+
+def test_cuda_kernel_keeps_nan_and_infinity_visible() -> None:
+    x, residual, weight = drawn((3, 64), torch.float32)
+    x[0, 5], x[1, 9] = float("nan"), float("inf")
+    for found, want in zip(
+        simulated(x, residual, weight, None, 1e-5),
+        add_rms_norm_reference(x, residual, weight, 1e-5),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5, equal_nan=True)
