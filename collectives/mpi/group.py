@@ -318,7 +318,7 @@ class MPIGroup(dist.ProcessGroup):
                 how = list(runs) or "of equal size"
                 raise self._misfit(f"all_to_all of {rows} {what} rows in runs {how}")
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
-        if not (send or receive or check.is_on()):  # equal runs are of interest to nobody else
+        if not (send or receive or is_on()):  # equal runs are of interest to nobody else
             return self._run("all_to_all_single", [out], steps, opts, None, [t])
         moved = _by_rank(t, send, self.size()), _by_rank(out, receive, self.size())
         return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
