@@ -282,10 +282,8 @@ class MPIGroup(dist.ProcessGroup):
             exchange.all_gather(self.peers, o, t) for o, t in zip(outputs, inputs, strict=True)
         ]
         flat = [out for outs in outputs for out in outs]
-        moved = (
-            [_elements(inputs)] * self.size(),
-            [_elements(o) for o in zip(*outputs, strict=True)],
-        )
+        gathered = [_elements(o) for o in zip(*outputs, strict=True)]
+        moved = [_elements(inputs)] * self.size(), gathered
         return self._run("all_gather", flat, _together(steps), opts, None, inputs, moved)
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
