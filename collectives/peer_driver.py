@@ -121,7 +121,10 @@ class CudaDriver:
         memory = importlib.import_module("torch.distributed._symmetric_memory")
         torch.cuda.synchronize(self.device)  # the zeros are there before anybody looks
         met = memory.rendezvous(own, group)
-        return Mapped([int(a) for a in met.buffer_ptrs], int(met.multicast_ptr or 0), (own, met))
+        addresses = [int(address) for address in met.buffer_ptrs]
+        if addresses[group.rank()] != own.data_ptr():
+            raise RuntimeError("the tensor does not begin where torch's memory of it does")
+        return Mapped(addresses, int(met.multicast_ptr or 0), (own, met))
 
     def allocate(self, size: int) -> int:
         runtime = _runtime()

@@ -138,7 +138,7 @@ class PerGroup(Generic[Made]):
         Raises:
             RuntimeError: that first call is inside a CUDA graph capture.
         """
-        if group is None or x.device.type != "cuda" or group.size() > MOST_RANKS:
+        if group is None or x.device.type != "cuda" or not 1 < group.size() <= MOST_RANKS:
             return None
         if group not in self.made:
             if torch.cuda.is_current_stream_capturing():

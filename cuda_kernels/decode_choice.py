@@ -1,4 +1,4 @@
-"""What CUDA runs for `paged_attention`: which calls the tensor-core kernel serves, and in how many splits."""
+"""What CUDA runs for `paged_attention`: which calls the tensor-core kernels serve, and in how many splits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .gpu.toolchain import usable
+from .latent_decode import latent_launch, served_latent
 from .merge import merge_states
 from .paged_attention import paged_attention_op, paged_attention_reference
 from .paged_decode import ROWS, decode_launch
@@ -65,17 +66,23 @@ def paged_attention_cuda(
     alibi_slopes: Tensor | None, q_pos: Tensor | None, run: int, shards: int, shard: int,
     value_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend on tensor cores; what the kernel does not serve gathers its pages with torch."""
-    if alibi_slopes is not None or not served(q, k_pages, v_pages, value_dim) or not usable():
+    """Attend on tensor cores; what the kernels do not serve gathers its pages with torch."""
+    latent = served_latent(q, k_pages, v_pages, value_dim)
+    known = latent or served(q, k_pages, v_pages, value_dim)
+    if alibi_slopes is not None or not known or not usable():
         return paged_attention_reference(
             q, k_pages, v_pages, q_indptr, kv_indptr, kv_indices, lo, hi, scale, softcap,
             alibi_slopes, q_pos, Interleave(run, shards, shard), value_dim,
         )  # fmt: skip
-    splits = splits_for(q.device, q_indptr, kv_indices, k_pages.shape[1], k_pages.shape[2])
     integers = [t.int().contiguous() for t in (q_indptr, kv_indptr, kv_indices, lo, hi)]
-    variant, grid, args, o, lse = decode_launch(
-        q, k_pages, v_pages, integers, scale, softcap, splits
-    )
+    page_tokens, kv_heads = k_pages.shape[1:3]
+    if latent:  # blocks share out the heads by 16
+        splits = splits_for(q.device, q_indptr, kv_indices, page_tokens, -(-q.shape[1] // ROWS))
+        made = latent_launch(q, k_pages, value_dim, integers, scale, softcap, splits)
+    else:
+        splits = splits_for(q.device, q_indptr, kv_indices, page_tokens, kv_heads)
+        made = decode_launch(q, k_pages, v_pages, integers, scale, softcap, splits)
+    variant, grid, args, o, lse = made
     variant.launch(grid, *args)
     merged, merged_lse = merge_states(o, lse)
     return merged.to(q.dtype), merged_lse
