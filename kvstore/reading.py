@@ -20,6 +20,7 @@ from .attention import (
     row_pointers,
     with_sink,
 )
+from .errors import StepError
 from .placement import Placement
 from .pool import PagePool
 from .select import Selector
@@ -81,7 +82,9 @@ class PageReader:
 
         Shape: -> `[tokens, kv_heads, head_dim]`, `[tokens, kv_heads, value_dim]`
         """
-        table = self.page_table(seq, step if step is not None else seq.step_alone())
+        step = step if step is not None else seq.step_alone()
+        table = self.page_table(seq, step)
+        self._require_written([seq], layer, step)
         with self._lock:
             return gather(self._layer(layer), table.pages(0), int(table.lengths[0]))
 
@@ -124,6 +127,7 @@ class PageReader:
         table = self.page_table(seqs, step)
         indptr = row_pointers(len(table.lengths), q, q_indptr, step)
         lo, hi = row_bounds(lo, hi, indptr, table.lengths, q.device)
+        self._require_written(listed(seqs), layer, step)
         options = ScoreOptions(
             self.spec.head_dim**-0.5 if scale is None else scale,
             softcap,
@@ -158,6 +162,7 @@ class PageReader:
         if self.selector is None:
             return
         table = self.page_table(seqs, step)
+        self._require_written(seqs, layer, step)
         indptr = row_pointers(len(table.lengths), q, None, step)
         options = ScoreOptions(self.spec.head_dim**-0.5)
         state = self._layer(layer)
@@ -169,6 +174,17 @@ class PageReader:
     def _layer(self, layer: int) -> LayerPages:
         with self._lock:  # not between the two halves of a growth
             return LayerPages(self.pool.keys[layer], self.pool.values[layer], self.spec.v_dim)
+
+    def _require_written(self, seqs: Listing[Sequence], layer: int, step: Step | None) -> None:
+        """Raise before a step's room is read that nobody wrote yet: it holds what others left there.
+
+        Raises:
+            StepError: saying so.
+        """
+        if step is None or layer in step.written or not step.num_tokens:
+            return
+        if any(seq.step is step for seq in seqs):
+            raise StepError(f"layer {layer} of this step is not written yet: append to it first")
 
     def _own(self, seq: Sequence) -> None:
         seq.require_open()

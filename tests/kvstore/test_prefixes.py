@@ -184,6 +184,48 @@ def test_no_other_call_reaches_another_tenants_tokens() -> None:
     store.check_integrity()
 
 
+def test_what_another_tenant_left_in_reserved_pages_is_not_read() -> None:
+    """A pool hands pages on as they are: nobody reads them before writing them."""
+    store, ids = make(3), list(range(12))
+    store.close(serve(store, ids, "a"))
+    store.evict()
+    thief = store.open(tenant="b")
+    step = store.reserve([thief], [12])
+    q = torch.ones(12, 1, 1, dtype=torch.float64)
+    left = store.pool.keys[0][step.pages].flatten().tolist()
+    assert left == ids, "so there was something to read"
+    for layer in range(2):
+        with pytest.raises(StepError, match="not written yet"):
+            store.keys_values(thief, layer, step)
+        with pytest.raises(StepError, match="not written yet"):
+            store.keys_values(thief, layer)
+        with pytest.raises(StepError, match="not written yet"):
+            store.attend([thief], layer, q, step=step)
+    rows = torch.full((12, 1, 1), 7.0, dtype=torch.float64)
+    store.append(step, 0, rows, rows)
+    assert (store.keys_values(thief, 0, step)[0] == 7).all()
+    with pytest.raises(StepError, match="not written yet"):
+        store.attend([thief], 1, q, step=step)
+    store.abort(step)
+    assert store.keys_values(thief, 1)[0].numel() == 0
+
+
+PUBLIC = {
+    "open", "open_batch", "match", "tell", "close", "fork", "reorder", "truncate", "reserve", "append", "commit",
+    "abort", "page_table", "keys_values", "attend", "observe",
+}  # fmt: skip
+ACCOUNTS = {  # these count, and name no token
+    "counters", "tier_counters", "prometheus", "check_integrity", "evict", "flush", "grow", "shutdown", "wait",
+}  # fmt: skip
+
+
+def test_every_public_call_is_tried_by_these_tests() -> None:
+    """A new call belongs into one of the lists, and if it tells of tokens, into a test across tenants."""
+    assert {name for name in dir(KVStore) if not name.startswith("_") and callable(getattr(KVStore, name))} == (
+        PUBLIC | ACCOUNTS
+    )  # fmt: skip
+
+
 def test_a_foreign_prefix_takes_the_path_of_a_miss(monkeypatch) -> None:
     """As many hashes, table searches and comparisons as for tokens that nobody ever gave."""
     store = make()
