@@ -137,7 +137,7 @@ class Trace(TorchDispatchMode):
         axis = self.axis_of(group) if self.axis_of and group is not None else f"group of {ranks}"
         shape, dtype = (tuple(brought[0].shape), brought[0].dtype) if brought else ((), "")
         payload = sum(x.numel() * x.element_size() for x in brought)
-        name, sent = str(dtype).removeprefix("torch."), _sent(op, payload, ranks)
+        name, sent = str(dtype).removeprefix("torch."), wire_bytes(op, payload, ranks)
         if kept is not None:
             sent = round(payload * (1 - kept))
         self.events.append(
@@ -240,7 +240,7 @@ def _span(name: str) -> Iterator[None]:
                 mode.spans.append(Span(name, start, seconds))
 
 
-def _sent(op: str, payload: int, n: int) -> int:
+def wire_bytes(op: str, payload: int, n: int) -> int:
     """Bytes one rank sends: ring all-reduce 2(n-1)/n, all-gather (n-1) times its part, the others (n-1)/n."""
     if n <= 1 or op == "recv":
         return 0

@@ -18,6 +18,7 @@ from .experts import (
     offload_experts,
     record_routing,
 )
+from .pipeline import measure_layers
 from .plan import Plan
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Tensor",
     "Ulysses",
     "clip_grad_norm_",
+    "measure_layers",
     "offload_activations",
     "offload_experts",
     "parallelize",

@@ -76,13 +76,13 @@ def parallelize(
             is changed.
     """
     failure: Exception | None = None
-    groups, prepared, placement = None, None, ""
+    groups, prepared, placement, times = None, None, "", ""
     if isinstance(plan, str):
         plan = automatic(model) if plan == "auto" else Plan.parse(plan)
     try:
         refuse_empty(model, weights)
         groups = open_groups(model, plan, rules)
-        placement = digest(plan.ep.placement)
+        placement, times = digest("placement", plan.ep.placement), digest("times", plan.pp.times)
     except Exception as error:
         failure = error
     world = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
@@ -91,6 +91,7 @@ def parallelize(
         "model": model_digest(structure(model)),
         "rules": _rules_text(rules),
         "placement": placement,
+        "times": times,
     }
     agree(world, facts, failure)
     assert groups is not None
@@ -170,19 +171,27 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
 
 
 def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
-    """Refuse what is not proved together with pipeline stages."""
-    beside = {
-        "dp:shard,param_dtype": getattr(plan.dp, "param_dtype", "model") != "model",
-        "zero-bubble and dp:shard": plan.dp.kind == "shard" and plan.pp.schedule == "zero-bubble",
-        "rules": rules is not None,
-    }
-    for name, asked in beside.items():
-        if asked:
-            raise PlanError(
-                f"pp={plan.pp.size} with {name}",
-                "is planned but not executed yet",
-                'use pp with tp, cp and dp, e.g. "pp2 dp2 tp2", or pp1',
-            )
+    """Refuse what is not exact together with pipeline stages, or not known to be."""
+    shard, pp = plan.dp.kind == "shard", f"pp={plan.pp.size}"
+    if rules is not None:
+        raise PlanError(
+            f"{pp} with rules",
+            "would cut a forward that we do not know; of transformers decoders we do",
+            "use pp1, or torch.distributed.pipelining by hand",
+        )
+    if getattr(plan.dp, "param_dtype", "model") != "model":
+        raise PlanError(
+            f"{pp} with dp:shard,param_dtype={getattr(plan.dp, 'param_dtype', '')}",
+            "would hand on activations of another dtype than the parameters that stages are told of",
+            "leave param_dtype out, or give a model in that dtype",
+        )
+    if shard and plan.pp.schedule == "zero-bubble":
+        raise PlanError(
+            f"{pp} with zero-bubble and dp:shard",
+            "would scatter gradients too early: FSDP2 does so when those of a layer's inputs are there, and "
+            "zero-bubble computes those of its weights later",
+            "use schedule 1f1b or interleaved, or dp without shard",
+        )
 
 
 def prepare(

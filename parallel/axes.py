@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .choice import Choice, Problem, one_of, whole
+from .choice import Choice, Problem, file_name, one_of, whole
 from .errors import PlanError, listed
 from .expert_choice import Experts, Fssdp
 
@@ -225,12 +225,18 @@ class Tensor(Choice):
 
 @dataclass(frozen=True, slots=True)
 class Pipeline(Choice):
-    """Pipeline parallelism over layers. ``pp2:1f1b,microbatches=8``."""
+    """Pipeline parallelism over layers. ``pp2:1f1b,microbatches=8``, ``pp4,times=times.json``.
+
+    Args:
+        times: a file of how long each layer takes, by which stages are balanced (`plait.measure_layers` makes it);
+            none: by parameters.
+    """
 
     size: int
     _: KW_ONLY
     schedule: str = "1f1b"
     microbatches: int | None = None
+    times: str = ""
     axis: ClassVar[str] = "pp"
     kind: ClassVar[str] = "pipeline"
     words: ClassVar[Mapping[str, Mapping[str, Any]]] = {s: {"schedule": s} for s in SCHEDULES}
@@ -240,6 +246,7 @@ class Pipeline(Choice):
         one_of("schedule", self.schedule, SCHEDULES)
         if self.microbatches is not None:
             whole("microbatches", self.microbatches)
+        file_name("times", self.times)
 
     @property
     def word(self) -> str:

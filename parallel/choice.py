@@ -30,6 +30,13 @@ def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise PlanError(f"{name}={value!s}", "is not known", suggestion(str(value), known))
 
 
+def file_name(name: str, value: object) -> None:
+    """Refuse what is no path, or one that the text of a plan cannot hold; "" is none."""
+    if not isinstance(value, str) or set(value) & set(" \t\n,:=") or value.isdigit():
+        because = "is no path that a plan can say: it has spaces, commas, colons or digits only"
+        raise PlanError(f"{name}={value!r}", because, f"use e.g. {name}=runs/{name}.json")
+
+
 class Choice:
     """What all choices share: an axis, a size, a text form, and legality.
 

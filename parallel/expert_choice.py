@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .choice import Choice, Problem, one_of, whole
+from .choice import Choice, Problem, file_name, one_of, whole
 from .errors import PlanError, listed
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ class Experts(Choice):
         whole("nodes", self.nodes)
         if not isinstance(self.pad, bool):
             raise PlanError(f"pad={self.pad!r}", "is not true or false", "use pad=True")
-        named = isinstance(self.placement, str)
-        if not named or set(self.placement) & set(" \t\n,:=") or self.placement.isdigit():
-            asked = f"placement={self.placement!r}"
-            because = "is no path that a plan can say: it has spaces, commas, colons or digits only"
-            raise PlanError(asked, because, "use e.g. placement=runs/placement.json")
+        file_name("placement", self.placement)
 
     def problem(self, plan: Plan, shape: ModelShape) -> Problem | None:
         copies = plan.size("ffn_tp")

@@ -118,14 +118,12 @@ def write_placements(path: str | Path, layers: Mapping[str, Placement]) -> None:
     Path(path).write_text(json.dumps({"format": FORMAT, "layers": told}) + "\n")
 
 
-def digest(path: str) -> str:
+def digest(name: str, path: str) -> str:
     """The SHA-256 of a file, so that ranks can see that they were given the same; "" for no file."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
     except OSError as error:
-        raise PlanError(
-            f"placement={path}", f"cannot be read ({error})", "check the path"
-        ) from None
+        raise PlanError(f"{name}={path}", f"cannot be read ({error})", "check the path") from None
 
 
 def read_placements(path: str | Path) -> dict[str, Placement]:

@@ -121,7 +121,8 @@ def _relative(event: Event, path: str) -> Event:
 class Explanation:
     """What one rank of a plan holds and sends. ``str()`` is for people, `to_json` for programs.
 
-    ``seconds`` of events are predictions for ``hardware``, by the planner's model of its network.
+    ``seconds`` of events are predictions for ``hardware``, by the planner's model of its network. ``beside`` is what a
+    training step sends beyond its run: FSDP2's gathers and scatters, and what stages hand on, by formula.
     """
 
     plan: str
@@ -141,6 +142,7 @@ class Explanation:
     steps: tuple[Traced, ...]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    beside: tuple[Event, ...] = ()
     hardware: str = ""
 
     def step(self, name: str) -> Traced:

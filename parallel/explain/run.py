@@ -30,6 +30,7 @@ from .report import Communicator, Explanation, KeysAndValues, Traced, Weights
 from .scopes import Scopes
 from .timing import timed
 from .twin import twin_of
+from .unseen import unseen
 from .weights import weights_of
 
 Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -82,7 +83,8 @@ def explain(
         with ByShape():
             steps = runs.all(backward)
         weights = weights_of(twin, done, plan, split, whole)
-        said = _told(plan, run, runs, steps, weights, left_out)
+        beside = unseen(twin, plan, split, batch, context) if backward else ()
+        said = replace(_told(plan, run, runs, steps, weights, left_out), beside=beside)
     return timed(said, part)
 
 
@@ -128,11 +130,11 @@ def executed(plan: Plan, rules: Rules | None) -> tuple[Plan, tuple[str, ...]]:
     parts: dict[str, tuple[dict[str, Any], str]] = {
         "dp": (
             {"dp": plan.dp},
-            "gathering parameters and scattering gradients (weights are a rank's own rows)",
+            "gathering parameters and scattering gradients, which stand at the end (weights are a rank's own rows)",
         ),
         "pp": (
             {"pp": plan.pp},
-            "what stages send; but for weights, each rank is shown with the layers of all",
+            "what stages send, which stands at the end; but for weights, each rank is shown with the layers of all",
         ),
         "ep": ({"ep": plan.ep, "etp": plan.etp}, "every expert is counted whole on every rank"),
         "etp": ({"etp": plan.etp}, "every expert is counted whole on every rank"),

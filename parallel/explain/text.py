@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from ...collectives.trace import Event
@@ -12,6 +13,7 @@ def text(said: Explanation) -> str:
     """Write an explanation for a person."""
     blocks = [_head(said), _mesh(said), _communicators(said), _bytes(said)]
     blocks += [_step(step, said) for step in said.steps]
+    blocks += [_beside(said)] if said.beside else []
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -154,6 +156,21 @@ def _step(step: Traced, said: Explanation) -> list[str]:
     return [_title(step, said.context), *_table(rows), *summaries, total]
 
 
+def _beside(said: Explanation) -> list[str]:
+    """Group what has no run: the same events of one place, or of one layer after another, in one line."""
+    rows: list[tuple[str, ...]] = [("", "op", "axis", "ranks", "times", "payload", "sent")]
+    groups: dict[tuple[str, ...], list[Event]] = {}
+    for event in said.beside:
+        place = re.sub(r"\.\d+$", ".*", event.scope)
+        key = place, event.op, event.axis, str(event.ranks), size(event.payload_bytes)
+        groups.setdefault(key, []).append(event)
+    for (place, op, axis, ranks, payload), events in groups.items():
+        sent = size(sum(event.sent_bytes for event in events))
+        rows.append((place or "the rest", op, axis, ranks, str(len(events)), payload, sent))
+    total = size(sum(event.sent_bytes for event in said.beside))
+    return ["training, beside the above, by formula", *_table(rows), f"  sends {total}"]
+
+
 def _per_layer(unit: Unit) -> str:
     ops: dict[str, int] = {}
     for event in unit.events:
@@ -178,7 +195,7 @@ def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
     rows = list(rows)
     full = [row for row in rows if len(row) > 1]
     widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
-    right = {3, 6, 7, 8}
+    right = {3, 6, 7, 8} if len(widths) > 7 else {3, 4, 5, 6}
     lines = []
     for row in rows:
         cells = [

@@ -12,6 +12,7 @@ from torch import nn
 from ..axes import Pipeline
 from ..errors import PlanError
 from ..families import decoder_layers, is_transformers
+from .times import LayerTimes
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ def _under(path: str, parent: str) -> bool:
 
 
 def split_of(model: Any, choice: Pipeline) -> Split:
-    """Split a transformers decoder by its own table of stages, balanced by parameters.
+    """Split a transformers decoder by its own table of stages, balanced by parameters or by measured times.
 
     Raises:
-        PlanError: a parameter belongs to no stage, or there are too few layers.
+        PlanError: a parameter belongs to no stage, there are too few layers, or the times are of another model.
     """
     if not is_transformers(model):
         raise PlanError(
@@ -96,7 +97,7 @@ def split_of(model: Any, choice: Pipeline) -> Split:
         )
     path, layers = decoder_layers(model)
     parent = path.rpartition(".")[0]
-    first, last = _ends(model, parent, path.rpartition(".")[2])
+    first, last = ends(model, parent, path.rpartition(".")[2])
     chunks = choice.size * choice.chunks_per_stage
     if len(layers) < chunks:
         raise PlanError(
@@ -107,12 +108,10 @@ def split_of(model: Any, choice: Pipeline) -> Split:
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(p), []).append(name)
-    count = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    ends = [
-        sum(p.numel() for q in side for p in model.get_submodule(q).parameters())
-        for side in (first, last)
-    ]
-    bounds = balanced(count, chunks, ends[0], ends[1])
+    weights = by_parameters(model, layers, first, last)
+    if choice.times:
+        weights = LayerTimes.read(choice.times, len(layers)).weights
+    bounds = balanced(weights[1:-1], chunks, weights[0], weights[-1])
     split = Split(path, bounds, choice.size, first, last, tuple(map(tuple, names.values())))
     for group in split.names:
         for name in group:
@@ -125,7 +124,16 @@ def split_of(model: Any, choice: Pipeline) -> Split:
     return split
 
 
-def _ends(model: Any, parent: str, layers: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def by_parameters(
+    model: nn.Module, layers: nn.ModuleList, first: tuple[str, ...], last: tuple[str, ...]
+) -> list[int]:
+    """Count parameters: before the layers, of each layer, after them."""
+    sides = [[model.get_submodule(q) for q in side] for side in (first, last)]
+    parts = [sides[0], *([layer] for layer in layers), sides[1]]
+    return [sum(p.numel() for m in part for p in m.parameters()) for part in parts]
+
+
+def ends(model: Any, parent: str, layers: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths before and after the layers: by the model's table where it ships one, else by what they are."""
     table = list(getattr(model.base_model.config, "base_model_pp_plan", None) or {})
     paths = {id(module): path for path, module in model.named_modules()}
