@@ -36,15 +36,18 @@ def drawn(group: int, kv_heads: int, page_tokens: int):
     return q, k, v, [q_indptr, kv_indptr, indices, lo, hi]
 
 
-def check(module, group=4, kv_heads=2, page_tokens=16, splits=2, cap=0.0) -> None:
+def check(module, group=4, kv_heads=2, page_tokens=16, splits=2, cap=0.0, sinks=None) -> None:
     q, k, v, integers = drawn(group, kv_heads, page_tokens)
     words = [t.int() for t in integers]
     variant, grid, args, o, lse = module.decode_launch(q, k, v, words, 0.125, cap, splits)
     o.fill_(math.nan)
     variant.simulate(grid, *args)
-    got, got_lse = merge_states(o, lse)
+    got, got_lse = merge_states(o, lse, sinks)
     wide = (t.nan_to_num().double() for t in (q, k, v))
     want, want_lse = paged_attention_reference(*wide, *integers, 0.125, cap)
+    if sinks is not None:  # once, whatever the splits
+        alone, want_lse = want_lse, torch.logaddexp(want_lse, sinks.double())
+        want = want * torch.exp(alone - want_lse).unsqueeze(-1)
     torch.testing.assert_close(got_lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)
 
@@ -54,7 +57,13 @@ def check(module, group=4, kv_heads=2, page_tokens=16, splits=2, cap=0.0) -> Non
     [
         {},
         {"group": 16, "kv_heads": 1, "splits": 1, "cap": 4.0},  # 64 rows of one head
-        {"group": 1, "kv_heads": 2, "page_tokens": 4, "splits": 4},
+        {
+            "group": 1,
+            "kv_heads": 2,
+            "page_tokens": 4,
+            "splits": 4,
+            "sinks": torch.tensor([0.5, -2.0]),
+        },
     ],
 )
 def test_decode_is_the_reference(case) -> None:
