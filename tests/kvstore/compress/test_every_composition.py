@@ -82,7 +82,7 @@ def test_every_composition_is_made_or_refused_with_the_reason() -> None:
         assert {parts[kind] for parts in good} >= set(names) - {"delta", "hylra", "rocket-mt"}
     pairs = {(parts[0], parts[3]) for parts in good}
     assert {name for name, codec in pairs if codec == "int8"} == set(SCORERS) - {"kvzip"}
-    for parts in random.Random(0).sample(good, 90):
+    for parts in random.Random(0).sample(good, 60):
         try:
             run(made(*parts))
         except Exception as error:
