@@ -100,6 +100,9 @@ def test_prompts_read_everything_and_memory_is_the_sequences_own() -> None:
     store.truncate(seqs[0], 5)
     assert (seqs[0].memory, twin.memory) == ({}, {})
     step = store.reserve([twin], 1)
+    store.append(
+        step, 0, torch.ones(1, 2, 8, dtype=torch.float64), torch.ones(1, 2, 8, dtype=torch.float64)
+    )
     store.attend(twin, 0, q[:1], step=step)
     store.abort(step)
     assert twin.memory == {}, "what it saw is taken back"
