@@ -116,6 +116,8 @@ def dense_attention_op(
     if q.device.type != "cpu" or softcap > 0 or alibi_slopes is not None:
         rule = Interleave(run, shards, shard)
         return _math_chunked(q, k, v, lo, hi, scale, softcap, alibi_slopes, q_pos, rule)
+    # the flash operator takes the last dim for dense without looking
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     value_dim = v.shape[-1]
     if value_dim != q.shape[-1]:  # the flash operator wants one head size: pad with zeros
         wide = max(value_dim, q.shape[-1])

@@ -247,6 +247,10 @@ def _attend_span(
 
 def _flat(pages: Tensor) -> np.ndarray:
     """View contiguous pages as one numpy row; 16-bit floats as their bits."""
+    if not pages.is_contiguous():
+        raise ValueError(
+            f"pages {list(pages.shape)} with strides {pages.stride()} are read in place and must be contiguous"
+        )
     if pages.dtype == torch.bfloat16:
         pages = pages.view(torch.uint16)
     elif pages.dtype == torch.float16:

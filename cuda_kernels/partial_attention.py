@@ -72,9 +72,10 @@ def merge_into(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 def _one_width(*tensors: Tensor, width: int = 0) -> list[Tensor]:
-    """Pad the last dims with zeros to one width: the flash operator wants one head size."""
+    """Pad the last dims with zeros to one width, dense: the flash operator takes them for both without looking."""
     width = width or max(t.shape[-1] for t in tensors)
-    return [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in tensors]
+    dense = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    return [t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in dense]
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

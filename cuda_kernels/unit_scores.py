@@ -122,4 +122,4 @@ def unit_scores(
     return call(q, region, pages, count, q_other, other)
 
 
-# inlines paged_attention.py and halves.py 26782b42
+# inlines paged_attention.py and halves.py cdb1f37e
