@@ -68,6 +68,40 @@ def _unpack_words(data, words):
 
 
 @njit(nogil=True, cache=True)
+def _pack_eights(words, bits, out):
+    """Eight codes, a byte each, to as many bytes as they have bits: pairs come together, then fours, then all."""
+    a, b, c = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
+    low, even, first = (
+        np.uint64(0x00FF00FF00FF00FF),
+        np.uint64(0x0000FFFF0000FFFF),
+        np.uint64(0xFFFFFFFF),
+    )
+    for i in range(words.size):
+        w, place = words[i], out[i * bits : (i + 1) * bits]
+        w = (w & low) | ((w & ~low) >> a)
+        w = (w & even) | ((w & ~even) >> b)
+        w = (w & first) | ((w & ~first) >> c)
+        for j in range(place.size):
+            place[j] = np.uint8(w & np.uint64(255))
+            w >>= np.uint64(8)
+
+
+@njit(nogil=True, cache=True)
+def _unpack_eights(data, bits, words):
+    a, b, c = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
+    first = np.uint64((1 << 4 * bits) - 1)
+    even = np.uint64(0x0000000100000001) * np.uint64((1 << 2 * bits) - 1)
+    low = np.uint64(0x0001000100010001) * np.uint64((1 << bits) - 1)
+    for i in range(words.size):
+        place, w = data[i * bits : (i + 1) * bits], np.uint64(0)
+        for j in range(place.size - 1, -1, -1):
+            w = (w << np.uint64(8)) | np.uint64(place[j])
+        w = (w & first) | ((w & ~first) << c)
+        w = (w & even) | ((w & ~even) << b)
+        words[i] = (w & low) | ((w & ~low) << a)
+
+
+@njit(nogil=True, cache=True)
 def _pack_any(codes, bits, out):
     """Any width and number of bits."""
     rows, width = codes.shape
@@ -119,6 +153,8 @@ def pack_into(codes: np.ndarray, bits: int, out: np.ndarray) -> None:
         np.copyto(out, codes)
     elif bits in WORDS and codes.shape[1] * bits % 8 == 0:
         _pack_words(codes.reshape(-1).view(WORDS[bits]), out.reshape(-1))
+    elif codes.shape[1] % 8 == 0:
+        _pack_eights(codes.reshape(-1).view(np.uint64), bits, out.reshape(-1))
     else:
         _pack_any(codes, bits, out)
 
@@ -129,6 +165,8 @@ def unpack_into(data: np.ndarray, bits: int, codes: np.ndarray) -> None:
         np.copyto(codes, data)
     elif bits in WORDS and codes.shape[1] * bits % 8 == 0:
         _unpack_words(data.reshape(-1), codes.reshape(-1).view(WORDS[bits]))
+    elif codes.shape[1] % 8 == 0:
+        _unpack_eights(data.reshape(-1), bits, codes.reshape(-1).view(np.uint64))
     else:
         _unpack_any(data, bits, codes)
 
