@@ -20,6 +20,8 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
+from .gpu.toolchain import usable
+from .hadamard_gpu import rotate_launch, serves
 from .halves import narrow, widen
 from .numbers import bits_of
 from .workers import run_rows
@@ -279,6 +281,24 @@ def rotate(x: Tensor, seed: int, inverse: bool) -> Tensor:
 @rotate.register_fake
 def _(x: Tensor, seed: int, inverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=64)
+def _signs_on(width: int, seed: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(rotation_signs(width, seed)[0].copy()).to(device)
+
+
+@rotate.register_kernel("cuda")
+def rotate_cuda(x: Tensor, seed: int, inverse: bool) -> Tensor:
+    """Rotate in one launch; float64 and widths that are no power of two go by way of the host."""
+    width, x = x.shape[-1], x.detach().contiguous()
+    fits = serves(x.dtype, width) and x.data_ptr() % 16 == 0
+    if not fits or not x.numel() or not usable():
+        return rotate(x.cpu(), seed, inverse).to(x.device)
+    out = torch.empty_like(x)
+    variant, grid, args = rotate_launch(x, _signs_on(width, seed, x.device), inverse, out)
+    variant.launch(grid, *args)
+    return out
 
 
 # inlines halves.py 3d74d947

@@ -10,6 +10,8 @@ from plait.cuda_kernels import (
     block_floats,
     block_floats_gpu,
     codes_gpu,
+    hadamard,
+    hadamard_gpu,
     int_channels_gpu,
     int_groups,
     nvfp4,
@@ -145,6 +147,21 @@ def test_channels(dtype, bits, group) -> None:
         run(int_channels_gpu.quantise_launch, x, bits, group, *got, flag.zero_())
         assert flag.item() == 1
     assert not int_channels_gpu.serves(dtype, 23, bits, 4)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 32), (torch.float32, 32)])
+def test_rotations(dtype, width) -> None:
+    x = numbers(5, width, dtype)
+    x[2:] = x[2:].nan_to_num() * 2.0**-10
+    signs = torch.from_numpy(hadamard.rotation_signs(width, 3)[0].copy())
+    assert hadamard_gpu.serves(dtype, width)
+    assert not hadamard_gpu.serves(dtype, 48)
+    for inverse in (False, True):
+        got, wanted = torch.full_like(x, 99), hadamard.rotate(x, 3, inverse)
+        run(hadamard_gpu.rotate_launch, x, signs, inverse, got)
+        assert torch.equal(got, wanted)
+        run(hadamard_gpu.rotate_launch, x, -signs, inverse, got)
+        assert not torch.equal(got, wanted)
 
 
 # ---- what must be noticed, and what a device does that the simulator does not
