@@ -1,7 +1,8 @@
-"""A prefill under tensor parallelism on a slow link: sums of pieces behind other pieces' attention and MLP, or whole.
+"""A prefill, or a training step, under tensor parallelism on a slow link: sums whole, or of pieces behind others.
 
 python benchmarks/weave.py --link 1gbit        # root: network namespaces, tbf on each rank's sending
 python benchmarks/weave.py --link loopback
+python benchmarks/weave.py --link 1gbit --training
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import netns
 import torch
@@ -22,9 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import plait
 
 
-@torch.no_grad()
 def work(args: argparse.Namespace) -> None:
-    """Time a prefill under every number of pieces, in turn."""
+    """Time a prefill, or a training step, under every number of pieces, in turn."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.hidden,
@@ -34,14 +36,27 @@ def work(args: argparse.Namespace) -> None:
         num_key_value_heads=args.hidden // 64,
         vocab_size=1000,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).train(args.training)
     ids = torch.randint(0, 1000, (1, args.tokens), generator=torch.Generator().manual_seed(1))
     calls: dict[str, Callable[[], Tensor]] = {}
     for pieces in (1, *args.pieces):
         cut = plait.parallelize(copy.deepcopy(model), f"tp{args.ranks},weave={pieces}")
         name = "whole sums" if pieces == 1 else f"{pieces} pieces"
-        calls[name] = lambda cut=cut: cut(ids, use_cache=False, logits_to_keep=1).logits
+        calls[name] = partial(trained if args.training else prefilled, cut, ids)
     report(calls, args)
+
+
+@torch.no_grad()
+def prefilled(model: Any, ids: Tensor) -> Tensor:
+    """Read the tokens; the last one's logits."""
+    return model(ids, use_cache=False, logits_to_keep=1).logits
+
+
+def trained(model: Any, ids: Tensor) -> Tensor:
+    """Forward and backward; the gradient of a norm before the first MLP."""
+    model.zero_grad()
+    model(ids, use_cache=False, labels=ids).loss.backward()
+    return model.model.layers[0].post_attention_layernorm.weight.grad
 
 
 def report(calls: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> None:
@@ -59,9 +74,10 @@ def report(calls: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> 
                 taken[name].append(float(seconds) * 1e3)
             assert distance(out, expected) < 1e-4, name
     say(heading("plait"))
-    sent = 2 * args.layers * args.tokens * args.hidden * 4 * 2 * (args.ranks - 1) / args.ranks
+    work, sums = ("training step", 4) if args.training else ("prefill", 2)  # sums of a layer
+    sent = sums * args.layers * args.tokens * args.hidden * 4 * 2 * (args.ranks - 1) / args.ranks
     say(
-        f"gloo, {args.ranks} ranks, link {args.link}; prefill of {args.tokens} tokens, hidden {args.hidden}, "
+        f"gloo, {args.ranks} ranks, link {args.link}; {work} of {args.tokens} tokens, hidden {args.hidden}, "
         f"{args.layers} layers, float32; sends {sent / 1e6:.1f} MB a rank"
     )
     for name, times in taken.items():
@@ -75,6 +91,7 @@ def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     netns.add_options(parser)
+    parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)

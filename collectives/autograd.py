@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import primitive
-from .primitive import Group, chunk_sizes
+from .primitive import Group, Started, chunk_sizes
 
 
 class _Enter(Function):
@@ -35,6 +35,43 @@ class _Leave(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _LeaveLater(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, flight: list[Started]) -> Tensor:
+        flight.append(primitive.start_all_reduce(x.contiguous().clone(), group))
+        return flight[0].arrived
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+class _EnterLater(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, flight: list[Started]) -> Tensor:
+        ctx.group, ctx.flight = group, flight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.flight.append(primitive.start_all_reduce(grad.contiguous().clone(), ctx.group))
+        return None, None, None  # `_Land` adds it
+
+
+class _Land(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: list[Started]) -> Tensor:
+        ctx.flight = flight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        for started in ctx.flight:
+            grad = grad + started.wait()
+        ctx.flight.clear()
         return grad, None
 
 
@@ -154,7 +191,37 @@ def enter(x: Tensor, group: Group) -> Tensor:
 
     Collective: none forward; one all-reduce of the bytes of ``x`` backward.
     """
-    return x if group is None or not needs_grad(x) else _Enter.apply(x, group)
+    if group is None or not needs_grad(x):
+        return x
+    flight = getattr(x, "_plait_flight", None)
+    return _Enter.apply(x, group) if flight is None else _EnterLater.apply(x, group, flight)
+
+
+def land(x: Tensor, early: int) -> Tensor:
+    """Let the sum of the gradient that `enter` brings to this tensor travel behind what else a backward has to do.
+
+    Args:
+        early: a sequence number of autograd; nodes made since are done before the sum is waited for.
+
+    Collective: none; backward, the end of those that `enter` started.
+    """
+    if not needs_grad(x):
+        return x
+    flight: list[Started] = []
+    y = _Land.apply(x, flight)
+    y._plait_flight = flight
+    y.grad_fn._set_sequence_nr(early)
+    return y
+
+
+def leave_later(x: Tensor, group: Group) -> tuple[Tensor, Started]:
+    """Begin to `leave`; the tensor holds the sum when what is under way has been waited for.
+
+    Collective: one all-reduce forward; none backward.
+    """
+    flight: list[Started] = []
+    y = _LeaveLater.apply(x, group, flight)
+    return y, flight[0]
 
 
 def leave(x: Tensor, group: Group) -> Tensor:

@@ -164,7 +164,8 @@ class Tensor(Choice):
         sp: cut norms and residuals along the sequence over tp (Megatron's sequence parallelism).
         replicate_kv: allow tp beyond kv_heads by copying each KV head to tp / kv_heads ranks.
         fuse: do all-reduce, residual add and norm as one step where nothing is recorded for a backward.
-        weave: cut the tokens of a prefill into so many pieces whose sums travel behind each other's MLP (TokenWeave).
+        weave: cut the tokens of a prefill or a training batch into so many pieces, whose sums travel behind each
+            other's MLP (TokenWeave).
     """
 
     size: int

@@ -28,7 +28,14 @@ from .families import decoder_layers, is_transformers
 from .outlet import Outlet, run
 from .ranks import ModelRanks
 from .tensor import Link, RowLinear
-from .weave import after_attention, through_layer, weaves_attention, weaves_mlp, whole
+from .weave import (
+    after_attention,
+    after_attention_recorded,
+    through_layer,
+    weaves_attention,
+    weaves_mlp,
+    whole,
+)
 
 PRE_NORM = """
 residual = hidden_states
@@ -127,9 +134,12 @@ class StreamLayer(nn.Module):
     _plait_stream: Plumbing
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled() or self.training or args:
-            return super().forward(hidden_states, *args, **kwargs)
         here = self._plait_stream
+        recorded = torch.is_grad_enabled() or self.training
+        if args or (recorded and here.stream.pieces == 1):
+            return super().forward(hidden_states, *args, **kwargs)
+        if recorded:
+            return self._forward_recorded(here, hidden_states, kwargs)
         if weaves_attention(here, self, hidden_states, kwargs):
             return through_layer(here, self, hidden_states, kwargs)
         hidden_states = whole(hidden_states)
@@ -143,6 +153,16 @@ class StreamLayer(nn.Module):
         total, normed = here.stream.add(out, waiting, total, here.following)
         here.stream.hand_over(total, here.following, None if self._overwritten(total) else normed)
         return total
+
+    def _forward_recorded(self, here: Plumbing, hidden: Tensor, given: dict[str, Any]) -> Tensor:
+        """The same layer with nothing fused, in pieces where it weaves."""
+        normed = here.first.module(hidden)
+        out, waiting = run(here.attention, self.self_attn, hidden_states=normed, **given)
+        if waiting and weaves_mlp(here, self, out.shape[:-1].numel()):
+            return after_attention_recorded(here, self, out, hidden)
+        total = hidden + (autograd.leave(out, here.stream.group) if waiting else out)
+        out, waiting = run(here.mlp, self.mlp, here.second.module(total))
+        return total + (autograd.leave(out, here.stream.group) if waiting else out)
 
     def _overwritten(self, total: Tensor) -> bool:
         """Say whether somebody may write to this output unseen: a hook in inference mode, which counts no versions."""

@@ -4,6 +4,7 @@ A piece goes through attention after the pieces before it, as a chunk of a chunk
 by then. Where attention cannot be cut (a cache that wants one layer's tokens at once, a mask that is not a table of
 positions) it runs whole, and only the MLP is in pieces. A layer whose pieces are still on their way returns a `Woven`
 tensor: the next layer goes on with the pieces, and anyone else who touches it finds the whole.
+Where gradients are recorded attention runs whole, and the MLP in pieces, forward and backward.
 Source: TokenWeave, arXiv 2505.11329.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..collectives import autograd
 from ..collectives.primitive import Started, start_all_reduce
 from ..collectives.trace import span
 from .outlet import can_wait, run
@@ -213,6 +215,36 @@ def after_attention(here: Plumbing, layer: Any, partial: Tensor, residual: Tenso
     if read and not layer._overwritten(out):
         here.stream.hand_over(out, here.following, torch.cat(read, 1).view_as(residual))
     return out
+
+
+def after_attention_recorded(
+    here: Plumbing, layer: Any, partial: Tensor, residual: Tensor
+) -> Tensor:
+    """Go on in pieces after an attention that ran whole, and record it for a backward in pieces.
+
+    Forward, a piece's sums travel behind the other's MLP; backward, so does the sum of the gradient of its MLP's input.
+
+    Shape: partial, residual [batch, seq, hidden] -> [batch, seq, hidden]
+    Collective: two all-reduces over the model's ranks for each piece, one more backward; together the bytes of the
+        whole.
+    """
+    stream = here.stream
+    sums = [autograd.leave_later(x, stream.group) for x in pieces_of(partial, stream.pieces)]
+    early, out = torch.autograd._get_sequence_nr(), []
+    residuals = pieces_of(residual, stream.pieces)
+    for number, (total, (part, coming)) in enumerate(zip(residuals, sums, strict=True)):
+        coming.wait()
+        total = total + part
+        normed = autograd.land(here.second.module(total), early)
+        with span(f"MLP, piece {number}"):
+            mlp, waiting = run(here.mlp, layer.mlp, normed)
+        assert waiting
+        out.append((total, *autograd.leave_later(mlp, stream.group)))
+    totals = []
+    for total, part, coming in out:
+        coming.wait()
+        totals.append(total + part)
+    return torch.cat(totals, 1).view_as(residual)
 
 
 def pieces_of(x: Tensor, count: int) -> tuple[Tensor, ...]:

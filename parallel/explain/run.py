@@ -262,8 +262,8 @@ class _Runs:
             )
         if fused and self.pieces > 1:
             notes.append(
-                f"a prefill goes through them in {self.pieces} pieces of its tokens, one's all-reduce under way behind "
-                "another's attention or MLP"
+                f"a prefill or a training batch goes through them in {self.pieces} pieces of its tokens, one's "
+                "all-reduce under way behind another's attention or MLP (MLP only in training)"
             )
         if isinstance(self.twin._plait.plan.ep, Fssdp):
             notes.append(

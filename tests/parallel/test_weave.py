@@ -11,8 +11,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from exactness import far
+from exactness import Case, Pair, far, train
 from models import tiny, tokens
+from plait.collectives import autograd, primitive
 from plait.collectives.primitive import Started
 from plait.collectives.trace import Trace
 from plait.parallel import Plan, PlanError, parallelize, weave
@@ -112,6 +113,83 @@ def test_woven_pieces_are_exact_and_wrong_ones_are_not() -> None:
             assert {name for name in spans if "piece" in name} == {
                 f"{half}, piece {i}" for half in halves for i in range(pieces)
             }
+
+
+def landed_too_early() -> AbstractContextManager[Any]:
+    """A piece's gradient goes on before it was summed."""
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        for started in ctx.flight:
+            started.wait()
+        return grad, None
+
+    return patch.object(autograd._Land, "backward", staticmethod(backward))
+
+
+def left_unsummed() -> AbstractContextManager[Any]:
+    """Pieces are taken before they are summed over the ranks."""
+
+    def start(x: torch.Tensor, group: Any) -> Started:
+        return Started(None, x, x)
+
+    return patch.object(primitive, "start_all_reduce", start)
+
+
+def trained(family: str, plan: str, around: Callable[[], AbstractContextManager[Any]]) -> Any:
+    """Errors of logits and gradients of a training step of a ragged batch, and what was done in pieces."""
+    pair = Pair.of(Case(plan, family))
+    begin, wait, log = primitive.start_all_reduce, Started.wait, list[str]()
+
+    def noted_start(x: torch.Tensor, group: Any) -> Started:
+        log.append("s")
+        return begin(x, group)
+
+    def noted_wait(self: Started) -> torch.Tensor:
+        log.append("w")
+        return wait(self)
+
+    with patch.object(weave, "WOVEN_ROWS", 8):
+        train(pair)  # the first forward finds out whose sum can wait
+        with (
+            patch.object(primitive, "start_all_reduce", noted_start),
+            patch.object(Started, "wait", noted_wait),
+            around(),
+            Trace(pair.model._plait.ranks.groups.axis_of) as trace,
+        ):
+            errors = train(pair)
+    shapes = [e.shape for e in trace.events if e.op == "all_reduce"]
+    spans = [each.name for each in trace.spans]
+    return max(errors.values()), [s for s in shapes if s[0] == 1], spans, "".join(log)
+
+
+TRAINED: list[tuple[str, str, Any]] = [
+    ("qwen3", "tp2,weave=2", nullcontext),
+    ("qwen2", "tp2,weave=3", nullcontext),
+    ("qwen3", "tp2,weave=2", left_unsummed),
+    ("qwen3", "tp2,weave=2", landed_too_early),
+]
+
+
+def test_woven_training_is_exact_and_wrong_training_is_not() -> None:
+    answers = run_calls([(trained, *each) for each in TRAINED], 2)
+    for answer in answers:
+        for (family, plan, around), (error, shapes, spans, log) in zip(
+            TRAINED, answer, strict=True
+        ):
+            if around is not nullcontext:
+                assert not error < 1e-3, around.__name__
+                continue
+            assert error < 1e-9, (family, plan, error)
+            pieces = Plan.parse(plan).tp.weave
+            assert spans == 2 * [f"MLP, piece {i}" for i in range(pieces)]  # two layers
+            assert (
+                len(shapes) == 2 * 3 * pieces
+            )  # attention's and the MLP's sums, and the gradients of its input
+            forward = "s" * pieces + "ws" * pieces + "w" * pieces
+            backward = (
+                "s" * pieces + "w" * pieces
+            )  # a gradient is waited for when all pieces' MLPs are done
+            assert log == 2 * forward + 2 * backward
 
 
 @torch.no_grad()
