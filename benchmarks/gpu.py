@@ -27,6 +27,7 @@ from plait.cuda_kernels import (
     copy_pages,
     merge_states,
     paged_attention,
+    summarise,
     top_k,
 )
 from plait.cuda_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
@@ -39,6 +40,7 @@ from plait.cuda_kernels.int_groups import dequantise_groups, quantise_groups
 from plait.cuda_kernels.merge import merge_states_reference
 from plait.cuda_kernels.nvfp4 import dequantise_nvfp4, nvfp4_whole, quantise_nvfp4
 from plait.cuda_kernels.scaled_rows import dequantise_scaled, quantise_scaled
+from plait.cuda_kernels.strided import pack
 
 RUNS, MEGABYTE = 30, 1 << 20
 SHARE = "0.85 of copy bandwidth from 64 MB"
@@ -146,6 +148,28 @@ def tops(bandwidth: float) -> list[dict[str, Any]]:
         ours = microseconds(lambda _, x=x, hint=hint: top_k(x, k, hint))
         name = f"top {k} of {columns}, {rows} rows, hinted"
         found.append(share(name, ours, x.nbytes, bandwidth, torch_us, "1.5x torch.topk"))
+    return found
+
+
+def rows_of_one_rank(bandwidth: float) -> list[dict[str, Any]]:
+    """Residual add and norm, summaries of pages, strided tensors."""
+    x, residual = (torch.randn(8192, 4096, device="cuda").bfloat16() for _ in range(2))
+    weight = x[0].clone()
+    us = microseconds(lambda _: add_rms_norm(x, residual, weight, 1e-5))
+    plain = microseconds(lambda _: add_rms_norm_reference(x, residual, weight, 1e-5))
+    found = [share("add + RMSNorm, 8192 x 4096", us, 4 * x.nbytes, bandwidth, plain, SHARE)]
+    keys, pages = x.view(2048, 16, 8, 128), torch.arange(2048, device="cuda").int()
+    low, high = (torch.empty(2048, 8, 128, device="cuda").bfloat16() for _ in range(2))
+    us = microseconds(lambda _: summarise(keys, pages, 0, 2048 * 16, 16, low, high))
+    plain = microseconds(lambda _: torch.aminmax(keys, dim=1))
+    moved = x.nbytes + 2 * low.nbytes
+    found.append(share("least and greatest of pages of 16", us, moved, bandwidth, plain, SHARE))
+    columns = x[:, 1024:3072]
+    us = microseconds(lambda _: pack(columns))
+    plain = microseconds(lambda _: columns.contiguous())
+    found.append(
+        share("pack columns of 4 KiB", us, 2 * columns.nbytes, bandwidth, plain, "reported")
+    )
     return found
 
 
@@ -332,6 +356,7 @@ PARTS: dict[str, tuple[Callable[[float], list[dict[str, Any]]], str]] = {
     "merge": (merges, f"lse merge of 8 shards; {SHARE}"),
     "copy": (copies, f"page copy; {SHARE}"),
     "codecs": (codecs, f"int2, int4, int8, fp8, MX, NVFP4; {SHARE}"),
+    "rows": (rows_of_one_rank, "norm on one GPU, summaries, packing; 0.85 of copy bandwidth"),
     "top-k": (tops, "2048 of 32k to 256k with a hint; 1.5x torch.topk"),
     "norm": (norms, f"all-reduce + residual + norm, 2 to 8 virtual ranks; {NORM}"),
     "partials": (partials, "Helix's exchange, 2 to 8 virtual ranks, bf16 and fp8; reported"),

@@ -126,7 +126,7 @@ PLACES = (odd_place, transposed, every_other, wide_rows)
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_answer_or_a_refusal_that_names_the_shape(name: str, place) -> None:
-    want = CALLS[name](lambda x: x.clone())
+    want, found = CALLS[name](lambda x: x.clone()), None
     try:
         found = CALLS[name](place)
     except ValueError as error:
