@@ -92,7 +92,7 @@ def through(chain: str, page: torch.Tensor) -> torch.Tensor:
 # ---- packing
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 5),
     width=st.integers(1, 70),
@@ -356,7 +356,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
         run.append(noise(3, 2, 9))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, deadline=None)
 @given(
     chain=st.sampled_from(ALL),
     change=st.sampled_from(["random", "flip", "cut", "grow"]),
@@ -593,7 +593,7 @@ def test_keeping_the_rest_in_few_bits_needs_the_balancer() -> None:
 # ---- bits where they pay
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None)
 @given(
     weights=st.lists(st.floats(0, 100), min_size=1, max_size=5),
     average=st.floats(2, 8),
@@ -692,7 +692,7 @@ def test_kvtc_in_a_store_and_as_a_stream() -> None:
     assert [a.tobytes() for a in whole.coded] == [a.tobytes() for a in bitwise.coded]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None)
 @given(change=st.sampled_from(["random", "flip", "cut"]), seed=st.integers(0, 2**32))
 def test_damaged_kvtc_is_refused_or_another_page(change, seed) -> None:
     x = lowrank(1, 32, 3)

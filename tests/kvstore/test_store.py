@@ -93,7 +93,7 @@ def test_machine_catches_a_broken_store(mutation, monkeypatch) -> None:
     where, wrong = MUTATIONS[mutation]
     monkeypatch.setattr("plait.kvstore." + where, wrong)
     search = settings(
-        max_examples=300, stateful_step_count=25, deadline=None, database=None, derandomize=True,
+        max_examples=300, stateful_step_count=25, deadline=None,
         phases=[Phase.generate], print_blob=False,
     )  # fmt: skip
     with pytest.raises((AssertionError, KVStoreError, ValueError, IndexError)):

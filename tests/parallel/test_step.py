@@ -64,7 +64,7 @@ def batches(draw: Any) -> tuple[list[int], np.ndarray | None, int, int, int]:
     return past, valid, length, draw(st.sampled_from([1, 2, 3, 16])), draw(st.integers(1, 5))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(batches())
 def test_a_step_against_brute_force(
     drawn: tuple[list[int], np.ndarray | None, int, int, int],
@@ -157,7 +157,7 @@ def test_the_cheaper_exchange() -> None:
     assert kv_elements(8, 100, 16, 64, 512, 4) == (100 * 512 + 8 * 16 * 64 / 4) * 3 / 4
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_head_runs(per_run: int, runs: int, copies: int) -> None:
     """Runs of query heads are in order and equal; each reads exactly its groups' KV heads."""

@@ -121,7 +121,7 @@ def test_zeros_and_extremes(chain) -> None:
             codec.encode(torch.tensor([[1.0, bad]]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None)
 @given(
     chain=st.sampled_from(CHAINS),
     change=st.sampled_from(["random", "flip", "cut", "grow"]),
