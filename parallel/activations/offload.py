@@ -18,6 +18,7 @@ from .saved import Place, SavedTensors
 from .shelf import Counters, Keep, Shelf
 
 BLOCK = 4096
+LEAST_BYTES = 1 << 20
 
 
 def offload_activations(
@@ -26,7 +27,7 @@ def offload_activations(
     *,
     disk_bytes: int | str | None = None,
     host_bytes: int | str | None = None,
-    least_bytes: int | str = "1MiB",
+    least_bytes: int | str = LEAST_BYTES,
     queue_bytes: int | str = "256MiB",
 ) -> OffloadedActivations:
     """Keep what layers save for backward on disk, or on the host, until backward comes to them.

@@ -64,7 +64,8 @@ class Traced:
     """One run: every collective in order, and the workspace.
 
     ``workspace_bytes`` is the most that was alive at once of what the step itself made (activations, and in training
-    gradients), without the KV it keeps and without what kernels allocate inside themselves.
+    gradients), without the KV it keeps and without what kernels allocate inside themselves. ``movable_bytes`` of what
+    it saves for backward would wait elsewhere under ``offload_activations``.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Traced:
     events: tuple[Event, ...]
     workspace_bytes: int
     layers: tuple[str, ...] = ()
+    movable_bytes: int = 0
 
     @property
     def sent_bytes(self) -> int:

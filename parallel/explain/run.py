@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...collectives.trace import Trace
+from ..activations.ledger import Ledger
+from ..activations.offload import LEAST_BYTES, attached, layers_of
 from ..api import commit, prepare, refuse_later_axes, shape_of
 from ..axes import Fssdp
+from ..edits import Edits
 from ..errors import PlanError
 from ..families import is_transformers
 from ..folding import Folding
@@ -231,13 +235,18 @@ class _Runs:
     def train(self) -> Traced:
         """Forward and backward of ``batch`` sequences of ``context`` tokens, with all logits."""
         options: dict[str, Any] = {"use_cache": False} if self.decoder else {}
+        ledger, hooks = Ledger(), Edits()
+        with suppress(PlanError):  # a module without layers has nothing that could wait elsewhere
+            hooks = attached(*layers_of(self.twin), ledger, LEAST_BYTES)
         with torch.enable_grad(), Footprint() as footprint:
             try:
-                return self._traced(
+                traced = self._traced(
                     "training", footprint, self.batch, self.context, None,
                     lambda: self._loss(self._forward(self.batch, self.context, **options)).backward(),
                 )  # fmt: skip
+                return replace(traced, movable_bytes=ledger.moved_bytes)
             finally:
+                hooks.undo()
                 self.twin.zero_grad(set_to_none=True)
 
     def notes(self) -> tuple[str, ...]:

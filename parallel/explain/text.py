@@ -122,6 +122,9 @@ def _bytes(said: Explanation) -> list[str]:
         rows.append(
             (step.workspace_bytes, "workspace", f"of {step.name}: the most {made} alive at once")
         )
+        if step.movable_bytes:
+            moved = "of it go out and come back with plait.offload_activations"
+            rows.append((step.movable_bytes, "saved", moved))
     if said.kv is not None:
         total = held.bytes + said.kv.batch_bytes + said.step("decode").workspace_bytes
         rows.append((total, "in all", f"for decoding {said.batch} of them"))

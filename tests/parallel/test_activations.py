@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from memory import Anonymous
 from models import tiny, tokens
-from plait.parallel import offload_activations, parallelize
+from plait.parallel import Plan, offload_activations, parallelize
 from plait.parallel.activations import OffloadedActivations
 from plait.parallel.activations.shelf import Counters
+from plait.parallel.explain import run
 from training import batch_of, coordinate, labelled, loss
 from world import run_calls, run_world
 
@@ -56,6 +57,14 @@ MORE: dict[int, list[Row]] = {
 }  # fmt: skip
 
 
+def written(moved: OffloadedActivations) -> None:
+    """Wait until everything that was saved is written."""
+    end = time.monotonic() + 60
+    while moved.counters.held_bytes:
+        assert time.monotonic() < end, "what was saved is not written"
+        time.sleep(0.001)
+
+
 def step(
     model: Any, at: int, number: int, staged: bool, moved: OffloadedActivations | None = None
 ) -> dict[str, Tensor]:
@@ -63,10 +72,8 @@ def step(
     model.zero_grad()
     batch = batch_of(at, number, batch=5 if staged else 2)
     value = labelled(model, batch) if staged else loss(model, batch)
-    end = time.monotonic() + 60
-    while moved is not None and not staged and moved.counters.held_bytes:
-        assert time.monotonic() < end, "what was saved is not written"
-        time.sleep(0.001)
+    if moved is not None and not staged:
+        written(moved)
     value.backward()
     found = {"loss": value.detach().clone()}
     for name, p in model.named_parameters():
@@ -130,6 +137,22 @@ def test_gradients_are_bitwise_those_without(ranks: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("ranks", MORE)
 def test_gradients_under_more_plans(ranks: int, tmp_path: Path) -> None:
     assert_bitwise(MORE[ranks], ranks, tmp_path)
+
+
+def test_explain_says_what_would_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of a real step, counted on meta."""
+    monkeypatch.setattr(run, "LEAST_BYTES", LEAST)
+    model = tiny("llama", layers=3).train()
+    said = Plan().explain(model, batch=2, context=24, backward=True)
+    with offload_activations(model, tmp_path, disk_bytes=ROOM, least_bytes=LEAST) as moved:
+        loss = model(tokens(2, 24), use_cache=False).logits.sum()
+        written(moved)
+        loss.backward()
+    assert moved.counters.written_bytes > 0
+    assert said.step("training").movable_bytes == pytest.approx(
+        moved.counters.written_bytes, rel=0.1
+    )
+    assert "with plait.offload_activations" in str(said)
 
 
 # --- memory -----------------------------------------------------------------------------------
