@@ -86,6 +86,12 @@ class Chooser:
         Shape: q `[queries, heads, head_dim]` of the newest tokens
         Collective: over tp where heads compete or keep the same; `tokens * kv_heads` scores.
         """
+        for own in heads.k:
+            if not bool(own.sum(dtype=torch.promote_types(own.dtype, torch.float32)).isfinite()):
+                raise ValueError(
+                    f"layer {layer}: keys hold NaN or infinity, so a score is NaN or means nothing; look at the "
+                    "model's input and precision, and close the sequence"
+                )
         scores = self._scores(heads, q, what, layer, keep)
         for own in scores:
             if what.rule.newest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -19,11 +20,9 @@ def measured():
     before = set(sys.modules)
     sys.path.insert(0, str(RECALL))
     try:
-        import caches
-        import measure
-        import model
-        import tasks
-
+        caches, measure, model, tasks = map(
+            importlib.import_module, ("caches", "measure", "model", "tasks")
+        )
         methods = {
             "exact": caches.selecting("exact:budget=0.1"),
             "quest 4": caches.selecting("quest:budget=0.1,page=4,dense=0"),
