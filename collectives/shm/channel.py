@@ -73,4 +73,4 @@ def pull(ring, view, cursor, count, patience):
     return WAITING
 
 
-# inlines memory.py and steps.py and stores.py 0cc6fba3
+# inlines memory.py and steps.py and stores.py b12b07bd

@@ -7,9 +7,6 @@ from numba import carray, njit
 from .memory import at, put, store, take
 from .single_copy import (
     CARELESS,
-    FILL,
-    PUT,
-    READ,
     agree_on,
     balance,
     may_be_read,
@@ -20,9 +17,11 @@ from .single_copy import (
 )
 from .steps import (
     BALANCE,
+    BEGAN,
     CODE,
     COUNT,
     DONE,
+    FILLING,
     LARGEST,
     MISMATCH,
     OFFERED,
@@ -105,7 +104,7 @@ def copy_own(state, sends, sent, receives, received, item):
 
 @njit(nogil=True, cache=True)
 def fill(state, sends, sent, shared, piece, item):
-    """Copy this step's elements for each other rank into the own slot; return their bytes."""
+    """Copy this step's elements for each other rank into the own slot."""
     rank, world, done = state[RANK], state[WORLD], state[PLACE]
     slot = slot_of(state, rank, state[STEP])
     room = turn_of(state, piece, item)
@@ -113,15 +112,12 @@ def fill(state, sends, sent, shared, piece, item):
         n = min(room, sent[rank, 1] - done)
         if n > 0:
             show(state, sends[0], sent[rank, 0] + done, n, slot)
-        return max(0, n) * item
-    moved = 0
+        return
     for to in range(world):
         n = min(room, sent[to, 1] - done)
         if to != rank and n > 0:
             view = sends[to if sends.shape[0] > 1 else 0]
             show(state, view, sent[to, 0] + done, n, slot + to * piece)
-            moved += n * item
-    return moved
 
 
 @njit(nogil=True, cache=True)
@@ -143,22 +139,18 @@ def bring(state, peer, receives, received, shared, piece, item):
     rank, done, count = state[RANK], state[PLACE], received[peer, 1]
     out = receives[peer if receives.shape[0] > 1 else 0]
     at_peer = slot_of(state, peer, state[STEP])
-    begin = cycles()
     if not header_word(state, peer, OFFERED):
         n = min(turn_of(state, piece, item), count - done)
         if n > 0:
             there = at_peer + (0 if shared else rank * piece)
             settle(out, received[peer, 0] + done, n, there, whole_of(received, item))
-            note(state, count * item, PUT, begin, n * item)
         return True
     if done > 0 or count == 0:
         return True
     there = carray(at(at_peer, state), state[WORLD])[rank]
     if out[1] > 0:
         return land(state, peer, there, out, received[peer, 0], count)
-    came = read_there(state, peer, out[0] + received[peer, 0] * item, there, count * item)
-    note(state, count * item, READ, begin, count * item)
-    return came
+    return read_there(state, peer, out[0] + received[peer, 0] * item, there, count * item)
 
 
 @njit(nogil=True, cache=True)
@@ -182,18 +174,19 @@ def give_out(state, sends, sent, receives, received, shared, meet, piece, item, 
     table = carray(at(sizes_of(state, rank, step), state), world)
     for r in range(world):
         table[r] = sent[r, 1]
+    begin = cycles()
     if state[PLACE] == 0:
         state[OFFERS] = 0
-        tell(state, BALANCE, balance(state, largest * item, shared))
+        tell(state, BALANCE, balance(state, largest * item))
         if meet and pays(state, largest * item):
             state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
     if state[OFFERS]:
         offer(state, sends, sent, shared, item, slot_of(state, rank, step))
         largest = 0  # the others say how many steps their elements need
     else:
-        begin = cycles()
-        moved = fill(state, sends, sent, shared, piece, item)
-        note(state, largest * item, FILL, begin, moved)
+        fill(state, sends, sent, shared, piece, item)
+    if state[PLACE] == 0:
+        state[FILLING] = cycles() - begin
     tell(state, OFFERED, state[OFFERS])
     publish(state, code, sent[rank, 1], largest)
 
@@ -221,6 +214,8 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
         if state[PHASE] == 1:
             if meet and not all_came(state, step, 2 * step, patience):
                 return WAITING
+            if done == 0:
+                state[BEGAN] = cycles()
             state[PHASE] = 2
         while state[PHASE] == 2 and state[PEER] < world:
             peer = state[PEER]
@@ -251,8 +246,10 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
         state[PHASE] = state[PEER] = 0
         state[PLACE] += turn_of(state, piece, item)
         if state[PLACE] >= most:
+            if meet:
+                note(state, largest_of(sent, received) * item)
             begin(state)
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and single_copy.py da81ee59
+# inlines memory.py and steps.py and stores.py and single_copy.py 26d50c19

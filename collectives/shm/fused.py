@@ -253,4 +253,4 @@ def run(
     return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and norms.py 50e6b92d
+# inlines memory.py and steps.py and stores.py and norms.py ed5faef0

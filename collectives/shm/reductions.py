@@ -219,4 +219,4 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py 0cc6fba3
+# inlines memory.py and steps.py and stores.py b12b07bd

@@ -3,10 +3,10 @@
 The system call (process_vm_readv) costs the kernel something for each page, and takes nothing from another processor's
 cache but what it reads; two copies by way of a slot cost two processors a copy each, and more where the lines of a
 slot must be taken from its readers (see stores.py). Which is cheaper depends on the machine, its mode of the minute and
-the size, so each rank notes what a KB cost it, by sizes, and shows in the headers of its calls which way was cheaper of
-late; all ranks add these up and take one way in the next call, for to mix them is the worst. A rank whose elements
-others may not read copies them all the same: the header says where they are. Who sent the one way leaves the call when
-all have read.
+the size, so each rank notes what its calls cost a KB, by sizes, and shows in the headers of its calls which way was
+cheaper of late; all ranks add these up and take one way in the next call, for to mix them is the worst. A rank whose
+elements others may not read copies them all the same: the header says where they are. Who sent the one way leaves the
+call when all have read.
 """
 
 from __future__ import annotations
@@ -18,13 +18,25 @@ import numpy as np
 from numba import carray, njit, types
 
 from .memory import at
-from .steps import BALANCE, COSTS, FIRST_INPUT, PIECES, RANK, SINGLE, WORLD, header_word
+from .steps import (
+    BALANCE,
+    BEGAN,
+    COSTS,
+    FILLING,
+    FIRST_INPUT,
+    OFFERS,
+    PIECES,
+    RANK,
+    SINGLE,
+    WORLD,
+    header_word,
+)
 from .stores import cycles
 
 LEAST = 128 << 10  # bytes for a rank that are worth a system call
 CLASSES = 8  # of sizes, each twice the one before; the last one has no end
-# words of a class: how often it was chosen in, cycles for a KB of each copy, and what all ranks hold to be cheaper
-CALLS, FILL, PUT, READ, AGREED = range(5)
+# words of a class: how often it was chosen in, cycles for a KB by either way, and what all ranks hold to be cheaper
+CALLS, TWO, ONE, AGREED = range(4)
 TRIALS = 8  # the first calls of a class try both ways in turn,
 RETRY = 64  # and then one of so many the dearer one
 NEVER, BY_COST, ALWAYS, CARELESS = range(
@@ -69,16 +81,19 @@ def words_of(count):
     number = 0
     while number < CLASSES - 1 and count >= LEAST << (number + 1):
         number += 1
-    return COSTS + 5 * number
+    return COSTS + 4 * number
 
 
 @njit(nogil=True, cache=True)
-def note(state, count, which, begin, moved):
-    """Take note of what a copy cost that began at a time: a mean of late ones, of an interruption but a part."""
-    if count < LEAST or moved < LEAST // 8:
+def note(state, count):
+    """Take note of what a call cost since all ranks had come, its filling included.
+
+    A mean of late calls; of one that was interrupted but a part.
+    """
+    if count < LEAST:
         return
-    word = words_of(count) + which
-    cost, known = (cycles() - begin) * 1024 // moved, state[word]
+    word = words_of(count) + (ONE if state[OFFERS] else TWO)
+    cost, known = (cycles() - state[BEGAN] + state[FILLING]) * 1024 // count, state[word]
     if known > 0:
         cost = known + (min(cost, 4 * known) - known) // 4
     state[word] = max(1, cost)
@@ -98,13 +113,10 @@ def pays(state, count):
 
 
 @njit(nogil=True, cache=True)
-def balance(state, count, shared):
+def balance(state, count):
     """Say by how much one copy was cheaper to this rank than two, for so many bytes to each rank."""
-    if count < LEAST:
-        return 0
-    words, readers = words_of(count), state[WORLD] - 1
-    two = (1 if shared else readers) * state[words + FILL] + readers * state[words + PUT]
-    return two - readers * state[words + READ]
+    words = words_of(count)
+    return state[words + TWO] - state[words + ONE] if count >= LEAST else 0
 
 
 @njit(nogil=True, cache=True)
@@ -160,4 +172,4 @@ def offer(state, sends, sent, shared, item, slot):
         addresses[to] = view[0] + sent[rank if shared else to, 0] * item
 
 
-# inlines memory.py and steps.py and stores.py 0cc6fba3
+# inlines memory.py and steps.py and stores.py b12b07bd

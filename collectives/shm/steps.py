@@ -25,8 +25,8 @@ STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
 SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
 CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
 GIVEN, PAST, COST = range(16, 19)  # see stores.py; COST is two words
-# see single_copy.py; of PIECES there are 7, of COSTS 40
-SINGLE, OFFERS, PIECES, COSTS = 20, 21, 22, 29
+# see single_copy.py; of PIECES there are 7, of COSTS 32
+SINGLE, OFFERS, FILLING, BEGAN, PIECES, COSTS = 20, 21, 22, 23, 24, 31
 # from here an address for each rank, and then its process; INPUTS is where these words lie
 FIRST_INPUT = 72
 # words of a line, written by one rank, read by all

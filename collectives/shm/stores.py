@@ -127,4 +127,4 @@ def settle(view, first, count, dense, whole):
         put(view, first, count, dense)
 
 
-# inlines memory.py and steps.py c8fd3b8b
+# inlines memory.py and steps.py f5afdd9f

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from plait.collectives import PeerLost, shm
 from plait.collectives.shm import members, single_copy
-from plait.collectives.shm.single_copy import ALWAYS, BY_COST, CARELESS, FILL, NEVER, PUT, READ
+from plait.collectives.shm.single_copy import ALWAYS, BY_COST, CARELESS, NEVER, ONE, TWO
 from plait.collectives.shm.steps import (
     BALANCE,
     CONTROL,
@@ -176,15 +176,15 @@ def test_only_true_words_are_believed() -> None:
     assert not single_copy.can_read(os.getpid(), 64, 77)
 
 
-def headers(costs: list[tuple[int, int, int]], shared: bool = False) -> np.ndarray:
-    """The state of a rank that has seen the headers of ranks whose copies cost so much: fill, put, read."""
+def headers(costs: list[tuple[int, int]]) -> np.ndarray:
+    """The state of a rank that has seen the headers of ranks whose calls cost so much, by two copies and by one."""
     ranks = len(costs)
     state = np.zeros(FIRST_INPUT + 2 * ranks, np.int64)
     lines = np.zeros((2 * ranks, LINE // 8), np.int64)
     state[[SINGLE, WORLD, CONTROL]] = BY_COST, ranks, lines.ctypes.data
     for rank, of_rank in enumerate(costs):
-        state[[COSTS + FILL, COSTS + PUT, COSTS + READ]] = of_rank
-        lines[2 * rank, BALANCE] = single_copy.balance(state, single_copy.LEAST, shared)
+        state[[COSTS + TWO, COSTS + ONE]] = of_rank
+        lines[2 * rank, BALANCE] = single_copy.balance(state, single_copy.LEAST)
     single_copy.agree_on(state, single_copy.LEAST)
     return state
 
@@ -195,18 +195,15 @@ def taken(state: np.ndarray, count: int = single_copy.LEAST) -> list[bool]:
 
 def test_the_way_that_is_cheaper_to_all_is_taken_and_the_other_tried() -> None:
     for costs, one in (
-        ([(50, 60, 90)] * 2, True),
-        ([(50, 60, 130)] * 2, False),
-        ([(50, 60, 90), (50, 60, 140)], False),
+        ([(110, 90)] * 2, True),
+        ([(110, 130)] * 2, False),
+        ([(110, 90), (110, 140)], False),
     ):
         found = taken(headers(costs))
         assert found[: single_copy.TRIALS] == [False, True] * (single_copy.TRIALS // 2)
         later = found[single_copy.TRIALS :]
         assert later.count(not one) == 2, "one trial in RETRY calls"
-    # one filling serves all readers of a gather
-    assert not taken(headers([(50, 60, 90)] * 4, shared=True))[20]
-    assert taken(headers([(50, 60, 90)] * 4, shared=False))[20]
-    never = headers([(50, 60, 1)] * 2)
+    never = headers([(110, 1)] * 2)
     assert not any(taken(never, single_copy.LEAST - 1))
     never[SINGLE] = NEVER
     assert not any(taken(never))
