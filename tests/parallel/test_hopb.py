@@ -20,7 +20,7 @@ from plait.collectives.trace import Trace
 from plait.collectives.world import CHOSEN
 from plait.cuda_kernels.scores import Interleave
 from plait.parallel import Plan, parallelize
-from plait.parallel.attention import helix, hopb
+from plait.parallel.attention import exchange, helix, hopb
 from plait.parallel.attention.step import make_step
 from world import run_calls, run_world
 
@@ -159,7 +159,7 @@ def merged_in_wrong_order() -> AbstractContextManager[Any]:
         def cat(self, tensors: list[torch.Tensor], *args: Any) -> torch.Tensor:
             return torch.cat(tensors if args else tensors[::-1], *args)
 
-    return patch.object(helix, "torch", Torch())
+    return patch.object(exchange, "torch", Torch())
 
 
 def waits_for_the_chunk_before() -> AbstractContextManager[Any]:
