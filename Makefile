@@ -52,7 +52,7 @@ $(CUDA_READY): tools/install_cuda.py pyproject.toml
 	@touch $@
 
 check-cuda: $(CUDA_READY)  ## compile every CUDA kernel, without a GPU: registers, spills, accesses (an environment of its own)
-	.venv-cuda/bin/python -m pytest tests/cuda_kernels/test_ptx_table.py
+	.venv-cuda/bin/python -m pytest -o faulthandler_timeout=3600 tests/cuda_kernels/test_ptx_table.py
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
