@@ -43,7 +43,8 @@ class Step:
     """A model with a batch: a forward pass, and a training step without the optimizer."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model, self.ids = model.train(), ids
+        self.model, self.ids = model, ids
+        model.train()
 
     @torch.no_grad()
     def forward(self) -> Tensor:
