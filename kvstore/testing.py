@@ -12,6 +12,7 @@ Needs hypothesis.
 
 from __future__ import annotations
 
+import random
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -159,7 +160,10 @@ class StoreMachine(RuleBasedStateMachine):
         seqs = self._pick(data)
         self._reserve(data, seqs, [data.draw(st.integers(0, 9)) for _ in seqs])
 
+    # What is drawn may not depend on lengths and free pages: tiers and their threads decide what is found.
+
     def _reserve(self, data: Any, seqs: list[Sequence], counts: list[int]) -> None:
+        new_ids = random.Random(data.draw(st.integers(0, 2**32)))
         before = self.store.counters()
         try:
             step = self.store.reserve(seqs, counts)
@@ -173,7 +177,7 @@ class StoreMachine(RuleBasedStateMachine):
             mine = self.pending[seq]
             if mine.ids is not None:
                 more = mine.length + count - len(mine.ids)
-                mine.ids += [data.draw(st.integers(0, 1)) for _ in range(more)]
+                mine.ids += [new_ids.randint(0, 1) for _ in range(more)]
         for layer in range(self.spec.layers):
             rows: list[Any] = []
             for seq, count in zip(seqs, counts, strict=True):
@@ -237,7 +241,7 @@ class StoreMachine(RuleBasedStateMachine):
     def truncate(self, data: Any) -> None:
         """Forget a tail."""
         for seq in self._pick(data)[:1]:
-            length = data.draw(st.integers(0, self.model[seq].length))
+            length = data.draw(st.integers(0, 2**16)) % (self.model[seq].length + 1)
             self.store.truncate(seq, length)
             mine = self.model[seq]
             for layer in mine.tokens:

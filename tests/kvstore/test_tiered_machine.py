@@ -187,7 +187,7 @@ def run(examples: int, steps: int, machine: type[TieredMachine] = TieredMachine)
 
 
 def test_the_store_with_failing_tiers_against_a_dictionary() -> None:
-    run(40, 25)
+    run(60, 30)
     assert min(COUNTS.values()) > 0, COUNTS
 
 
