@@ -28,7 +28,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import plait
-from plait.collectives import Trace
 
 TINYLM = Path(__file__).parent / "tinylm" / "checkpoint"
 PLANS = {1: "tp1", 2: "kvp2", 4: "kvp2 tp2", 8: "kvp4 tp2"}
@@ -194,9 +193,7 @@ def write(
 @torch.no_grad()
 def count_collectives(model: Any, ids: torch.Tensor, cache: Any) -> str:
     """Trace one decode step and say what it sent."""
-    if not hasattr(model, "_plait"):
-        return "none"
-    with Trace(model._plait.ranks.groups.axis_of) as trace:
+    with plait.trace(model) as trace:
         model(ids[:, -1:], past_key_values=cache, use_cache=True)
     counts = ", ".join(f"{n} {op} over {axis}" for (op, axis), n in sorted(trace.counts().items()))
     return f"{counts or 'none'}; {trace.sent_bytes():,} bytes sent by this rank"

@@ -20,6 +20,7 @@ from .experts import (
 )
 from .pipeline import measure_layers
 from .plan import Plan
+from .tracing import trace
 
 __all__ = [
     "Attention",
@@ -47,6 +48,7 @@ __all__ = [
     "offload_experts",
     "parallelize",
     "record_routing",
+    "trace",
     "track_optimizer",
     "unparallelize",
 ]

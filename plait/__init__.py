@@ -27,6 +27,7 @@ from .parallel import (
     offload_experts,
     parallelize,
     record_routing,
+    trace,
     track_optimizer,
     unparallelize,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "offload_experts",
     "parallelize",
     "record_routing",
+    "trace",
     "track_optimizer",
     "unparallelize",
 ]
