@@ -89,6 +89,7 @@ def open_to_write(
     for name in folder.names():
         if name.endswith(".new"):  # a process died while it made this
             folder.unlink(name)
+    folder.sync_names()  # a name whose sync failed is listed, but a power cut would take it
     index = Index(folder)
     with contextlib.ExitStack() as undo:
         undo.callback(index.close)

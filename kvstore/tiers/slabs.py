@@ -109,8 +109,9 @@ class Slabs:
             self.folder.sync_names()
         except OSError:
             self.folder.close(handle)
-            with contextlib.suppress(OSError):
-                self.folder.unlink(new)
+            for name in (new, slab_name(number)):  # it may have its name, but not durably
+                with contextlib.suppress(OSError):
+                    self.folder.unlink(name)
             raise
         self._handles[number] = handle
         return self.slots(number)

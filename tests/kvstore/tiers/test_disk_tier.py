@@ -612,6 +612,29 @@ def test_commit_tells_of_errors_and_of_what_was_lost() -> None:
         assert tier.contains([b"k"]) == [True]
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_slab_whose_name_was_not_made_durable_is_not_trusted(stays: bool, monkeypatch) -> None:
+    """Its pages would go with its name in a power cut, committed or not; also after the next opening."""
+    monkeypatch.setattr(recovery_module, "SLAB_BYTES", 4096 + 2 * 8192)
+    size = {"page_bytes": 3000, "max_bytes": 10 * (4096 + 2 * 8192)}
+    for seed in range(8):  # which of the names since the last sync survive is drawn
+        disk = FaultyDisk()
+        DiskTier(FaultyFolder(disk), **size).close()
+        tier = DiskTier(FaultyFolder(disk), **size)
+        disk.armed["sync_names"] = 0, "EIO"
+        if stays:  # it cannot be removed either
+            disk.armed["unlink"] = 1, "EIO"
+        tier.put([b"first"], [b"page"])
+        disk.kill()
+        assert disk.struck == 1 + stays
+        with DiskTier(FaultyFolder(disk), **size) as tier:
+            assert tier.put([b"k"], [b"page"]) == [True]
+            tier.commit()
+            disk.power_cut(random.Random(seed))
+        with DiskTier(FaultyFolder(disk)) as tier:
+            assert tier.contains([b"k"]) == [True]
+
+
 def test_a_full_disk_evicts_instead_of_growing(monkeypatch) -> None:
     monkeypatch.setattr(recovery_module, "SLAB_BYTES", 4096 + 2 * 8192)
     disk = FaultyDisk()
