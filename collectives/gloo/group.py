@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..errors import CallMismatch, PeerLost
+from ..python_group import PythonGroup
 from ..shown_call import Moved, ShownCall, is_on, mismatch, room_of
 from ..trace import listening, tell_traces
 from ..work import Finished, Several
@@ -32,7 +33,7 @@ _SUM, _GATHER, _SCATTER, _EXCHANGE = (
 )  # fmt: skip
 
 
-class GlooGroup(dist.ProcessGroup):
+class GlooGroup(PythonGroup):
     """A group of ranks over gloo; its methods are those of ``ProcessGroupGloo``, which does the work.
 
     A group that has lost a rank is over: what is under way ends, on the other ranks too, and later calls raise at once.
@@ -72,8 +73,6 @@ class GlooGroup(dist.ProcessGroup):
     def size(self) -> int:
         return len(self.members.names)
 
-    getRank, getSize = rank, size
-
     def getBackendName(self) -> str:
         return "plait_gloo"
 
@@ -82,25 +81,6 @@ class GlooGroup(dist.ProcessGroup):
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu"), torch.device("cuda")]
-
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
-
-    def _set_group_desc(self, description: str) -> None:
-        self._description = description
-
-    @property
-    def group_name(self) -> str:
-        return self._name
-
-    pg_name = group_name
-
-    @property
-    def group_desc(self) -> str:
-        return self._description
-
-    def __repr__(self) -> str:
-        return f"GlooGroup({self._name!r}, rank {self.rank()} of {self.size()})"
 
     def _set_sequence_number_for_group(self) -> None:
         """Do nothing: calls are counted anyway."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ...cuda_kernels.quantised import Quantised
+from ..python_group import PythonGroup
 from ..trace import listening, tell_traces
 from ..work import Several
 from . import fused
@@ -27,7 +28,7 @@ _SUM, _GATHER, _SCATTER, _EXCHANGE = (
 )  # fmt: skip
 
 
-class ShmGroup(dist.ProcessGroup):
+class ShmGroup(PythonGroup):
     """A c10d group whose ranks are processes of one host.
 
     Collective: every method but send and recv, by all members in one order. Each costs one or two crossings of
@@ -51,8 +52,6 @@ class ShmGroup(dist.ProcessGroup):
     def size(self) -> int:
         return self._members.ranks
 
-    getRank, getSize = rank, size
-
     def getBackendName(self) -> str:
         return "shm"
 
@@ -61,25 +60,6 @@ class ShmGroup(dist.ProcessGroup):
     @property
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu")]
-
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
-
-    def _set_group_desc(self, description: str) -> None:
-        self._description = description
-
-    @property
-    def group_name(self) -> str:
-        return self._name
-
-    pg_name = group_name
-
-    @property
-    def group_desc(self) -> str:
-        return self._description
-
-    def __repr__(self) -> str:
-        return f"ShmGroup({self._name!r}, rank {self.rank()} of {self.size()})"
 
     # ---- collectives, as torch names them
 
