@@ -13,6 +13,10 @@ export PYTHONDONTWRITEBYTECODE :=
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
+# A file's tests stay in one process: they share worlds and references. In the order of collection: the longest
+# files, of mpirun's tests, are the first.
+ON_ALL_CORES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults soak bench clean
 
@@ -30,7 +34,7 @@ demo: $(READY)  ## a language model reads a long text on 4 ranks under a Helix p
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 4 examples/long_context.py --plan "kvp2 tp2"
 
 test: $(READY)  ## all tests that this machine can run, multi-process and mpirun ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
 test-compositions: $(READY)  ## every composition of axes in the table and many random plans against one process; a host lost under torchrun
 	$(BIN)/python -m pytest -m "table or not table" -o faulthandler_timeout=3600 tests/parallel/test_*compositions.py tests/parallel/test_elastic.py

@@ -159,9 +159,9 @@ def _merge(o, lse, sink, out, out_lse, sums, first, stop):
     for start in range(first, stop, TILE):
         end = min(start + TILE, stop)
         _weigh(lse, sink, start, end, weights, tops)
-        out_lse[start:end] = tops[: end - start]
         for p in range(start, end):
-            live = 0
+            out_lse[p] = tops[p - start]
+            live = np.int64(0)  # a literal is a type of its own: _blend would be compiled for both
             for s in range(shards):
                 if lse[s, p] != -np.inf:
                     at[live], w[live] = s, weights[p - start, s]

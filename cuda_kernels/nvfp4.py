@@ -109,7 +109,8 @@ def _quantise_nvfp4(x, whole, lift, both, forms, scales, codes):
             _choose(sizes, misses, chosen, taken[:blocks])
             spread(taken[:blocks], NVFP4_BLOCK, mask)
             _replace(mask, other, codes[a:b])
-        scales[first:last] = chosen[0, :blocks]
+        for i in range(blocks):
+            scales[first + i] = chosen[0, i]
 
 
 @njit(nogil=True, cache=True)

@@ -90,14 +90,15 @@ def _guess_from_sample(x, k, where, keys, counts):
         where[j] = first + (odd >> 8) % (stop - first)
     share = k * SAMPLE / n
     rank = np.int64(share + 3 * np.sqrt(share) + 2)
-    return _kth_of(x, where, SAMPLE, min(rank, SAMPLE), keys, counts)
+    # np.int64: a literal is a type of its own, for which all would be compiled once more
+    return _kth_of(x, where, np.int64(SAMPLE), min(rank, SAMPLE), keys, counts)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _guess_from_hint(x, hint, where, keys, counts):
     """Give the place of nearly the least value at some places of the hint that lie in the row, or -1."""
     step = max(1, hint.shape[0] // HINTS)
-    count = 0
+    count = np.int64(0)
     for j in range(0, hint.shape[0], step):
         if 0 <= hint[j] < x.shape[0] and count < where.shape[0]:
             where[count] = hint[j]

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+import numba_cache
 import world
 
 
@@ -22,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     New ones: `pytest --hypothesis-profile search`. The environments of single tools have no hypothesis.
     """
+    numba_cache.let_one_write()
     if not config.pluginmanager.hasplugin("hypothesispytest"):
         return
     from hypothesis import settings
