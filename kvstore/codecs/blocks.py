@@ -56,6 +56,11 @@ class Blocked(InPlace):
         rows, blocks, width = self._shape(layout)
         return self.head_bytes + rows * (self.scale_bytes * blocks + width)
 
+    def sections(self, layout: PageLayout) -> tuple[int, ...]:
+        """The head, bytes of the blocks one plane after the other, codes."""
+        rows, blocks, width = self._shape(layout)
+        return self.head_bytes, *[rows * blocks] * self.scale_bytes, rows * width
+
     def _parts(
         self, data: np.ndarray, layout: PageLayout
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

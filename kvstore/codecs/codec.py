@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -100,6 +101,16 @@ class PageToBytes(CodecPart):
     def for_values(self) -> PageToBytes:
         """The codec of values where this one is the keys'."""
         return self
+
+    def sections(self, layout: PageLayout) -> tuple[int, ...] | None:
+        """How bytes of pages coded together lie: a head for all of them, then part by part those of each page.
+
+        Gives the bytes of the head, and of each part of one page; None where pages cannot be told apart.
+
+        Args:
+            layout: of one page.
+        """
+        return None
 
     @abstractmethod
     def max_bytes(self, layout: PageLayout) -> int:
@@ -206,6 +217,27 @@ class Codec:
     def for_values(self) -> Codec:
         """The codec of values where this one is the keys': another one for KIVI, say."""
         return replace(self, writer=self.writer.for_values())
+
+    def sections(self, layout: PageLayout) -> tuple[int, ...] | None:
+        """As of the writer; None where something packs its bytes."""
+        return None if self.packers else self.writer.sections(self._layouts(layout)[-1])
+
+    def some_pages(self, data: np.ndarray, layout: PageLayout, index: np.ndarray) -> np.ndarray:
+        """Bytes of some of the pages that were coded together, as those alone would be coded with the same head.
+
+        Args:
+            data: of pages `[pages, ...]`; layout: of one of them; index: `[n]` which.
+
+        Raises:
+            CodecError: if they cannot be told apart.
+        """
+        sizes = self.sections(layout)
+        if sizes is None:
+            raise CodecError(f"{self}: pages that were coded together cannot be decoded apart")
+        pages = (data.size - sizes[0]) // sum(sizes[1:])
+        ends = sizes[0] + pages * np.cumsum((0, *sizes[1:]))
+        parts = [data[a:b].reshape(pages, -1)[index].ravel() for a, b in pairwise(ends)]
+        return np.concatenate([data[: sizes[0]], *parts])
 
     def _layouts(self, layout: PageLayout) -> list[PageLayout]:
         layouts = [layout]

@@ -62,6 +62,11 @@ class Grouped(InPlace):
         rows = layout.numel // cut.shape[-1]
         return 4 * int(np.prod(cut.scales)) + rows * packed_width(cut.shape[-1], cut.bits)
 
+    def sections(self, layout: PageLayout) -> tuple[int, ...]:
+        """Scales, low ends, codes."""
+        ends = 2 * int(np.prod(self.groups(layout).scales))
+        return 0, ends, ends, self.max_bytes(layout) - 2 * ends
+
     def _parts(
         self, data: np.ndarray, cut: Groups, dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

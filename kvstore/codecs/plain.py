@@ -31,6 +31,10 @@ class Plain(PageToBytes):
         """All of them."""
         return layout.page_bytes
 
+    def sections(self, layout: PageLayout) -> tuple[int, ...]:
+        """Page after page."""
+        return 0, layout.page_bytes
+
     def encode(self, page: Tensor) -> np.ndarray:
         """A view of the page."""
         return tensor_bytes(page)

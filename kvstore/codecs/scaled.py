@@ -28,6 +28,10 @@ class Scaled(InPlace):
         need_floats(layout, self.name)
         return layout.numel + 4 * layout.vectors
 
+    def sections(self, layout: PageLayout) -> tuple[int, ...]:
+        """Codes, scales."""
+        return 0, layout.numel, 4 * layout.vectors
+
     def encode(self, page: Tensor) -> np.ndarray:
         """Scale each vector so that its largest element just fits, and round.
 

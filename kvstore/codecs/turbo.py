@@ -42,6 +42,11 @@ class Turbo(InPlace):
         need_floats(layout, self.name)
         return layout.vectors * (2 + packed_width(layout.shape[-1], self.bits))
 
+    def sections(self, layout: PageLayout) -> tuple[int, ...]:
+        """Norms, codes."""
+        norms = 2 * layout.vectors
+        return 0, norms, self.max_bytes(layout) - norms
+
     def _parts(
         self, data: np.ndarray, layout: PageLayout, dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray]:

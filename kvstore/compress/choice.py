@@ -76,6 +76,7 @@ class Chooser:
     shard: Shard
     widths: Widths | None = None
 
+    @torch.no_grad()  # a step may be committed, and tokens chosen, where gradients are on
     def choose(self, heads: Heads, q: Tensor, what: Compression, layer: int, keep: int) -> Heads:
         """The tokens that each head keeps, in the order of the text, with their scores.
 

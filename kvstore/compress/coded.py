@@ -103,6 +103,14 @@ class Tiers:
                         f"codec {codec} cannot hold pages of {spec.page_tokens} tokens of one head: {error}"
                     ) from error
 
+    def together(self, spec: KVSpec) -> str | None:
+        """The codec whose pages, coded together, cannot be decoded apart; None if there is none."""
+        for codec in self.codecs:
+            for part, width in zip((codec.keys, codec.values), spec.widths, strict=True):
+                if part.sections(PageLayout((spec.page_tokens, 1, width), spec.dtype)) is None:
+                    return str(part)
+        return None
+
     def assign(
         self, count: int, scores: Tensor | None, size: int, levels: Tensor | None = None
     ) -> list[Tensor]:
@@ -163,10 +171,20 @@ class CodedLayer:
 
     runs: list[CodedRun] = field(default_factory=list)
     loose: int = 0
+    _pages: tuple[int, list[np.ndarray]] = (0, [])  # of so many runs
 
     def copy(self) -> CodedLayer:
         """For a fork."""
         return CodedLayer(list(self.runs), self.loose)
+
+    def pages(self, kv_heads: int) -> list[np.ndarray]:
+        """Each head's pages in the order in which they were coded. Shape: `[n, 2]`: run, page of it"""
+        if self._pages[0] != len(self.runs) or not self._pages[1]:
+            heads = np.concatenate([run.heads for run in self.runs] or [np.empty(0, np.int32)])
+            each = [(n, at) for n, run in enumerate(self.runs) for at in range(len(run.heads))]
+            both = np.array(each, np.int64).reshape(-1, 2)
+            self._pages = len(self.runs), [both[heads == head] for head in range(kv_heads)]
+        return self._pages[1]
 
     def counts(self, kv_heads: int) -> np.ndarray:
         """Tokens of each head."""
@@ -220,12 +238,41 @@ class PageCoder:
         """Shape: -> `[pages, page_tokens, 1, head_dim]`, `[pages, page_tokens, 1, value_dim]`"""
         codec, pages = self.tiers.codecs[run.tier], len(run.heads)
         k, v = (
-            part.decode(data, PageLayout((pages, self.spec.page_tokens, 1, width), self.spec.dtype))
-            for part, data, width in zip(
-                (codec.keys, codec.values), (run.keys, run.values), self.spec.widths, strict=True
+            part.decode(data, PageLayout((pages, *layout.shape), layout.dtype))
+            for part, data, layout in zip(
+                (codec.keys, codec.values), (run.keys, run.values), self._layouts, strict=True
             )
         )
         return k, v
+
+    def decode_keys(self, layer: CodedLayer, pages: np.ndarray) -> Tensor:
+        """Keys of some pages. Shape: pages `[n, 2]`, see `CodedLayer.pages` -> `[n, page_tokens, 1, head_dim]`"""
+        return self._some(layer, pages, values=False)
+
+    def decode_pages(self, layer: CodedLayer, pages: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Keys and values of some pages."""
+        return self._some(layer, pages, values=False), self._some(layer, pages, values=True)
+
+    def _some(self, layer: CodedLayer, pages: np.ndarray, values: bool) -> Tensor:
+        """Decode a part of some runs."""
+        layout = self._layouts[values]
+        out = torch.empty(len(pages), *layout.shape, dtype=layout.dtype)
+        for number in np.unique(pages[:, 0]):
+            run, at = layer.runs[number], np.flatnonzero(pages[:, 0] == number)
+            codecs = self.tiers.codecs[run.tier]
+            codec, data = (codecs.values, run.values) if values else (codecs.keys, run.keys)
+            some = codec.some_pages(data, layout, pages[at, 1])
+            decoded = codec.decode(some, PageLayout((len(at), *layout.shape), layout.dtype))
+            if len(at) == len(pages):
+                return decoded
+            out[torch.from_numpy(at)] = decoded
+        return out
+
+    @property
+    def _layouts(self) -> list[PageLayout]:
+        """A page's, of keys and of values."""
+        size, dtype = self.spec.page_tokens, self.spec.dtype
+        return [PageLayout((size, 1, width), dtype) for width in self.spec.widths]
 
     def attend(
         self, layer: CodedLayer, q: Tensor, lo: np.ndarray, hi: np.ndarray, options: ScoreOptions

@@ -39,10 +39,11 @@ def page_coder(
         return None
     tiers = Tiers.parse(codec) if isinstance(codec, str) else codec
     tiers.check(spec)
-    if selector is not None:
+    together = tiers.together(spec)
+    if selector is not None and together is not None:
         raise CompressionError(
-            f"selector={selector} with codec={tiers}: coded pages are decoded whole at each step, so choosing among "
-            "them saves nothing; use one of the two"
+            f"selector={selector} with codec={tiers}: pages that {together} coded together cannot be decoded apart, so "
+            "choosing among them saves nothing; use no selector, or codecs such as int8, int4, kivi, turbo and mxfp4"
         )
     for own in what:
         if own is not None and own.scorer.waits:

@@ -127,7 +127,10 @@ class LanePool:
         counts = np.array([len(own) for own in places])
         self._extend(lanes, counts)
         slots = np.concatenate(
-            [self._row_slots(lanes.pages[head], int(count)) for head, count in enumerate(counts)]
+            [
+                self.row_slots(lanes.pages[head], np.arange(count))
+                for head, count in enumerate(counts)
+            ]
         )
         self._write(slots, torch.cat(k), torch.cat(v))
         self.places.reshape(-1)[slots] = np.concatenate(places)
@@ -139,7 +142,7 @@ class LanePool:
 
     def read(self, lanes: Lanes, head: int) -> tuple[Tensor, Tensor, np.ndarray, Tensor | None]:
         """Copy one head's tokens out: keys `[count, d]`, values, places, attention received."""
-        slots = self._row_slots(lanes.pages[head], int(lanes.counts[head]))
+        slots = self.row_slots(lanes.pages[head], np.arange(lanes.counts[head]))
         at = torch.from_numpy(slots)
         k, v = (region[0].flatten(0, 2)[at] for region in (self.pool.keys, self.pool.values))
         heard = None if self.received is None else self.received.view(-1)[at]
@@ -156,14 +159,14 @@ class LanePool:
         old = [self.row(lanes, head) for head in range(len(lanes.counts))]
         counts = lanes.counts.copy()
         for head, count in enumerate(lanes.counts):
-            own = self.places.reshape(-1)[self._row_slots(lanes.pages[head], int(count))]
+            own = self.places.reshape(-1)[self.row_slots(lanes.pages[head], np.arange(count))]
             counts[head] = np.searchsorted(own, place)
         lanes.counts = counts
         for head, pages in enumerate(old):
             self.pool.release(pages[len(self.row(lanes, head)) :])
 
-    def _row_slots(self, pages: np.ndarray, count: int) -> np.ndarray:
-        index = np.arange(count)
+    def row_slots(self, pages: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Rows of one head's tokens in a flat region. Shape: `[n]` -> `[n]` int64"""
         return pages[index // self.size].astype(np.int64) * self.size + index % self.size
 
     def _write(self, slots: np.ndarray, k: Tensor, v: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .choice import Chooser, Heads
+from .chosen import rewind
 from .coded import CodedLayer, PageCoder
 from .compression import Compression
 from .lanes import LanePool
@@ -146,6 +147,7 @@ class LayerKeeper:
         taken = [own[a : a + old] for own, a in zip(index, first, strict=True)]
         left = [torch.cat([own[:a], own[a + old :]]) for own, a in zip(index, first, strict=True)]
         last = len(self.coder.tiers.codecs) - 1
+        rewind(seq.memory.get(layer, {}), coded.counts(len(first)))
         self._encode(coded, self.coder, last, held.take(taken))
         coded.loose -= old
         rest, lanes = held.take(left), seq.lanes[layer]

@@ -15,6 +15,7 @@ from ..attention import ScoreOptions, row_bounds, row_pointers, with_sink
 from ..select.attend import attend_selected
 from ..select.selector import Selector
 from ..spec import KVSpec
+from .chosen import ChosenReader
 from .compression import Compression
 from .lanes import LanePool
 from .layers import LayerKeeper
@@ -98,6 +99,14 @@ class KeptReader:
             elif mine.stop > mine.start:
                 o[mine], lse[mine] = attend_whole(*whole, q[mine], lo[mine], hi[mine], options)
         rows = indptr[1:] - indptr[:-1]
+        if self.keeper.coder is not None and self.selector is not None:
+            for at in [at for at in paged if rows[at] == 1]:
+                row = int(indptr[at])
+                if lo[row] <= 0 and hi[row] >= lengths[at]:
+                    part = self._attend_chosen(seqs[at], layer, q[row], options)
+                    if part is not None:
+                        o[row], lse[row] = part
+                        paged.remove(at)
         index = np.flatnonzero(np.isin(np.repeat(np.arange(len(seqs)), rows), paged))
         if len(index):
             at = torch.from_numpy(index).to(q.device)
@@ -129,11 +138,27 @@ class KeptReader:
                     o[mine], lse[mine] = merge_states(*both)
         return o, lse
 
+    def _attend_chosen(
+        self, seq: KeptSequence, layer: int, q: Tensor, options: ScoreOptions
+    ) -> tuple[Tensor, Tensor] | None:
+        """Attend to what the selector chooses of coded and exact pages; None if that is everything."""
+        assert self.selector is not None
+        assert self.keeper.coder is not None
+        chosen = ChosenReader(self.selector, self.keeper.coder, self.pool, self.spec.layers)
+        memory = seq.memory.setdefault(layer, {})
+        return chosen.attend(
+            memory, seq.lanes[layer], seq.coded[layer], layer, q, options, self.shard.rule.shards
+        )
+
     def _attend_selected(
         self, seqs: list[KeptSequence], layer: int, asked: LaneRows, options: ScoreOptions
     ) -> tuple[Tensor, Tensor] | None:
         """Attend by the selector, which sees a lane as a sequence of one KV head; None if there is none, or prompts."""
-        if self.selector is None or (asked.indptr[1:] - asked.indptr[:-1] != 1).any():
+        if (
+            self.selector is None
+            or self.keeper.coder is not None
+            or (asked.indptr[1:] - asked.indptr[:-1] != 1).any()
+        ):
             return None
         held = [seq.memory.setdefault(layer, {}) for seq in seqs]
         heads = range(self.spec.kv_heads)

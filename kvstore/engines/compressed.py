@@ -39,7 +39,8 @@ def compressed_store(
         scorer, layers, options: of `CompressedStore`.
 
     Raises:
-        ValueError: if its layers keep something else than keys and values of all tokens, or it attends otherwise.
+        ValueError: if its layers keep something else than keys and values of all tokens, or it attends otherwise, or
+            works on cached keys before it attends.
     """
     spec, config = spec_of(model, page_tokens)
     if spec.layers != config.num_hidden_layers:
@@ -48,8 +49,24 @@ def compressed_store(
             "would have to choose for them too; use make_store and PlaitCache"
         )
     store = CompressedStore(spec, scorer, layers, **{"facts": facts_of(model), **options})
+    before = model.config._attn_implementation
     read_pages_in_place(model)
+    try:
+        _read_a_token(model, CompressedStore(spec, "streaming"))
+    except TypeError as error:
+        model.set_attn_implementation(before)
+        raise ValueError(
+            f"{type(model).__name__} works on cached keys before it attends (latent attention), and here they stay in "
+            "pages; use make_store and PlaitCache"
+        ) from error
     return store
+
+
+def _read_a_token(model: Any, store: CompressedStore) -> None:
+    """Run the model on one token of a cache of a store."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad(), CompressedCache(store, token) as cache:
+        model(input_ids=token, past_key_values=cache)
 
 
 def facts_of(model: Any) -> ModelFacts:

@@ -84,9 +84,21 @@ class KeyView:
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.to(work).unflatten(0, (self.kv_heads, -1))
 
+    def reach(self, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys of the tokens from `first` on, and the pages of all tokens among them.
+
+        Shape: -> `[some pages, page_tokens, kv_heads, head_dim]`, `[n]`, of which those before `first` mean nothing
+        """
+        return self.keys, self.pages
+
+    def rows(self, head: int, tokens: Tensor) -> Tensor:
+        """Keys of some tokens of one head. Shape: `[n]` -> `[n, head_dim]`"""
+        size = self.keys.shape[1]
+        return self.keys[self.pages.long()[tokens // size], tokens % size, head]
+
     def logits(self, q: Tensor) -> Tensor:
         """Dot products with every key, which are all read for it. Shape: as `grouped` -> `[kv_heads, group, tokens]`"""
-        return unit_scores(q, self.keys, self.pages, self.tokens)
+        return unit_scores(q, *self.reach(), self.tokens)
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,17 @@ class Summaries:
             if need > len(self.low):
                 self.low = _longer(self.low, need)
                 self.high = None if self.high is None else _longer(self.high, need)
+            keys, pages = view.reach(self.tokens)
             summarise(
-                view.keys, view.pages, self.tokens, view.tokens, self.unit, self.low, self.high,
-                self.shift,
-            )  # fmt: skip
+                keys, pages, self.tokens, view.tokens, self.unit, self.low, self.high, self.shift
+            )
             self.tokens = view.tokens
         return self
+
+    def rewind(self, tokens: int) -> None:
+        """Forget all but the first tokens, whose keys are what they were."""
+        whole = (min(tokens, self.tokens) + self.shift) // self.unit * self.unit - self.shift
+        self.tokens = max(0, whole)
 
     def sizes(self) -> Tensor:
         """Tokens of each unit. Shape: `[units]`"""

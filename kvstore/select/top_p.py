@@ -70,10 +70,8 @@ def reaching(mass: Tensor, share: float) -> Tensor:
 
 def _some_logits(rows: Tensor, view: KeyView, tokens: Tensor) -> Tensor:
     """Logits of some tokens, -inf for the others. Shape: rows `[kv_heads, group, d]`, tokens `[kv_heads, tokens]`"""
-    size = view.keys.shape[1]
     logits = rows.new_full((*rows.shape[:2], view.tokens), -torch.inf)
     for head, own in enumerate(tokens):
         at = own.nonzero().flatten()
-        keys = view.keys[view.pages.long()[at // size], at % size, head].to(rows.dtype)
-        logits[head][:, at] = rows[head] @ keys.T
+        logits[head][:, at] = rows[head] @ view.rows(head, at).to(rows.dtype).T
     return logits

@@ -174,6 +174,27 @@ def test_real_bytes_are_the_promised_ones(chain, dtype, shape) -> None:
         assert bits_per_element(data.size, layout) == pytest.approx(BITS[chain], abs=0.002)
 
 
+@pytest.mark.parametrize("width", [64, 33])
+def test_pages_that_were_coded_together_are_decoded_apart(width) -> None:
+    """Some of them, in any order, are what they are among all; or the codec says that it cannot tell them apart."""
+    apart = []
+    for chain in (*ALL, "none", "bf16+int8", "hadamard+mxfp4", "int8+zstd"):
+        codec, pages = find_codec(chain), noise(5, 32, 2, width)
+        data, index = codec.encode(pages), np.array([3, 0, 3])
+        one = PageLayout.of(pages[0])
+        if codec.sections(one) is None:
+            with pytest.raises(CodecError, match="cannot be decoded apart"):
+                codec.some_pages(data, one, index)
+            continue
+        apart.append(chain)
+        some = codec.decode(
+            codec.some_pages(data, one, index), PageLayout((3, *one.shape), one.dtype)
+        )
+        assert torch.equal(some, codec.decode(data, PageLayout.of(pages))[index]), chain
+    assert {chain for chain in ALL if chain not in apart} <= {*SIGNS}
+    assert {"none", "bf16+int8", "hadamard+mxfp4"} < set(apart)
+
+
 @pytest.mark.parametrize("chain", ALL)
 def test_names_come_back(chain) -> None:
     codec = find_codec(chain)

@@ -142,7 +142,7 @@ def codec_layout(page):
     ("options", "said"),
     [
         ({"scorer": "tova:budget=8", "codec": "int8"}, "use every=0"),
-        ({"scorer": "knorm", "codec": "int8", "selector": "quest"}, "saves nothing"),
+        ({"scorer": "knorm", "codec": "zstd", "selector": "quest"}, "saves nothing"),
         ({"scorer": "knorm", "selector": "delta"}, "lets layers read what another"),
         ({"scorer": "knorm", "codec": "kivi:group=32"}, "cannot hold pages of 8 tokens"),
         ({"scorer": "knorm", "codec": "int4|int2"}, "use rule=waterfill, or give each tier"),
@@ -183,3 +183,95 @@ def test_a_selector_of_everything_changes_nothing(selector) -> None:
     (_, want), (_, got) = (fed(store, k, v, q, [60, *[1] * 20]) for store in stores)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+LOSSLESS = "bf16"  # for numbers that are bfloat16's
+SELECTORS = (
+    "quest:budget=0.3,page=5,dense=1", "rocket:budget=12,chunk=3,channels=4", "exact:budget=11",
+    "top-p:share=0.5,page=5",
+)  # fmt: skip
+
+
+def rounded(tokens: int):
+    return tuple(x.bfloat16().float() for x in drawn(tokens))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_selector_sees_coded_pages_as_it_sees_exact_ones(selector) -> None:
+    """A codec that changes no bit: the same tokens are chosen, whatever their pages are, while they are coded."""
+    k, v, q = rounded(110)
+    sizes = [50, *[1] * 28]
+    stores = [
+        CompressedStore(SPEC, "knorm:budget=0.8,every=0", selector=s, codec=c)
+        for s, c in ((selector, None), (selector, exact(LOSSLESS, tail=5)), (None, None))
+    ]
+    (_, want), (seq, got), (_, whole) = (fed(store, k, v, q, sizes) for store in stores)
+    assert len(seq.coded[1].runs) > 3, "coded again and again"
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(got[-1], whole[-1], atol=1e-3), "not everything was read"
+    lo, hi = torch.tensor([20]), torch.tensor([70])  # a window reads what it may
+    x, y = (
+        stores[i].attend(s, 1, q[1, :1], lo=lo, hi=hi)[0]
+        for i, s in ((1, seq), (1, stores[1].fork(seq)))
+    )
+    torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    ["none@0.3|int8@0.3|int4:group=8", "nvfp4", "kivi:bits=4,group=8", "hadamard+turbo:bits=4"],
+)
+def test_summaries_are_of_what_is_decoded_now(codec) -> None:
+    """What a long talk remembers is what is made anew from its pages: a fork remembers nothing."""
+    k, v, q = drawn(110)
+    selector = SELECTORS[len(codec) % 2]
+    store = CompressedStore(
+        SPEC, "snapkv:window=4,budget=0.8", codec=exact(codec, tail=5), selector=selector
+    )
+    seq, _ = fed(store, k, v, q, [50, *[1] * 25])
+    twin = store.fork(seq)
+    for layer in range(2):
+        for asked in (q[layer, 60:61], q[layer, 70:71]):
+            own, fresh = (store.attend(s, layer, asked)[0] for s in (seq, twin))
+            torch.testing.assert_close(own, fresh)
+    store.check_integrity()
+
+
+@pytest.mark.parametrize("codec", ["int8", "none@0.3|int8@0.3|int4:group=8"])
+def test_a_selection_of_everything_is_attention_to_everything(codec) -> None:
+    k, v, q = drawn(90)
+    stores = (
+        CompressedStore(SPEC, "snapkv:window=4,budget=0.8", codec=exact(codec, tail=5), selector=s)
+        for s in (None, "quest:budget=1.0", "top-p:pages=0.9999999,share=0.9999999")
+    )
+    runs = [fed(store, k, v, q, [50, *[1] * 30])[1] for store in stores]
+    assert all(torch.equal(x, y) for x, y in zip(*runs[:2], strict=True))
+    for x, y in zip(runs[0], runs[2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_few_pages_are_decoded(monkeypatch) -> None:
+    """Keys once, for their summaries; of a step what is chosen, and what was coded since."""
+    k, v, q = drawn(420)
+    store = CompressedStore(
+        SPEC,
+        "knorm:budget=1.0",
+        codec=exact("int4:group=8", tail=8),
+        selector="quest:budget=24,page=8,dense=0",
+    )
+    decoded: list[tuple[int, bool]] = []
+    some = PageCoder._some
+
+    def counted(self, layer, pages, values):
+        decoded.append((len(pages), values))
+        return some(self, layer, pages, values)
+
+    monkeypatch.setattr(PageCoder, "_some", counted)
+    seq, _ = fed(store, k, v, q, [401, *[1] * 19])
+    pages = sum(len(own) for own in seq.coded[0].pages(2))
+    values = sum(n for n, of_values in decoded if of_values)
+    assert pages > 95
+    assert 0 < values <= 19 * 2 * 2 * 3, "three pages a head and step"
+    keys = sum(n for n, of_values in decoded if not of_values) - values
+    assert keys == 2 * pages, "each page's keys once more, to be summarised"

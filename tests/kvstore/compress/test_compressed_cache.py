@@ -216,6 +216,25 @@ def test_memory_is_freed_layer_by_layer() -> None:
     assert store.report()["held_bytes"] == 0
 
 
+def test_tokens_may_be_chosen_where_gradients_are_on() -> None:
+    """A user's last commit stands outside `generate`, and output projections are parameters."""
+    model, (ids, _) = model_of("llama"), batch(pads=(0,))
+    scorer = "critical:base=keydiff,budget=6,every=1,rule=(threshold:tau=0.01,window=3)"
+    store = compressed_store(model, scorer, page_tokens=4)
+    with CompressedCache(store, ids) as cache:
+        run(model, ids, None, cache, new=3)
+        chosen = store.keeper.choices
+        cache.commit()
+        assert store.keeper.choices > chosen
+
+
+def test_a_model_that_works_on_cached_keys_is_refused_at_once() -> None:
+    model = model_of("deepseek")
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM works on cached keys"):
+        compressed_store(model, "knorm")
+    assert model.config._attn_implementation == "sdpa", "as it was"
+
+
 def test_what_cannot_be_is_said() -> None:
     model, (ids, mask) = model_of("llama"), batch()
     store = compressed_store(model, "snapkv:window=6,budget=0.4", page_tokens=4)
