@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import random
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from mutated import mutated
 from plait.cuda_kernels import all_reduce_norm
 from plait.cuda_kernels.all_reduce_norm import STATISTICS, all_reduce_norm_reference
 from plait.cuda_kernels.gpu import peers
@@ -114,20 +113,9 @@ def test_steps_go_on_where_their_number_wraps() -> None:
     assert ranks.buffers[0][:4].view(torch.uint32).item() == 3
 
 
-def mutated(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
-    """Load a module again with one thing changed."""
-    source = inspect.getsource(module)
-    assert old in source
-    changed = types.ModuleType(module.__name__ + "_mutated")
-    changed.__package__ = module.__package__
-    sys.modules[changed.__name__] = changed  # where dataclasses look
-    exec(compile(source.replace(old, new), module.__file__ or "", "exec"), changed.__dict__)
-    return changed
-
-
 def crossing(old: str, new: str) -> types.ModuleType:
     """All-reduce and norm with a mutated crossing."""
-    changed = mutated(all_reduce_norm, "import", "import")
+    changed = mutated(all_reduce_norm)
     vars(changed)["cross"] = mutated(peers, old, new).cross
     return changed
 

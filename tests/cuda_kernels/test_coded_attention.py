@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import types
 
 import pytest
 import torch
 
+from mutated import mutated
 from plait.cuda_kernels import merge_states, paged_decode
 from plait.cuda_kernels.coded_attention import (
     coded_attention,
@@ -119,20 +119,10 @@ def test_the_operator_is_attention_to_the_decoded() -> None:
     torch.testing.assert_close(o.double(), want, rtol=1e-2, atol=1e-1)
 
 
-def mutated(old: str, new: str) -> types.ModuleType:
+def over_mutated_readers(old: str, new: str) -> types.ModuleType:
     """The decode over readers of which one word is changed."""
-    source = inspect.getsource(page_forms)
-    assert old in source
-    forms = types.ModuleType("mutated_forms")
-    forms.__package__ = page_forms.__package__
-    sys.modules[forms.__name__] = forms
-    exec(compile(source.replace(old, new), "", "exec"), forms.__dict__)
-    source = inspect.getsource(paged_decode)
-    changed = types.ModuleType(paged_decode.__name__ + "_coded")
-    changed.__package__ = paged_decode.__package__
-    sys.modules[changed.__name__] = changed
-    exec(compile(source, "", "exec"), changed.__dict__)
-    changed.__dict__["reader"] = forms.reader
+    changed = mutated(paged_decode, name="coded")
+    changed.__dict__["reader"] = mutated(page_forms, old, new).reader
     return changed
 
 
@@ -147,7 +137,7 @@ def mutated(old: str, new: str) -> types.ModuleType:
 )  # fmt: skip
 def test_a_mutated_reader_fails(form: str, old: str, new: str) -> None:
     with pytest.raises(AssertionError):
-        check(mutated(old, new), form, form, group=1)
+        check(over_mutated_readers(old, new), form, form, group=1)
 
 
 def test_pages_that_cannot_be_read_are_refused() -> None:

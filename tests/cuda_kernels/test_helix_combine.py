@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from mutated import mutated
 from plait.cuda_kernels import helix_combine as module
 from plait.cuda_kernels.gpu import ptx, simulator
 from plait.cuda_kernels.gpu.peers import Layout
@@ -116,16 +115,6 @@ def test_an_fp8_payload_and_sinks() -> None:
     steps(module, 2, 2, fp8=True, sink=True)
 
 
-def mutated(old: str, new: str) -> types.ModuleType:
-    source = inspect.getsource(module)
-    assert old in source
-    changed = types.ModuleType(module.__name__ + "_mutated")
-    changed.__package__ = module.__package__
-    sys.modules[changed.__name__] = changed
-    exec(compile(source.replace(old, new), module.__file__ or "", "exec"), changed.__dict__)
-    return changed
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -142,7 +131,7 @@ def mutated(old: str, new: str) -> types.ModuleType:
     ],
 )
 def test_a_mutated_exchange_fails(old: str, new: str) -> None:
-    source = mutated(old, new)
+    source = mutated(module, old, new)
     with pytest.raises((AssertionError, SimulationError)):
         steps(source, 2, 6)
 

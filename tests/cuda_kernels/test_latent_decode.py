@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import types
 
 import pytest
 import torch
 
+from mutated import mutated
 from plait.cuda_kernels import latent_decode, merge_states
 from plait.cuda_kernels.paged_attention import paged_attention_reference
 
@@ -53,12 +51,7 @@ def test_latents_are_the_reference(heads: int, splits: int, cap: float) -> None:
     ],
 )
 def test_a_mutated_decode_fails(old: str, new: str) -> None:
-    source = inspect.getsource(latent_decode)
-    assert old in source
-    changed = types.ModuleType(latent_decode.__name__ + "_mutated")
-    changed.__package__ = latent_decode.__package__
-    sys.modules[changed.__name__] = changed
-    exec(compile(source.replace(old, new), "", "exec"), changed.__dict__)
+    changed = mutated(latent_decode, old, new)
     with pytest.raises(AssertionError):
         check(changed, heads=3)
 

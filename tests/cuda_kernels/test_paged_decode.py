@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
-import types
 
 import pytest
 import torch
 
+from mutated import mutated
 from plait.cuda_kernels import decode_choice, merge_states, paged_decode
 from plait.cuda_kernels.paged_attention import paged_attention_reference
 
@@ -79,12 +77,7 @@ def test_decode_is_the_reference(case) -> None:
     ],
 )
 def test_a_mutated_decode_fails(old: str, new: str) -> None:
-    source = inspect.getsource(paged_decode)
-    assert old in source
-    changed = types.ModuleType(paged_decode.__name__ + "_mutated")
-    changed.__package__ = paged_decode.__package__
-    sys.modules[changed.__name__] = changed
-    exec(compile(source.replace(old, new), "", "exec"), changed.__dict__)
+    changed = mutated(paged_decode, old, new)
     with pytest.raises(AssertionError):
         check(changed, kv_heads=1)
 

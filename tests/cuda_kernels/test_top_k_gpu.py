@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-import types
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mutated import mutated
 from plait.cuda_kernels import top_k_gpu
 from plait.cuda_kernels.gpu import radix
 from plait.cuda_kernels.gpu.simulator import SimulationError
@@ -137,17 +134,6 @@ def test_rows_of_any_size_begin_anywhere(n, seed, values, share, hints, dtype) -
     assert torch.equal(simulated(x, k, hint), top_k_reference(x, k))
 
 
-def mutated(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
-    """Load a module with one thing changed."""
-    source = inspect.getsource(module)
-    assert old in source
-    changed = types.ModuleType(module.__name__ + "_mutated")
-    changed.__package__ = module.__package__
-    sys.modules[changed.__name__] = changed
-    exec(compile(source.replace(old, new), module.__file__ or "", "exec"), changed.__dict__)
-    return changed
-
-
 def ties_among_the_kept() -> tuple[Tensor, Tensor]:
     x = normal()
     x[x > 1.5] = 1.5  # fewer than there is room for, more than k
@@ -178,7 +164,7 @@ def test_mutations_are_seen(name: str) -> None:
     want = top_k_reference(x, K)
     if where:  # in what the kernel is made of
         part = mutated(where[0], old, new)
-        module = mutated(top_k_gpu, "import", "import")
+        module = mutated(top_k_gpu)
         vars(module)["ordered"] = part.ordered
     else:
         module = mutated(top_k_gpu, old, new)
