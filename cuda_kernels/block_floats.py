@@ -11,21 +11,22 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_tiles, packed_width, unpack_tiles
+from .bits import packed_width
 from .block_floats_gpu import dequantise_mx_launch, quantise_mx_launch, serves
 from .block_runs import (
     RUN,
     clear_blocks,
-    keep,
+    pack_blocks,
     power,
     round_run,
     spread,
-    whole_blocks,
+    unpack_blocks,
     widen_all,
     widen_codes,
     worst_of_blocks,
 )
 from .gpu.toolchain import usable
+from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .minifloats import MINIFLOATS, float16_of, rounding_of
 from .numbers import bits_of
 
@@ -96,28 +97,23 @@ def quantise_mx_into(
     x: Tensor, form: str, rule: str, scales: np.ndarray, codes: np.ndarray
 ) -> None:
     """Quantise contiguous rows in host memory into packed codes; see `quantise_mx`."""
-    kind, source, rounding = MINIFLOATS[form], bits_of(x), rounding_of(form)
+    kind, rounding = MINIFLOATS[form], rounding_of(form)
     lift, top = np.int32(lift_of(rule, kind.mantissa_bits)), np.int32(kind.top_exponent)
 
-    def quantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(source[a:b], MX_BLOCK), whole_blocks(tile, MX_BLOCK)
-        flat = scales[a:b].reshape(-1)
-        _quantise_mx(rows.reshape(-1), lift, top, rounding, flat, room.reshape(-1))
-        keep(room, tile)
+    def quantise(which: slice, rows: np.ndarray, found: np.ndarray) -> None:
+        _quantise_mx(rows, lift, top, rounding, scales[which].reshape(-1), found)
 
-    pack_tiles(quantise, source.shape, kind.bits, codes)
+    pack_blocks(quantise, bits_of(x), MX_BLOCK, kind.bits, codes)
 
 
 def dequantise_mx_into(scales: np.ndarray, codes: np.ndarray, form: str, x: Tensor) -> None:
     """Undo `quantise_mx_into`; a block of scale NaN is NaN."""
-    target, how = bits_of(x), float16_of(form)
+    how = float16_of(form)
 
-    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(tile, MX_BLOCK), whole_blocks(target[a:b], MX_BLOCK)
-        _dequantise_mx(rows.reshape(-1), how, scales[a:b].reshape(-1), room.reshape(-1))
-        keep(room, target[a:b])
+    def dequantise(which: slice, found: np.ndarray, rows: np.ndarray) -> None:
+        _dequantise_mx(found, how, scales[which].reshape(-1), rows)
 
-    unpack_tiles(dequantise, target.shape, MINIFLOATS[form].bits, codes)
+    unpack_blocks(dequantise, codes, MX_BLOCK, MINIFLOATS[form].bits, bits_of(x))
 
 
 @torch.library.custom_op("plait::quantise_mx", mutates_args=())
@@ -130,9 +126,11 @@ def quantise_mx(x: Tensor, form: str, rule: str) -> tuple[Tensor, Tensor]:
 
     Shape: x `[rows, width]` -> scales `[rows, ceil(width / 32)]`, codes `[rows, packed_width]` uint8
     """
-    scales, codes = (t.cpu() for t in rooms(x, MX_BLOCK, MINIFLOATS[form].bits))
-    quantise_mx_into(x.cpu().contiguous(), form, rule, scales.numpy(), codes.numpy())
-    return scales.to(x.device), codes.to(x.device)
+    (scales, codes), _ = coded_on_host(
+        lambda x, *parts: quantise_mx_into(x, form, rule, *parts),
+        x, rooms(x, MX_BLOCK, MINIFLOATS[form].bits),
+    )  # fmt: skip
+    return scales, codes
 
 
 @quantise_mx.register_fake
@@ -145,10 +143,10 @@ def dequantise_mx(
     scales: Tensor, codes: Tensor, form: str, width: int, dtype: torch.dtype
 ) -> Tensor:
     """Undo `quantise_mx`. Shape: -> `[rows, width]` of the dtype."""
-    x = torch.empty(codes.shape[0], width, dtype=dtype)
-    s, c = (t.cpu().contiguous().numpy() for t in (scales, codes))
-    dequantise_mx_into(s, c, form, x)
-    return x.to(codes.device)
+    return decoded_on_host(
+        lambda s, c, x: dequantise_mx_into(s, c, form, x),
+        (scales, codes), (codes.shape[0], width), dtype,
+    )  # fmt: skip
 
 
 @dequantise_mx.register_fake
@@ -160,9 +158,8 @@ def _(scales: Tensor, codes: Tensor, form: str, width: int, dtype: torch.dtype) 
 def quantise_mx_cuda(x: Tensor, form: str, rule: str) -> tuple[Tensor, Tensor]:
     """Quantise whole blocks in one launch; what the kernel does not serve goes by way of the host."""
     x = x.contiguous()
-    if not fits(x, x, MX_BLOCK):
-        scales, codes = quantise_mx(x.cpu(), form, rule)
-        return scales.to(x.device), codes.to(x.device)
+    if not fits(x, x, serves(x.dtype, x.shape[-1], MX_BLOCK)):
+        return by_way_of_host(quantise_mx, [x], form, rule)
     scales, codes = rooms(x, MX_BLOCK, MINIFLOATS[form].bits)
     lift = lift_of(rule, MINIFLOATS[form].mantissa_bits)
     variant, grid, args = quantise_mx_launch(x, form, lift, scales, codes)
@@ -177,23 +174,24 @@ def dequantise_mx_cuda(
     """Undo it in one launch."""
     s, c = scales.contiguous(), codes.contiguous()
     x = c.new_empty(c.shape[0], width, dtype=dtype)
-    if not fits(x, c, MX_BLOCK):
-        return dequantise_mx(s.cpu(), c.cpu(), form, width, dtype).to(codes.device)
+    if not fits(x, c, serves(dtype, width, MX_BLOCK)):
+        return by_way_of_host(dequantise_mx, [s, c], form, width, dtype)
     variant, grid, args = dequantise_mx_launch(s, c, form, x)
     variant.launch(grid, *args)
     return x
 
 
-def fits(x: Tensor, bytes_of: Tensor, block: int) -> bool:
-    """Say whether the kernels take these rows, and can run."""
+def fits(x: Tensor, bytes_of: Tensor, served: bool) -> bool:
+    """Say whether kernels that serve such rows take these, and can run."""
     aligned = x.data_ptr() % 16 == 0 and bytes_of.data_ptr() % 8 == 0
-    return bool(x.numel()) and aligned and serves(x.dtype, x.shape[-1], block) and usable()
+    return bool(x.numel()) and aligned and served and usable()
 
 
 def rooms(x: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Make room for scales of a byte for each block, and for packed codes."""
     rows, width = x.shape
     scales = x.new_empty(rows, -(-width // block), dtype=torch.uint8)
     return scales, x.new_empty(rows, packed_width(width, bits), dtype=torch.uint8)
 
 
-# inlines block_runs.py and halves.py and minifloats.py 513bafc8
+# inlines block_runs.py and halves.py and minifloats.py 9e752e89

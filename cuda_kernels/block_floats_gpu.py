@@ -13,25 +13,29 @@ from torch import Tensor
 
 from .codes_gpu import (
     INFINITE,
+    NANS,
+    Launch,
     decoder,
     encoder,
-    first_codes,
     inverse_of,
-    magnitude_bits,
+    loader,
     pair_at,
+    placer,
     power,
+    product,
     quotient,
     stores,
+    vector_launch,
+    worst,
 )
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.vectors import VECTORS
 from .minifloats import MINIFLOATS
 
 MX_BLOCK, NVFP4_BLOCK, NAN_SCALE = 32, 16, 255
 LARGEST = float(np.finfo(np.float32).max)
-NANS = {torch.bfloat16: 0x7FC07FC0, torch.float16: 0x7E007E00, torch.float32: 0x7FC00000}
 MX_TABLE: list[dict[str, Any]] = [
     {"form": form, "lift": 0, "dtype": torch.bfloat16} for form in MINIFLOATS
 ] + [{"form": "e2m3", "lift": 0, "dtype": torch.float32}]  # fmt: skip
@@ -43,58 +47,34 @@ NVFP4_TABLE = [
 
 def _coder(form: str, width: int) -> Any:
     """Give what codes a thread's numbers times a factor, into two words."""
-    bits = MINIFLOATS[form].bits
-    code_of, first_of = encoder(form), first_codes(width, bits)
+    code_of, placed = encoder(form), placer(width, MINIFLOATS[form].bits)
 
     @device_function
     def code_all(v, factor):
         first, second = u32(0), u32(0)
         for i in range(width):
-            code = code_of(f32(v[i] * factor))
-            if i < first_of:
-                first = u32(first | (code << u32(i * bits)))
-            else:
-                second = u32(second | (code << u32((i - first_of) * bits)))
+            first, second = placed(first, second, i, code_of(f32(v[i] * factor)))
         return first, second
 
     return code_all
 
 
-def _worst(width: int, shift: int) -> Any:
-    """Give what finds the bits of the largest magnitude of the lanes of a block."""
-
-    @device_function
-    def worst_of(v):
-        worst = u32(0)
-        for i in range(width):
-            worst = u32(max(worst, magnitude_bits(v[i])))
-        for step in range(shift):
-            worst = u32(max(worst, ptx.shuffle_xor_u32(worst, i32(1 << step))))
-        return worst
-
-    return worst_of
-
-
 @kernel(threads=256, table=MX_TABLE)
 def quantise_mx_blocks(form, lift, dtype, threads):
     """Quantise blocks of 32; `lift` as `block_floats.lift_of` has it."""
-    kind, (width, unpack, _) = MINIFLOATS[form], VECTORS[dtype]
+    kind, width = MINIFLOATS[form], VECTORS[dtype].width
     shift, size = (MX_BLOCK // width - 1).bit_length(), width * kind.bits // 8
     lanes, top, (store, _) = MX_BLOCK // width, kind.top_exponent, stores(size)
-    worst_of, code_all = _worst(width, shift), _coder(form, width)
+    worst_of, code_all, load = worst(width, lanes), _coder(form, width), loader(dtype, threads)
 
     def body(x: u64, scales: u64, codes: u64, vectors: i32):
-        at = i32(ptx.block() * i32(threads) + ptx.thread())
-        inside = at < vectors
-        held = at if inside else i32(vectors - i32(1))  # every lane takes part in the shuffles
-        a, b, c, d = ptx.ld16_once(x + u64(u32(held)) * u64(16))
         v = ptx.local(width, f32)
-        unpack(a, b, c, d, v, 0)
-        worst = worst_of(v)
-        field = i32(i32(u32(worst + u32(lift)) >> u32(23)) - i32(top))
+        at, inside, _ = load(x, vectors, v)
+        most = worst_of(v)
+        field = i32(i32(u32(most + u32(lift)) >> u32(23)) - i32(top))
         field = i32(min(max(field, i32(0)), i32(254)))
         first, second = code_all(v, power(i32(i32(254) - field)))
-        if worst > u32(INFINITE):
+        if most > u32(INFINITE):
             field, first, second = i32(NAN_SCALE), u32(0), u32(0)
         if inside:
             store(codes + u64(u32(at)) * u64(size), first, second)
@@ -136,8 +116,8 @@ def _try_scale(width: int) -> Any:
     code_all, code_of, value_of = _coder("e2m1", width), encoder("e4m3"), decoder("e4m3")
 
     @device_function
-    def attempt(v, worst, top, inverse_top, inverse, whole_up, inverse_up, lift):
-        wish = quotient(f32(ptx.as_f32(worst) * lift), top, inverse_top)
+    def attempt(v, most, top, inverse_top, inverse, whole_up, inverse_up, lift):
+        wish = quotient(f32(ptx.as_f32(most) * lift), top, inverse_top)
         near = f32(wish * inverse_up)
         if near < f32(1024):  # beyond it saturates anyway, and the steps of a quotient overflow
             near = quotient(wish, whole_up, inverse_up)
@@ -167,11 +147,10 @@ def _misses(width: int, shift: int) -> Any:
         parts = ptx.local(width, f32)
         for j in range(width // 2):
             low, high = values_of(pair(codes, u32(0), 2 * j))
-            # products by themselves: fused with the sum they would round once, and the CPU rounds twice
-            parts[2 * j] = f32(ptx.multiply_add(v[2 * j], factor, f32(0)) - low)
-            parts[2 * j + 1] = f32(ptx.multiply_add(v[2 * j + 1], factor, f32(0)) - high)
+            parts[2 * j] = f32(product(v[2 * j], factor) - low)
+            parts[2 * j + 1] = f32(product(v[2 * j + 1], factor) - high)
         for i in range(width):
-            parts[i] = ptx.multiply_add(parts[i], parts[i], f32(0))
+            parts[i] = product(parts[i], parts[i])
         for i in range(width // 2):
             parts[i] = f32(parts[2 * i] + parts[2 * i + 1])
         for i in range(width // 4):
@@ -189,28 +168,25 @@ def _misses(width: int, shift: int) -> Any:
 @kernel(threads=256, table=NVFP4_TABLE)
 def quantise_nvfp4_blocks(both, dtype, threads):
     """Quantise blocks of 16; the launch has the page's scale, what it is lifted by, and the inverses."""
-    width, unpack, _ = VECTORS[dtype]
+    width = VECTORS[dtype].width
     lanes, size = NVFP4_BLOCK // width, width // 2
     shift, (store, _) = (lanes - 1).bit_length(), stores(size)
-    worst_of, attempt, misses_of = _worst(width, shift), _try_scale(width), _misses(width, shift)
+    load, worst_of = loader(dtype, threads), worst(width, lanes)
+    attempt, misses_of = _try_scale(width), _misses(width, shift)
 
     def body(
         x: u64, scales: u64, codes: u64, vectors: i32,
         inverse: f32, whole_up: f32, inverse_up: f32, lift: f32,
     ):  # fmt: skip
-        at = i32(ptx.block() * i32(threads) + ptx.thread())
-        inside = at < vectors
-        held = at if inside else i32(vectors - i32(1))
-        a, b, c, d = ptx.ld16_once(x + u64(u32(held)) * u64(16))
         v = ptx.local(width, f32)
-        unpack(a, b, c, d, v, 0)
-        worst = worst_of(v)
+        at, inside, _ = load(x, vectors, v)
+        most = worst_of(v)
         scale, size_6, factor, first = attempt(
-            v, worst, f32(6), f32(1 / 6), inverse, whole_up, inverse_up, lift
+            v, most, f32(6), f32(1 / 6), inverse, whole_up, inverse_up, lift
         )
         if both:
             other, size_4, factor_4, first_4 = attempt(
-                v, worst, f32(4), f32(1 / 4), inverse, whole_up, inverse_up, lift
+                v, most, f32(4), f32(1 / 4), inverse, whole_up, inverse_up, lift
             )
             here = f32(f32(misses_of(v, factor, first) * size_6) * size_6)
             there = f32(f32(misses_of(v, factor_4, first_4) * size_4) * size_4)
@@ -254,45 +230,27 @@ def serves(dtype: torch.dtype, width: int, block: int) -> bool:
     return dtype in VECTORS and width % block == 0
 
 
-def _grid(x: Tensor, variant: Variant) -> tuple[int, int]:
-    vectors = x.numel() * x.element_size() // 16
-    return -(-vectors // variant.threads), vectors
-
-
-def quantise_mx_launch(
-    x: Tensor, form: str, lift: int, scales: Tensor, codes: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+def quantise_mx_launch(x: Tensor, form: str, lift: int, scales: Tensor, codes: Tensor) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
     variant = quantise_mx_blocks(form=form, lift=lift, dtype=x.dtype)
-    grid, vectors = _grid(x, variant)
-    return variant, grid, (x.data_ptr(), scales.data_ptr(), codes.data_ptr(), vectors)
+    return vector_launch(variant, x, (x, scales, codes))
 
 
-def dequantise_mx_launch(
-    scales: Tensor, codes: Tensor, form: str, x: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+def dequantise_mx_launch(scales: Tensor, codes: Tensor, form: str, x: Tensor) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    variant = dequantise_mx_blocks(form=form, dtype=x.dtype)
-    grid, vectors = _grid(x, variant)
-    return variant, grid, (scales.data_ptr(), codes.data_ptr(), x.data_ptr(), vectors)
+    return vector_launch(dequantise_mx_blocks(form=form, dtype=x.dtype), x, (scales, codes, x))
 
 
 def quantise_nvfp4_launch(
     x: Tensor, whole: float, lift: float, both: bool, scales: Tensor, codes: Tensor
-) -> tuple[Variant, int, tuple[float, ...]]:
+) -> Launch:
     """Choose the variant, the grid and the arguments; `lift` as `block_floats.nvfp4_lift` has it."""
     variant = quantise_nvfp4_blocks(both=both, dtype=x.dtype)
-    grid, vectors = _grid(x, variant)
     one, up = np.float32(1), np.float32(whole) * np.float32(lift)
     numbers = (one / np.float32(whole), up, one / up, lift)
-    pointers = (x.data_ptr(), scales.data_ptr(), codes.data_ptr())
-    return variant, grid, (*pointers, vectors, *map(float, numbers))
+    return vector_launch(variant, x, (x, scales, codes), *map(float, numbers))
 
 
-def dequantise_nvfp4_launch(
-    scales: Tensor, codes: Tensor, whole: float, x: Tensor
-) -> tuple[Variant, int, tuple[float, ...]]:
+def dequantise_nvfp4_launch(scales: Tensor, codes: Tensor, whole: float, x: Tensor) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    variant = dequantise_nvfp4_blocks(dtype=x.dtype)
-    grid, vectors = _grid(x, variant)
-    return variant, grid, (scales.data_ptr(), codes.data_ptr(), x.data_ptr(), vectors, whole)
+    return vector_launch(dequantise_nvfp4_blocks(dtype=x.dtype), x, (scales, codes, x), whole)

@@ -1,7 +1,7 @@
-"""Blocks of whole numbers with a shared power of two: block floating point, MXINT8, and shared microexponents.
+"""Blocks of whole numbers with a shared power of two: block floating point, and MXINT8.
 
-Source: OCP MX v1.0 (MXINT8 is 8 bits in blocks of 32); shared microexponents, arXiv 2302.08007 (blocks of 16, whose
-pairs may have one exponent less). Blocks lie along the last dim; the last one of a row may be shorter.
+Source: OCP MX v1.0 (MXINT8 is 8 bits in blocks of 32). Blocks lie along the last dim; the last one of a row may be
+shorter.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_tiles, unpack_tiles
+from .block_floats import fits, rooms
+from .block_ints_gpu import dequantise_blocks_launch, quantise_blocks_launch, serves
 from .block_runs import (
     RUN,
     clear_blocks,
-    keep,
+    pack_blocks,
     power,
     spread,
-    whole_blocks,
+    unpack_blocks,
     widen_all,
     worst_of_blocks,
 )
 from .halves import narrow_result
+from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .numbers import bits_of
 
 NAN_SCALE = 255
 INFINITE = np.int32(0x7F800000)
-MICRO_BLOCK = 16
 
 
 @njit(nogil=True, cache=True)
@@ -40,6 +41,15 @@ def _fields(worst, scales):
         scales[b] = np.uint8(NAN_SCALE) if nan else np.uint8(field)
         odd += nan
     return odd
+
+
+@njit(nogil=True, cache=True)
+def fields_of(x, size, wide, worst, scales):
+    """Widen blocks and find their exponent fields; blocks with a NaN become zeros. Shape: worst, scales `[blocks]`"""
+    widen_all(x, wide)
+    worst_of_blocks(wide, size, worst)
+    if _fields(worst, scales):
+        clear_blocks(worst, size, wide)
 
 
 @njit(nogil=True, cache=True)
@@ -59,10 +69,7 @@ def _quantise_blocks(x, size, bits, scales, codes):
     for first in range(0, scales.size, many):
         last = min(first + many, scales.size)
         a, b, blocks = first * size, last * size, last - first
-        widen_all(x[a:b], wide)
-        worst_of_blocks(wide, size, worst[:blocks])
-        if _fields(worst[:blocks], scales[first:last]):
-            clear_blocks(worst[:blocks], size, wide)
+        fields_of(x[a:b], size, wide, worst[:blocks], scales[first:last])
         for block in range(blocks):
             step = max(np.int32(scales[first + block]) - (bits - 2), 1)
             factors[block] = power(max(254 - step, 0))
@@ -92,98 +99,6 @@ def _dequantise_blocks(codes, size, bits, scales, x):
         _widen_signed(codes[a:b], half, steps, x[a:b])
 
 
-@njit(nogil=True, cache=True)
-def _lesser_pairs(wide, fields, less):
-    """Say which pairs have a smaller exponent than their block. Shape: less `[pairs]`, 0 or 1"""
-    for i in range(less.size):
-        a = np.int32(np.int32(np.float32(wide[2 * i]).view(np.int32)) & np.int32(0x7FFFFFFF))
-        b = np.int32(np.int32(np.float32(wide[2 * i + 1]).view(np.int32)) & np.int32(0x7FFFFFFF))
-        less[i] = np.int32(max(a, b) >> np.int32(23)) < fields[i]
-
-
-@njit(nogil=True, cache=True)
-def _pair_steps(fields, less, magnitude, back, steps):
-    """Give each element what it is multiplied by on the way back, or its inverse."""
-    for i in range(less.size):
-        field = np.int32(max(np.int32(fields[i] - np.int32(less[i]) - magnitude), np.int32(1)))
-        value = power(np.int32(min(field, np.int32(254)) if back else np.int32(254) - field))
-        steps[2 * i] = value
-        steps[2 * i + 1] = value
-
-
-@njit(nogil=True, cache=True)
-def _round_sizes(wide, steps, top, sign, codes):
-    for i in range(wide.size):
-        bits = np.int32(np.float32(wide[i]).view(np.int32))
-        size = np.int32(min(np.rint(abs(wide[i]) * steps[i]), top))
-        codes[i] = np.uint8(np.int32(size | np.int32(np.int32(bits >> np.int32(31)) & sign)))
-
-
-@njit(nogil=True, cache=True)
-def _bytes_of_bits(bits, out):
-    for i in range(out.size):
-        byte = np.uint8(0)
-        for j in range(8):
-            byte |= np.uint8(bits[8 * i + j] << j)
-        out[i] = byte
-
-
-@njit(nogil=True, cache=True)
-def _bits_of_bytes(data, bits):
-    for i in range(data.size):
-        for j in range(8):
-            bits[8 * i + j] = np.uint8(np.uint8(data[i] >> j) & np.uint8(1))
-
-
-@njit(nogil=True, cache=True)
-def _quantise_micro(x, magnitude, scales, pairs, codes):
-    """Shape: x, codes `[blocks * 16]`, scales, pairs `[blocks]` uint8; a pair's bit: one exponent less."""
-    many = RUN // MICRO_BLOCK
-    wide, steps = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
-    worst, fields = np.empty(many, np.int32), np.empty(RUN // 2, np.int32)
-    less = np.empty(RUN // 2, np.uint8)
-    top, sign = np.float32((1 << magnitude) - 1), np.int32(1 << magnitude)
-    for first in range(0, scales.size, many):
-        last = min(first + many, scales.size)
-        a, b, blocks = first * MICRO_BLOCK, last * MICRO_BLOCK, last - first
-        widen_all(x[a:b], wide)
-        worst_of_blocks(wide, MICRO_BLOCK, worst[:blocks])
-        if _fields(worst[:blocks], scales[first:last]):
-            clear_blocks(worst[:blocks], MICRO_BLOCK, wide)
-        spread(scales[first:last], MICRO_BLOCK // 2, fields)
-        run = less[: (b - a) // 2]
-        _lesser_pairs(wide, fields, run)
-        _bytes_of_bits(run, pairs[first:last])
-        _pair_steps(fields, run, np.int32(magnitude - 1), False, steps)
-        _round_sizes(wide[: b - a], steps, top, sign, codes[a:b])
-
-
-@njit(nogil=True, cache=True)
-def _widen_sizes(codes, mask, steps, x):
-    for i in range(codes.size):
-        code = np.int32(codes[i])
-        size = np.float32(np.int32(code & mask)) * steps[i]
-        x[i] = narrow_result(-size if code > mask else size, x)
-
-
-@njit(nogil=True, cache=True)
-def _dequantise_micro(codes, magnitude, scales, pairs, x):
-    many, mask = RUN // MICRO_BLOCK, np.int32((1 << magnitude) - 1)
-    steps, fields = np.empty(RUN, np.float32), np.empty(RUN // 2, np.int32)
-    less = np.empty(RUN // 2, np.uint8)
-    for first in range(0, scales.size, many):
-        last = min(first + many, scales.size)
-        a, b = first * MICRO_BLOCK, last * MICRO_BLOCK
-        spread(scales[first:last], MICRO_BLOCK // 2, fields)
-        run = less[: (b - a) // 2]
-        _bits_of_bytes(pairs[first:last], run)
-        _pair_steps(fields, run, np.int32(magnitude - 1), True, steps)
-        for block in range(last - first):
-            if scales[first + block] == NAN_SCALE:
-                steps[block * MICRO_BLOCK : (block + 1) * MICRO_BLOCK] = np.nan
-        _widen_sizes(codes[a:b], mask, steps, x[a:b])
-
-
 def quantise_blocks_into(
     x: Tensor, bits: int, size: int, scales: np.ndarray, codes: np.ndarray
 ) -> None:
@@ -191,68 +106,22 @@ def quantise_blocks_into(
 
     Shape: x `[rows, width]` -> scales `[rows, ceil(width / size)]`, codes `[rows, packed_width]` uint8
     """
-    source = bits_of(x)
 
-    def quantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(source[a:b], size), whole_blocks(tile, size)
-        _quantise_blocks(rows.reshape(-1), size, bits, scales[a:b].reshape(-1), room.reshape(-1))
-        keep(room, tile)
+    def quantise(which: slice, rows: np.ndarray, found: np.ndarray) -> None:
+        _quantise_blocks(rows, size, bits, scales[which].reshape(-1), found)
 
-    pack_tiles(quantise, source.shape, bits, codes)
+    pack_blocks(quantise, bits_of(x), size, bits, codes)
 
 
 def dequantise_blocks_into(
     scales: np.ndarray, codes: np.ndarray, bits: int, size: int, x: Tensor
 ) -> None:
     """Undo `quantise_blocks_into`; a block of scale 255 is NaN."""
-    target = bits_of(x)
 
-    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(tile, size), whole_blocks(target[a:b], size)
-        _dequantise_blocks(rows.reshape(-1), size, bits, scales[a:b].reshape(-1), room.reshape(-1))
-        keep(room, target[a:b])
+    def dequantise(which: slice, found: np.ndarray, rows: np.ndarray) -> None:
+        _dequantise_blocks(found, size, bits, scales[which].reshape(-1), rows)
 
-    unpack_tiles(dequantise, target.shape, bits, codes)
-
-
-def quantise_micro_into(
-    x: Tensor, magnitude: int, scales: np.ndarray, pairs: np.ndarray, codes: np.ndarray
-) -> None:
-    """Quantise contiguous rows to shared microexponents of so many bits of magnitude, and a sign above them."""
-    source = bits_of(x)
-
-    def quantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(source[a:b], MICRO_BLOCK), whole_blocks(tile, MICRO_BLOCK)
-        parts = (scales[a:b].reshape(-1), pairs[a:b].reshape(-1))
-        _quantise_micro(rows.reshape(-1), magnitude, *parts, room.reshape(-1))
-        keep(room, tile)
-
-    pack_tiles(quantise, source.shape, magnitude + 1, codes)
-
-
-def dequantise_micro_into(
-    scales: np.ndarray, pairs: np.ndarray, codes: np.ndarray, magnitude: int, x: Tensor
-) -> None:
-    """Undo `quantise_micro_into`."""
-    target = bits_of(x)
-
-    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(tile, MICRO_BLOCK), whole_blocks(target[a:b], MICRO_BLOCK)
-        parts = (scales[a:b].reshape(-1), pairs[a:b].reshape(-1))
-        _dequantise_micro(rows.reshape(-1), magnitude, *parts, room.reshape(-1))
-        keep(room, target[a:b])
-
-    unpack_tiles(dequantise, target.shape, magnitude + 1, codes)
-
-
-def micro_reference(x: Tensor, magnitude: int) -> Tensor:
-    """Round to shared microexponents and back, in float64. Shape: `[rows, width]`, width a multiple of 16."""
-    blocks = x.double().unflatten(-1, (-1, 8, 2))
-    exponent = torch.frexp(blocks.abs().amax((-1, -2), keepdim=True)).exponent - 1
-    own = torch.frexp(blocks.abs().amax(-1, keepdim=True)).exponent - 1
-    step = torch.exp2((exponent - (own < exponent).int() - magnitude + 1).double())
-    whole = (blocks.abs() / step).round().clamp(max=2**magnitude - 1)
-    return (whole * step * blocks.sign()).flatten(-3)
+    unpack_blocks(dequantise, codes, size, bits, bits_of(x))
 
 
 def blocks_reference(x: Tensor, bits: int, size: int) -> Tensor:
@@ -264,4 +133,66 @@ def blocks_reference(x: Tensor, bits: int, size: int) -> Tensor:
     return ((blocks / step).round().clamp(-top, top) * step).flatten(-2)
 
 
-# inlines block_runs.py and halves.py d6c49f44
+@torch.library.custom_op("plait::quantise_blocks", mutates_args=())
+def quantise_blocks(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """Quantise rows to whole numbers of 2 to 8 bits with an exponent for each block of `size`.
+
+    Shape: x `[rows, width]` -> scales `[rows, ceil(width / size)]` (exponents, bias 127; 255 is NaN),
+        codes `[rows, packed_width]`, both uint8
+    """
+    (scales, codes), _ = coded_on_host(
+        lambda x, *parts: quantise_blocks_into(x, bits, size, *parts), x, rooms(x, size, bits)
+    )
+    return scales, codes
+
+
+@quantise_blocks.register_fake
+def _(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    return rooms(x, size, bits)
+
+
+@torch.library.custom_op("plait::dequantise_blocks", mutates_args=())
+def dequantise_blocks(
+    scales: Tensor, codes: Tensor, bits: int, size: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    """Undo `quantise_blocks`. Shape: -> `[rows, width]` of the dtype"""
+    return decoded_on_host(
+        lambda s, c, x: dequantise_blocks_into(s, c, bits, size, x),
+        (scales, codes), (codes.shape[0], width), dtype,
+    )  # fmt: skip
+
+
+@dequantise_blocks.register_fake
+def _(
+    scales: Tensor, codes: Tensor, bits: int, size: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], width, dtype=dtype)
+
+
+@quantise_blocks.register_kernel("cuda")
+def quantise_blocks_cuda(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tensor]:
+    """Quantise whole blocks in one launch; what the kernel does not serve goes by way of the host."""
+    x = x.contiguous()
+    if not fits(x, x, serves(x.dtype, x.shape[-1], bits, size)):
+        return by_way_of_host(quantise_blocks, [x], bits, size)
+    scales, codes = rooms(x, size, bits)
+    variant, grid, args = quantise_blocks_launch(x, bits, size, scales, codes)
+    variant.launch(grid, *args)
+    return scales, codes
+
+
+@dequantise_blocks.register_kernel("cuda")
+def dequantise_blocks_cuda(
+    scales: Tensor, codes: Tensor, bits: int, size: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    """Undo it in one launch."""
+    s, c = scales.contiguous(), codes.contiguous()
+    x = c.new_empty(c.shape[0], width, dtype=dtype)
+    if not fits(x, c, serves(dtype, width, bits, size)):
+        return by_way_of_host(dequantise_blocks, [s, c], bits, size, width, dtype)
+    variant, grid, args = dequantise_blocks_launch(s, c, bits, size, x)
+    variant.launch(grid, *args)
+    return x
+
+
+# inlines block_runs.py and halves.py 8a0a9733

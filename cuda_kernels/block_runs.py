@@ -6,9 +6,12 @@ elements first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
+from .bits import pack_tiles, unpack_tiles
 from .halves import narrow_result, widen
 from .minifloats import round_to, widen_code
 
@@ -25,6 +28,37 @@ def keep(room: np.ndarray, rows: np.ndarray) -> None:
     """Write what `whole_blocks` copied where it belongs."""
     if room.shape != rows.shape:
         rows[:] = room[:, : rows.shape[1]]
+
+
+def pack_blocks(
+    quantise: Callable[[slice, np.ndarray, np.ndarray], object],
+    source: np.ndarray, size: int, bits: int, codes: np.ndarray,
+) -> None:  # fmt: skip
+    """Call `quantise(which, numbers, codes)` for runs of rows made of whole blocks, and pack what it finds.
+
+    Shape: source `[rows, width]` -> codes `[rows, packed_width]`; numbers, codes of a call `[whole blocks * size]`
+    """
+
+    def tile_of(a: int, b: int, tile: np.ndarray) -> None:
+        rows, room = whole_blocks(source[a:b], size), whole_blocks(tile, size)
+        quantise(slice(a, b), rows.reshape(-1), room.reshape(-1))
+        keep(room, tile)
+
+    pack_tiles(tile_of, source.shape, bits, codes)
+
+
+def unpack_blocks(
+    dequantise: Callable[[slice, np.ndarray, np.ndarray], object],
+    codes: np.ndarray, size: int, bits: int, target: np.ndarray,
+) -> None:  # fmt: skip
+    """Undo it by `dequantise(which, codes, numbers)`."""
+
+    def tile_of(a: int, b: int, tile: np.ndarray) -> None:
+        rows, room = whole_blocks(tile, size), whole_blocks(target[a:b], size)
+        dequantise(slice(a, b), rows.reshape(-1), room.reshape(-1))
+        keep(room, target[a:b])
+
+    unpack_tiles(tile_of, target.shape, bits, codes)
 
 
 @njit(nogil=True, cache=True)

@@ -6,12 +6,15 @@ One thread for 16 bytes of a row: the first butterflies are its own, the others 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .codes_gpu import Launch, lanes_of, loader, product, vector_launch
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.vectors import VECTORS
 
@@ -20,10 +23,9 @@ TABLE = [
 ] + [{"lanes": 32, "inverse": False, "dtype": torch.float32}]  # fmt: skip
 
 
-@kernel(threads=256, table=TABLE)
-def rotate_rows(lanes, inverse, dtype, threads):
-    """Rotate rows of `lanes` 16-byte pieces; `signs` are float32, +-1."""
-    width, unpack, pack = VECTORS[dtype]
+def turns(lanes: int, dtype: torch.dtype) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Give what multiplies numbers by their signs over the root of the width, and what adds and subtracts a row's."""
+    width = VECTORS[dtype].width
     own, shift, fours = width.bit_length() - 1, (lanes - 1).bit_length(), width // 4
     factor = float(f32(1 / math.sqrt(width * lanes)))
 
@@ -32,11 +34,10 @@ def rotate_rows(lanes, inverse, dtype, threads):
         for k in range(fours):
             a, b, c, d = ptx.ld16(signs + u64(16 * k))
             i = 4 * k
-            # products by themselves: the compiler would fuse them with the sums that follow
-            v[i] = ptx.multiply_add(v[i], f32(ptx.as_f32(a) * f32(factor)), f32(0))
-            v[i + 1] = ptx.multiply_add(v[i + 1], f32(ptx.as_f32(b) * f32(factor)), f32(0))
-            v[i + 2] = ptx.multiply_add(v[i + 2], f32(ptx.as_f32(c) * f32(factor)), f32(0))
-            v[i + 3] = ptx.multiply_add(v[i + 3], f32(ptx.as_f32(d) * f32(factor)), f32(0))
+            v[i] = product(v[i], f32(ptx.as_f32(a) * f32(factor)))
+            v[i + 1] = product(v[i + 1], f32(ptx.as_f32(b) * f32(factor)))
+            v[i + 2] = product(v[i + 2], f32(ptx.as_f32(c) * f32(factor)))
+            v[i + 3] = product(v[i + 3], f32(ptx.as_f32(d) * f32(factor)))
 
     @device_function
     def butterflies(v, mine):
@@ -53,15 +54,20 @@ def rotate_rows(lanes, inverse, dtype, threads):
                 else:
                     v[i] = f32(v[i] + other)
 
+    return sign, butterflies
+
+
+@kernel(threads=256, table=TABLE)
+def rotate_rows(lanes, inverse, dtype, threads):
+    """Rotate rows of `lanes` 16-byte pieces; `signs` are float32, +-1."""
+    width, _, pack = VECTORS[dtype]
+    load, (sign, butterflies) = loader(dtype, threads), turns(lanes, dtype)
+
     def body(x: u64, signs: u64, out: u64, vectors: i32):
-        at = i32(ptx.block() * i32(threads) + ptx.thread())
-        inside = at < vectors
-        held = at if inside else i32(vectors - i32(1))  # every lane takes part in the shuffles
+        v = ptx.local(width, f32)
+        at, inside, held = load(x, vectors, v)
         mine = i32(held & i32(lanes - 1))
         place = signs + u64(u32(mine)) * u64(4 * width)
-        a, b, c, d = ptx.ld16_once(x + u64(u32(held)) * u64(16))
-        v = ptx.local(width, f32)
-        unpack(a, b, c, d, v, 0)
         if not inverse:
             sign(v, place)
         butterflies(v, mine)
@@ -76,15 +82,12 @@ def rotate_rows(lanes, inverse, dtype, threads):
 
 def serves(dtype: torch.dtype, width: int) -> bool:
     """Say whether the kernel takes such rows: a power of two of 16-byte pieces, to 32."""
-    lanes, rest = divmod(width * dtype.itemsize, 16)
-    return dtype in VECTORS and rest == 0 and lanes in (1, 2, 4, 8, 16, 32)
+    return lanes_of(dtype, width) > 0
 
 
-def rotate_launch(
-    x: Tensor, signs: Tensor, inverse: bool, out: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+def rotate_launch(x: Tensor, signs: Tensor, inverse: bool, out: Tensor) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    lanes, vectors = x.shape[-1] * x.element_size() // 16, x.numel() * x.element_size() // 16
-    variant = rotate_rows(lanes=lanes, inverse=inverse, dtype=x.dtype)
-    pointers = tuple(t.data_ptr() for t in (x, signs, out))
-    return variant, -(-vectors // variant.threads), (*pointers, vectors)
+    lanes = lanes_of(x.dtype, x.shape[-1])
+    return vector_launch(
+        rotate_rows(lanes=lanes, inverse=inverse, dtype=x.dtype), x, (x, signs, out)
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes_gpu import inverse_of, quotient, stores
+from .codes_gpu import Launch, code_at, inverse_of, placer, product, quotient, stores
 from .gpu import ptx
 from .gpu.kernel import Variant, kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
@@ -47,7 +47,7 @@ def quantise_int_channels(bits, dtype, threads):
     width, unpack, _ = VECTORS[dtype]
     pair, low_of, high_of = HALVES[dtype]
     top, size, half = (1 << bits) - 1, width * bits // 8, width // 2
-    first, top_inverse = min(width, 32 // bits), 1 / top
+    placed, top_inverse = placer(width, bits), 1 / top
     (store, _), keep = stores(size), _store_four if width == 8 else _store_two
 
     def body(
@@ -103,10 +103,7 @@ def quantise_int_channels(bits, dtype, threads):
                 code = u32(0)
                 if lifted[i] > f32(0):
                     code = code_of(f32(v[i] - low[i]), lift[i], lifted[i], inverse[i], top)
-                if i < first:
-                    word = u32(word | (code << u32(i * bits)))
-                else:
-                    more = u32(more | (code << u32((i - first) * bits)))
+                word, more = placed(word, more, i, code)
             store(to, word, more)
             at, to, t = at + step, to + u64(u32(pieces)) * u64(size), i32(t + i32(1))
 
@@ -118,8 +115,8 @@ def dequantise_int_channels(bits, dtype, threads):
     """Undo `quantise_int_channels`."""
     width, _, pack = VECTORS[dtype]
     _, low_of, high_of = HALVES[dtype]
-    mask, size, half = (1 << bits) - 1, width * bits // 8, width // 2
-    first, (_, load) = min(width, 32 // bits), stores(size)
+    size, half = width * bits // 8, width // 2
+    (_, load), code = stores(size), code_at(width, bits)
     fetch = _load_four if width == 8 else _load_two
 
     def body(codes: u64, scales: u64, lows: u64, x: u64, group: i32, pieces: i32, groups: i32):
@@ -141,10 +138,7 @@ def dequantise_int_channels(bits, dtype, threads):
         while t < group:
             word, more = load(at)
             for i in range(width):
-                held = word if i < first else more
-                code = u32(u32(held >> u32((i * bits) & 31)) & u32(mask))
-                # a product by itself: the compiler would fuse it with the sum, and the CPU rounds twice
-                v[i] = f32(ptx.multiply_add(ptx.f32_of(i32(code)), scale[i], f32(0)) + low[i])
+                v[i] = f32(product(ptx.f32_of(i32(code(word, more, i))), scale[i]) + low[i])
             a, b, c, d = pack(v, 0)
             ptx.st16(to, a, b, c, d)
             at, to = at + u64(u32(pieces)) * u64(size), to + u64(u32(pieces)) * u64(16)
@@ -168,7 +162,7 @@ def _shape(x: Tensor, group: int, variant: Variant) -> tuple[tuple[int, int], tu
 
 def quantise_launch(
     x: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, lows: Tensor, flag: Tensor
-) -> tuple[Variant, tuple[int, int], tuple[int, ...]]:
+) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
     variant = quantise_int_channels(bits=bits, dtype=x.dtype)
     grid, sizes = _shape(x, group, variant)
@@ -177,7 +171,7 @@ def quantise_launch(
 
 def dequantise_launch(
     codes: Tensor, scales: Tensor, lows: Tensor, bits: int, group: int, x: Tensor
-) -> tuple[Variant, tuple[int, int], tuple[int, ...]]:
+) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
     variant = dequantise_int_channels(bits=bits, dtype=x.dtype)
     grid, sizes = _shape(x, group, variant)

@@ -19,6 +19,7 @@ from . import int_channels_gpu, int_groups_gpu
 from .bits import pack_tiles, packed_width, unpack_tiles
 from .gpu.toolchain import usable
 from .halves import narrow, narrow_result, widen
+from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .numbers import bits_of, half_of
 
 CANNOT = "quantise_groups: infinities, NaN, or values too large for 16-bit scales"
@@ -254,12 +255,15 @@ def quantise_groups(
     """
     if channels and x.shape[1] % group:
         raise ValueError(f"quantise_groups: {x.shape[1]} tokens are no whole groups of {group}")
-    x = x.contiguous()
-    codes, scales, lows = (t.cpu() for t in _room(x, bits, group, channels))
-    flat = codes.view(-1, codes.shape[-1]).numpy()
-    if not quantise_into(x.cpu(), bits, group, channels, flat, bits_of(scales), bits_of(lows)):
+
+    def fill(x: Tensor, codes: np.ndarray, scales: np.ndarray, lows: np.ndarray) -> bool:
+        flat = codes.reshape(-1, codes.shape[-1])
+        return quantise_into(x, bits, group, channels, flat, scales, lows)
+
+    parts, fine = coded_on_host(fill, x, _room(x, bits, group, channels))
+    if not fine:
         raise ValueError(CANNOT)
-    return codes.to(x.device), scales.to(x.device), lows.to(x.device)
+    return parts[0], parts[1], parts[2]
 
 
 def _room(x: Tensor, bits: int, group: int, channels: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,11 +284,12 @@ def dequantise_groups(
     bits: int, group: int, channels: bool, width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Undo `quantise_groups`. Shape: -> `[..., width]` of the dtype."""
-    device, parts = codes.device, [t.cpu().contiguous() for t in (codes, scales, lows)]
-    x = torch.empty(*codes.shape[:-1], width, dtype=dtype)
-    flat = parts[0].view(-1, codes.shape[-1]).numpy()
-    dequantise_into(flat, bits_of(parts[1]), bits_of(parts[2]), bits, group, channels, x)
-    return x.to(device)
+
+    def fill(c: np.ndarray, s: np.ndarray, low: np.ndarray, x: Tensor) -> None:
+        dequantise_into(c.reshape(-1, c.shape[-1]), s, low, bits, group, channels, x)
+
+    shape = (*codes.shape[:-1], width)
+    return decoded_on_host(fill, (codes, scales, lows), shape, dtype)
 
 
 @dequantise_groups.register_fake
@@ -312,8 +317,7 @@ def quantise_groups_cuda(
     x = x.contiguous()
     fits = _fits(x, bits, group, channels) and x.data_ptr() % 16 == 0
     if not fits or not x.numel() or not usable():
-        parts = quantise_groups(x.cpu(), bits, group, channels)
-        return parts[0].to(x.device), parts[1].to(x.device), parts[2].to(x.device)
+        return by_way_of_host(quantise_groups, [x], bits, group, channels)
     codes, scales, lows = _room(x, bits, group, channels)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     choose = int_channels_gpu.quantise_launch if channels else int_groups_gpu.quantise_launch
@@ -334,8 +338,7 @@ def dequantise_groups_cuda(
     x = codes.new_empty(*codes.shape[:-1], width, dtype=dtype)
     aligned = all(part.data_ptr() % 16 == 0 for part in (c, s, low))
     if not _fits(x, bits, group, channels) or not aligned or not codes.numel() or not usable():
-        x = dequantise_groups(c.cpu(), s.cpu(), low.cpu(), bits, group, channels, width, dtype)
-        return x.to(codes.device)
+        return by_way_of_host(dequantise_groups, [c, s, low], bits, group, channels, width, dtype)
     choose = int_channels_gpu.dequantise_launch if channels else int_groups_gpu.dequantise_launch
     variant, grid, args = choose(c, s, low, bits, group, x)
     variant.launch(grid, *args)

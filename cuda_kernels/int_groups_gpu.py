@@ -8,9 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .codes_gpu import inverse_of, quotient, stores
+from .codes_gpu import (
+    Launch,
+    code_at,
+    inverse_of,
+    lanes_of,
+    loader,
+    placer,
+    product,
+    quotient,
+    stores,
+    vector_launch,
+)
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.vectors import VECTORS
 
@@ -59,20 +70,15 @@ def code_of(apart, lift, lifted, inverse, top):
 @kernel(threads=256, table=TABLE)
 def quantise_int_rows(lanes, bits, dtype, threads):
     """Quantise groups of `lanes` 16-byte pieces; `flag` becomes 1 if a group cannot be coded."""
-    width, unpack, _ = VECTORS[dtype]
+    width = VECTORS[dtype].width
     pair, low_of, high_of = HALVES[dtype]
     shift, top, size = (lanes - 1).bit_length(), (1 << bits) - 1, width * bits // 8
-    first = min(width, 32 // bits)  # codes of the first word
-    store, _ = stores(size)
+    load, placed, (store, _) = loader(dtype, threads), placer(width, bits), stores(size)
     top_inverse = 1 / top
 
     def body(x: u64, codes: u64, scales: u64, lows: u64, flag: u64, vectors: i32):
-        at = i32(ptx.block() * i32(threads) + ptx.thread())
-        inside = at < vectors
-        held = at if inside else i32(vectors - i32(1))  # every lane takes part in the shuffles
-        a, b, c, d = ptx.ld16_once(x + u64(u32(held)) * u64(16))
         v = ptx.local(width, f32)
-        unpack(a, b, c, d, v, 0)
+        at, inside, _ = load(x, vectors, v)
         low, high, odd = v[0], v[0], f32(0)
         for i in range(width):
             low, high = ptx.smaller(low, v[i]), ptx.larger(high, v[i])
@@ -87,17 +93,14 @@ def quantise_int_rows(lanes, bits, dtype, threads):
         lift = lifting(scale)
         lifted = f32(scale * lift)
         inverse = inverse_of(lifted)
-        first_word, second_word = u32(0), u32(0)
+        first, second = u32(0), u32(0)
         for i in range(width):
             code = u32(0)
             if scale > f32(0):
                 code = code_of(f32(v[i] - low), lift, lifted, inverse, top)
-            if i < first:
-                first_word = u32(first_word | (code << u32(i * bits)))
-            else:
-                second_word = u32(second_word | (code << u32((i - first) * bits)))
+            first, second = placed(first, second, i, code)
         if inside:
-            store(codes + u64(u32(at)) * u64(size), first_word, second_word)
+            store(codes + u64(u32(at)) * u64(size), first, second)
             if (at & i32(lanes - 1)) == i32(0):
                 group = u64(u32(at) >> u32(shift)) * u64(2)
                 ptx.st2(scales + group, u32(halves & u32(0xFFFF)))
@@ -111,23 +114,19 @@ def dequantise_int_rows(lanes, bits, dtype, threads):
     """Undo `quantise_int_rows`."""
     width, _, pack = VECTORS[dtype]
     _, low_of, _ = HALVES[dtype]
-    shift, mask, size = (lanes - 1).bit_length(), (1 << bits) - 1, width * bits // 8
-    first = min(width, 32 // bits)
-    _, load = stores(size)
+    shift, size = (lanes - 1).bit_length(), width * bits // 8
+    (_, load), code = stores(size), code_at(width, bits)
 
     def body(codes: u64, scales: u64, lows: u64, x: u64, vectors: i32):
         at = i32(ptx.block() * i32(threads) + ptx.thread())
         if at >= vectors:
             return
-        first_word, second_word = load(codes + u64(u32(at)) * u64(size))
+        first, second = load(codes + u64(u32(at)) * u64(size))
         group = u64(u32(at) >> u32(shift)) * u64(2)
         scale, low = low_of(ptx.ld2(scales + group)), low_of(ptx.ld2(lows + group))
         v = ptx.local(width, f32)
         for i in range(width):
-            held = first_word if i < first else second_word
-            code = u32(u32(held >> u32((i * bits) & 31)) & u32(mask))
-            # a product by itself: the compiler would fuse it with the sum, and the CPU rounds twice
-            v[i] = f32(ptx.multiply_add(ptx.f32_of(i32(code)), scale, f32(0)) + low)
+            v[i] = f32(product(ptx.f32_of(i32(code(first, second, i))), scale) + low)
         a, b, c, d = pack(v, 0)
         ptx.st16(x + u64(u32(at)) * u64(16), a, b, c, d)
 
@@ -136,27 +135,20 @@ def dequantise_int_rows(lanes, bits, dtype, threads):
 
 def serves(dtype: torch.dtype, width: int, bits: int, group: int) -> bool:
     """Say whether the kernels take such rows: groups that are whole, and a power of two of 16-byte pieces to 32."""
-    if dtype not in VECTORS or bits not in BITS:
-        return False
-    lanes, rest = divmod(group * dtype.itemsize, 16)
-    return rest == 0 and lanes in (1, 2, 4, 8, 16, 32) and width % group == 0
+    return bits in BITS and lanes_of(dtype, group) > 0 and width % group == 0
 
 
 def quantise_launch(
     x: Tensor, bits: int, group: int, codes: Tensor, scales: Tensor, lows: Tensor, flag: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    lanes, vectors = group * x.element_size() // 16, x.numel() * x.element_size() // 16
-    variant = quantise_int_rows(lanes=lanes, bits=bits, dtype=x.dtype)
-    pointers = tuple(t.data_ptr() for t in (x, codes, scales, lows, flag))
-    return variant, -(-vectors // variant.threads), (*pointers, vectors)
+    variant = quantise_int_rows(lanes=lanes_of(x.dtype, group), bits=bits, dtype=x.dtype)
+    return vector_launch(variant, x, (x, codes, scales, lows, flag))
 
 
 def dequantise_launch(
     codes: Tensor, scales: Tensor, lows: Tensor, bits: int, group: int, x: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    lanes, vectors = group * x.element_size() // 16, x.numel() * x.element_size() // 16
-    variant = dequantise_int_rows(lanes=lanes, bits=bits, dtype=x.dtype)
-    pointers = tuple(t.data_ptr() for t in (codes, scales, lows, x))
-    return variant, -(-vectors // variant.threads), (*pointers, vectors)
+    variant = dequantise_int_rows(lanes=lanes_of(x.dtype, group), bits=bits, dtype=x.dtype)
+    return vector_launch(variant, x, (codes, scales, lows, x))

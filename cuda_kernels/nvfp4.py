@@ -11,19 +11,19 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bits import pack_tiles, unpack_tiles
 from .block_floats import fits, rooms
-from .block_floats_gpu import dequantise_nvfp4_launch, quantise_nvfp4_launch
+from .block_floats_gpu import dequantise_nvfp4_launch, quantise_nvfp4_launch, serves
 from .block_runs import (
     RUN,
-    keep,
+    pack_blocks,
     round_run,
     spread,
-    whole_blocks,
+    unpack_blocks,
     widen_all,
     widen_codes,
     worst_of_blocks,
 )
+from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .minifloats import float16_of, round_to, rounding_of, widen_code
 from .numbers import bits_of
 
@@ -147,29 +147,24 @@ def quantise_nvfp4_into(
     x: Tensor, whole: float, both: bool, scales: np.ndarray, codes: np.ndarray
 ) -> None:
     """Quantise contiguous rows in host memory into packed codes; see `quantise_nvfp4`."""
-    source, g, lift = bits_of(x), np.float32(whole), np.float32(nvfp4_lift(whole))
+    g, lift = np.float32(whole), np.float32(nvfp4_lift(whole))
     forms = (rounding_of("e4m3"), float16_of("e4m3"), rounding_of("e2m1"), float16_of("e2m1"))
 
-    def quantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(source[a:b], NVFP4_BLOCK), whole_blocks(tile, NVFP4_BLOCK)
-        flat = scales[a:b].reshape(-1)
-        _quantise_nvfp4(rows.reshape(-1), g, lift, both, forms, flat, room.reshape(-1))
-        keep(room, tile)
+    def quantise(which: slice, rows: np.ndarray, found: np.ndarray) -> None:
+        _quantise_nvfp4(rows, g, lift, both, forms, scales[which].reshape(-1), found)
 
-    pack_tiles(quantise, source.shape, 4, codes)
+    pack_blocks(quantise, bits_of(x), NVFP4_BLOCK, 4, codes)
 
 
 def dequantise_nvfp4_into(scales: np.ndarray, codes: np.ndarray, whole: float, x: Tensor) -> None:
     """Undo `quantise_nvfp4_into`."""
-    target, g = bits_of(x), np.float32(whole if whole == whole else np.nan)
+    g = np.float32(whole if whole == whole else np.nan)
     forms = (float16_of("e4m3"), float16_of("e2m1"))
 
-    def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-        rows, room = whole_blocks(tile, NVFP4_BLOCK), whole_blocks(target[a:b], NVFP4_BLOCK)
-        _dequantise_nvfp4(rows.reshape(-1), g, forms, scales[a:b].reshape(-1), room.reshape(-1))
-        keep(room, target[a:b])
+    def dequantise(which: slice, found: np.ndarray, rows: np.ndarray) -> None:
+        _dequantise_nvfp4(found, g, forms, scales[which].reshape(-1), rows)
 
-    unpack_tiles(dequantise, target.shape, 4, codes)
+    unpack_blocks(dequantise, codes, NVFP4_BLOCK, 4, bits_of(x))
 
 
 @torch.library.custom_op("plait::quantise_nvfp4", mutates_args=())
@@ -182,9 +177,10 @@ def quantise_nvfp4(x: Tensor, whole: float, both: bool) -> tuple[Tensor, Tensor]
 
     Shape: x `[rows, width]` -> scales `[rows, ceil(width / 16)]`, codes `[rows, packed_width]` uint8
     """
-    scales, codes = (t.cpu() for t in rooms(x, NVFP4_BLOCK, 4))
-    quantise_nvfp4_into(x.cpu().contiguous(), whole, both, scales.numpy(), codes.numpy())
-    return scales.to(x.device), codes.to(x.device)
+    (scales, codes), _ = coded_on_host(
+        lambda x, *parts: quantise_nvfp4_into(x, whole, both, *parts), x, rooms(x, NVFP4_BLOCK, 4)
+    )
+    return scales, codes
 
 
 @quantise_nvfp4.register_fake
@@ -197,10 +193,10 @@ def dequantise_nvfp4(
     scales: Tensor, codes: Tensor, whole: float, width: int, dtype: torch.dtype
 ) -> Tensor:
     """Undo `quantise_nvfp4`. Shape: -> `[rows, width]` of the dtype."""
-    x = torch.empty(codes.shape[0], width, dtype=dtype)
-    s, c = (t.cpu().contiguous().numpy() for t in (scales, codes))
-    dequantise_nvfp4_into(s, c, whole, x)
-    return x.to(codes.device)
+    return decoded_on_host(
+        lambda s, c, x: dequantise_nvfp4_into(s, c, whole, x),
+        (scales, codes), (codes.shape[0], width), dtype,
+    )  # fmt: skip
 
 
 @dequantise_nvfp4.register_fake
@@ -212,9 +208,8 @@ def _(scales: Tensor, codes: Tensor, whole: float, width: int, dtype: torch.dtyp
 def quantise_nvfp4_cuda(x: Tensor, whole: float, both: bool) -> tuple[Tensor, Tensor]:
     """Quantise whole blocks in one launch."""
     x = x.contiguous()
-    if not fits(x, x, NVFP4_BLOCK):
-        scales, codes = quantise_nvfp4(x.cpu(), whole, both)
-        return scales.to(x.device), codes.to(x.device)
+    if not fits(x, x, serves(x.dtype, x.shape[-1], NVFP4_BLOCK)):
+        return by_way_of_host(quantise_nvfp4, [x], whole, both)
     scales, codes = rooms(x, NVFP4_BLOCK, 4)
     variant, grid, args = quantise_nvfp4_launch(x, whole, nvfp4_lift(whole), both, scales, codes)
     variant.launch(grid, *args)
@@ -228,11 +223,11 @@ def dequantise_nvfp4_cuda(
     """Undo it in one launch."""
     s, c = scales.contiguous(), codes.contiguous()
     x = c.new_empty(c.shape[0], width, dtype=dtype)
-    if not fits(x, c, NVFP4_BLOCK):
-        return dequantise_nvfp4(s.cpu(), c.cpu(), whole, width, dtype).to(codes.device)
+    if not fits(x, c, serves(dtype, width, NVFP4_BLOCK)):
+        return by_way_of_host(dequantise_nvfp4, [s, c], whole, width, dtype)
     variant, grid, args = dequantise_nvfp4_launch(s, c, whole, x)
     variant.launch(grid, *args)
     return x
 
 
-# inlines block_runs.py and halves.py and minifloats.py 513bafc8
+# inlines block_runs.py and halves.py and minifloats.py 9e752e89

@@ -13,6 +13,7 @@ from torch import Tensor
 from .bits import pack_tiles, unpack_tiles
 from .gpu.toolchain import usable
 from .halves import narrow_result, widen
+from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .minifloats import round_to, rounding_of
 from .numbers import bits_of, widen_run
 from .scaled_rows_gpu import dequantise_launch, quantise_launch, serves
@@ -118,10 +119,12 @@ def quantise_scaled(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: an element is infinite or not a number.
     """
-    scales, codes = (t.cpu() for t in _rooms(x, whole))
-    if not quantise_rows_into(x.cpu().contiguous(), whole, scales.numpy(), codes.numpy()):
+    parts, fine = coded_on_host(
+        lambda x, *parts: quantise_rows_into(x, whole, *parts), x, _rooms(x, whole)
+    )
+    if not fine:
         raise ValueError(CANNOT)
-    return scales.to(x.device), codes.to(x.device)
+    return parts[0], parts[1]
 
 
 def _rooms(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
@@ -134,10 +137,9 @@ quantise_scaled.register_fake(_rooms)
 @torch.library.custom_op("plait::dequantise_scaled", mutates_args=())
 def dequantise_scaled(scales: Tensor, codes: Tensor, whole: bool, dtype: torch.dtype) -> Tensor:
     """Undo `quantise_scaled`. Shape: -> `[rows, width]` of the dtype"""
-    x = torch.empty(codes.shape, dtype=dtype)
-    s, c = (t.cpu().contiguous().numpy() for t in (scales, codes))
-    dequantise_rows_into(s, c, whole, x)
-    return x.to(codes.device)
+    return decoded_on_host(
+        lambda s, c, x: dequantise_rows_into(s, c, whole, x), (scales, codes), codes.shape, dtype
+    )
 
 
 @dequantise_scaled.register_fake
@@ -151,8 +153,7 @@ def quantise_scaled_cuda(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     fits = serves(x.dtype, x.shape[-1]) and x.data_ptr() % 16 == 0
     if not fits or not x.numel() or not usable():
-        scales, codes = quantise_scaled(x.cpu(), whole)
-        return scales.to(x.device), codes.to(x.device)
+        return by_way_of_host(quantise_scaled, [x], whole)
     scales, codes = _rooms(x, whole)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     variant, grid, args = quantise_launch(x, whole, scales, codes, flag)
@@ -170,7 +171,7 @@ def dequantise_scaled_cuda(
     s, c = scales.contiguous(), codes.contiguous()
     fits = serves(dtype, c.shape[-1]) and c.data_ptr() % 8 == 0
     if not fits or not c.numel() or not usable():
-        return dequantise_scaled(s.cpu(), c.cpu(), whole, dtype).to(codes.device)
+        return by_way_of_host(dequantise_scaled, [s, c], whole, dtype)
     x = torch.empty_like(c, dtype=dtype)
     variant, grid, args = dequantise_launch(s, c, whole, x)
     variant.launch(grid, *args)

@@ -10,16 +10,21 @@ from torch import Tensor
 
 from .codes_gpu import (
     INFINITE,
+    Launch,
     decoder,
     encoder,
     inverse_of,
-    magnitude_bits,
+    lanes_of,
+    loader,
     pair_at,
+    placer,
     quotient,
     stores,
+    vector_launch,
+    worst,
 )
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.vectors import VECTORS
 
@@ -46,26 +51,19 @@ def _whole_values(pair):
 @kernel(threads=256, table=TABLE)
 def quantise_scaled_rows(lanes, whole, dtype, threads):
     """Quantise rows of `lanes` 16-byte pieces; `flag` becomes 1 if an element is not finite."""
-    width, unpack, _ = VECTORS[dtype]
+    width = VECTORS[dtype].width
     shift, (store, _) = (lanes - 1).bit_length(), stores(width)
+    load, worst_of, placed = loader(dtype, threads), worst(width, lanes), placer(width, 8)
     code_of, largest = (_whole_code, 127.0) if whole else (encoder("e4m3"), 448.0)
     inverse_largest = 1 / largest
 
     def body(x: u64, scales: u64, codes: u64, flag: u64, vectors: i32):
-        at = i32(ptx.block() * i32(threads) + ptx.thread())
-        inside = at < vectors
-        held = at if inside else i32(vectors - i32(1))  # every lane takes part in the shuffles
-        a, b, c, d = ptx.ld16_once(x + u64(u32(held)) * u64(16))
         v = ptx.local(width, f32)
-        unpack(a, b, c, d, v, 0)
-        worst = u32(0)
-        for i in range(width):
-            worst = u32(max(worst, magnitude_bits(v[i])))
-        for step in range(shift):
-            worst = u32(max(worst, ptx.shuffle_xor_u32(worst, i32(1 << step))))
-        if worst >= u32(INFINITE):
+        at, inside, _ = load(x, vectors, v)
+        most = worst_of(v)
+        if most >= u32(INFINITE):
             ptx.st4(flag, u32(1))
-        scale = quotient(ptx.as_f32(worst), f32(largest), f32(inverse_largest))
+        scale = quotient(ptx.as_f32(most), f32(largest), f32(inverse_largest))
         inverse = f32(0)
         if scale >= f32(TINY):
             inverse = inverse_of(scale)
@@ -73,11 +71,7 @@ def quantise_scaled_rows(lanes, whole, dtype, threads):
             scale = f32(0)
         first, second = u32(0), u32(0)
         for i in range(width):
-            code = code_of(f32(v[i] * inverse))
-            if i < 4:
-                first = u32(first | (code << u32(i * 8)))
-            else:
-                second = u32(second | (code << u32((i - 4) * 8)))
+            first, second = placed(first, second, i, code_of(f32(v[i] * inverse)))
         if inside:
             store(codes + u64(u32(at)) * u64(width), first, second)
             if (at & i32(lanes - 1)) == i32(0):
@@ -111,25 +105,18 @@ def dequantise_scaled_rows(lanes, whole, dtype, threads):
 
 def serves(dtype: torch.dtype, width: int) -> bool:
     """Say whether the kernels take such rows: a power of two of 16-byte pieces, to 32."""
-    lanes, rest = divmod(width * dtype.itemsize, 16)
-    return dtype in VECTORS and rest == 0 and lanes in (1, 2, 4, 8, 16, 32)
+    return lanes_of(dtype, width) > 0
 
 
-def quantise_launch(
-    x: Tensor, whole: bool, scales: Tensor, codes: Tensor, flag: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+def quantise_launch(x: Tensor, whole: bool, scales: Tensor, codes: Tensor, flag: Tensor) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    lanes, vectors = x.shape[-1] * x.element_size() // 16, x.numel() * x.element_size() // 16
+    lanes = lanes_of(x.dtype, x.shape[-1])
     variant = quantise_scaled_rows(lanes=lanes, whole=whole, dtype=x.dtype)
-    pointers = tuple(t.data_ptr() for t in (x, scales, codes, flag))
-    return variant, -(-vectors // variant.threads), (*pointers, vectors)
+    return vector_launch(variant, x, (x, scales, codes, flag))
 
 
-def dequantise_launch(
-    scales: Tensor, codes: Tensor, whole: bool, x: Tensor
-) -> tuple[Variant, int, tuple[int, ...]]:
+def dequantise_launch(scales: Tensor, codes: Tensor, whole: bool, x: Tensor) -> Launch:
     """Choose the variant, the grid and the arguments for contiguous tensors."""
-    lanes, vectors = x.shape[-1] * x.element_size() // 16, x.numel() * x.element_size() // 16
+    lanes = lanes_of(x.dtype, x.shape[-1])
     variant = dequantise_scaled_rows(lanes=lanes, whole=whole, dtype=x.dtype)
-    pointers = tuple(t.data_ptr() for t in (scales, codes, x))
-    return variant, -(-vectors // variant.threads), (*pointers, vectors)
+    return vector_launch(variant, x, (scales, codes, x))

@@ -14,12 +14,16 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_into, unpack_into
+from .gpu.toolchain import usable
 from .halves import narrow, widen
-from .numbers import bits_of
+from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .numbers import bits_of, half_of
+from .sign_groups_gpu import code_launch, serves, sizes_launch, widen_launch
 from .workers import run_rows
 
 ELEMENTS_A_THREAD = 1 << 16
 TRITS = 5  # to a byte: 3 ** 5 = 243
+CANNOT = "quantise_signs: infinities, NaN, or values too large for 16-bit scales"
 
 
 def signs_reference(x: Tensor, three: bool) -> Tensor:
@@ -131,6 +135,84 @@ def dequantise_signs_into(scales: np.ndarray, codes: np.ndarray, three: bool, x:
         _dequantise(wide[a:b], three, scales[a:b], target[a:b])
 
     run_rows(part, x.shape[0], ELEMENTS_A_THREAD // max(1, x[:1].numel()))
+
+
+@torch.library.custom_op("plait::quantise_signs", mutates_args=())
+def quantise_signs(x: Tensor, three: bool) -> tuple[Tensor, Tensor]:
+    """Quantise groups of tokens to signs, or with `three` to signs or nothing, and the mean size of each channel.
+
+    Shape: x `[groups, group, inner]` -> scales `[groups, inner]` (16-bit floats), codes `[signs_bytes(numel)]` uint8
+
+    Raises:
+        ValueError: an element is infinite or NaN, or a channel too large for its 16-bit scale.
+    """
+    parts, fine = coded_on_host(
+        lambda x, *parts: quantise_signs_into(x, three, *parts), x, _rooms(x, three)
+    )
+    if not fine:
+        raise ValueError(CANNOT)
+    return parts[0], parts[1]
+
+
+def _rooms(x: Tensor, three: bool) -> tuple[Tensor, Tensor]:
+    scales = x.new_empty(x.shape[0], x.shape[2], dtype=half_of(x.dtype))
+    return scales, x.new_empty(signs_bytes(x.numel(), three), dtype=torch.uint8)
+
+
+quantise_signs.register_fake(_rooms)
+
+
+@torch.library.custom_op("plait::dequantise_signs", mutates_args=())
+def dequantise_signs(
+    scales: Tensor, codes: Tensor, group: int, three: bool, dtype: torch.dtype
+) -> Tensor:
+    """Undo `quantise_signs`. Shape: -> `[groups, group, inner]` of the dtype"""
+    shape = (scales.shape[0], group, scales.shape[1])
+    return decoded_on_host(
+        lambda s, c, x: dequantise_signs_into(s, c, three, x), (scales, codes), shape, dtype
+    )
+
+
+@dequantise_signs.register_fake
+def _(scales: Tensor, codes: Tensor, group: int, three: bool, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(scales.shape[0], group, scales.shape[1], dtype=dtype)
+
+
+def _fits(x: Tensor, scales: Tensor, codes: Tensor) -> bool:
+    """Say whether the CUDA kernels take such groups, and can run."""
+    aligned = all(t.data_ptr() % 16 == 0 for t in (x, scales, codes))
+    return aligned and serves(x.dtype, tuple(x.shape)) and usable()
+
+
+@quantise_signs.register_kernel("cuda")
+def quantise_signs_cuda(x: Tensor, three: bool) -> tuple[Tensor, Tensor]:
+    """Quantise in two launches; what the kernels do not serve goes by way of the host."""
+    x = x.contiguous()
+    scales, codes = _rooms(x, three)
+    if not _fits(x, scales, codes):
+        return by_way_of_host(quantise_signs, [x], three)
+    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    for variant, grid, args in (
+        sizes_launch(x, scales, flag), code_launch(x, three, scales, codes),
+    ):  # fmt: skip
+        variant.launch(grid, *args)
+    if bool(flag):
+        raise ValueError(CANNOT)
+    return scales, codes
+
+
+@dequantise_signs.register_kernel("cuda")
+def dequantise_signs_cuda(
+    scales: Tensor, codes: Tensor, group: int, three: bool, dtype: torch.dtype
+) -> Tensor:
+    """Undo it in one launch."""
+    s, c = scales.contiguous(), codes.contiguous()
+    x = codes.new_empty(scales.shape[0], group, scales.shape[1], dtype=dtype)
+    if not _fits(x, s, c):
+        return by_way_of_host(dequantise_signs, [s, c], group, three, dtype)
+    variant, grid, args = widen_launch(s, c, three, x)
+    variant.launch(grid, *args)
+    return x
 
 
 # inlines halves.py 3d74d947

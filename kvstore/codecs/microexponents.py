@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from ...cuda_kernels.block_ints import MICRO_BLOCK, dequantise_micro_into, quantise_micro_into
+from ...cuda_kernels.block_ints_gpu import MICRO_BLOCK
+from ...cuda_kernels.micro_blocks import dequantise_micro_into, quantise_micro_into
 from .blocks import Blocked
 
 

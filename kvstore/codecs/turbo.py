@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...cuda_kernels.bits import packed_width
-from ...cuda_kernels.hadamard import dequantise_turbo_into, quantise_turbo_into
 from ...cuda_kernels.numbers import bits_of, half_of
+from ...cuda_kernels.turbo import dequantise_turbo_into, quantise_turbo_into
 from .codec import CodecError, InPlace, PageLayout, need_floats
 
 

@@ -110,7 +110,12 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
         ("cuda_kernels/numbers.py", ("halves.py",)),
         ("cuda_kernels/minifloats.py", ("halves.py",)),
         ("cuda_kernels/block_ints.py", ("block_runs.py", "halves.py")),
+        ("cuda_kernels/micro_blocks.py", ("block_ints.py", "block_runs.py", "halves.py")),
         ("cuda_kernels/hadamard.py", ("halves.py",)),
+        (
+            "cuda_kernels/turbo.py",
+            ("block_runs.py", "hadamard.py", "halves.py", "turbo_gpu.py"),
+        ),
         ("cuda_kernels/sign_groups.py", ("halves.py",)),
         (f"{SHM}/fold.py", ("memory.py", "halves.py")),
         (f"{SHM}/steps.py", ("memory.py",)),

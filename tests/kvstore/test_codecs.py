@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.cuda_kernels.bits import pack_codes_reference, pack_into, packed_width, unpack_into
-from plait.cuda_kernels.block_ints import blocks_reference, micro_reference
-from plait.cuda_kernels.hadamard import lloyd_max, rotate, rotation_reference, rotation_signs
+from plait.cuda_kernels.block_ints import blocks_reference
+from plait.cuda_kernels.hadamard import rotate, rotation_reference, rotation_signs
 from plait.cuda_kernels.int_groups import (
     dequantise_groups,
     dequantise_reference,
@@ -21,7 +21,9 @@ from plait.cuda_kernels.int_groups import (
     quantise_reference,
 )
 from plait.cuda_kernels.int_groups_gpu import dequantise_launch, quantise_launch, serves
+from plait.cuda_kernels.micro_blocks import micro_reference
 from plait.cuda_kernels.sign_groups import signs_reference
+from plait.cuda_kernels.turbo import lloyd_max
 from plait.kvstore import KVSpec, KVStore
 from plait.kvstore.codecs import (
     AdaQuant,
