@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py [PART ...] [--json FILE]        --list says what there is, also without a GPU
 
-Events, buffers that rotate (so that the second cache does not help), medians. Without a GPU, or without the `cuda`
-extra, it says so and ends. Not yet run: every number in docs/benchmarks/gpu.md is unmeasured.
+Events, buffers that rotate (so that the second cache does not help), medians. A part that fails is told and the others
+go on; after --minutes no part is begun. Without a GPU, or without the `cuda` extra, it says so and ends. Not yet run on
+a device: every number in docs/benchmarks/gpu.md is unmeasured.
 """
 
 from __future__ import annotations
@@ -11,80 +12,58 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-from plait.cuda_kernels import (
-    Regions,
-    coded_attention,
-    copy_pages,
-    merge_states,
-    paged_attention,
-    summarise,
-    top_k,
+from gpu_attention import GOAL, decodes
+from gpu_timing import (
+    MEGABYTE,
+    Row,
+    copy_bandwidth,
+    graphed,
+    host_microseconds,
+    line,
+    microseconds,
+    rotating,
+    share,
+    tried,
 )
+
+from plait.cuda_kernels import Regions, copy_pages, merge_states, summarise, top_k
 from plait.cuda_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from plait.cuda_kernels.all_reduce_norm import STATISTICS, norm_one_shot, norm_two_shot
 from plait.cuda_kernels.block_floats import dequantise_mx, quantise_mx
+from plait.cuda_kernels.block_ints import dequantise_blocks, quantise_blocks
 from plait.cuda_kernels.gpu import toolchain
 from plait.cuda_kernels.gpu.peers import Layout
 from plait.cuda_kernels.helix_combine import helix_combine, helix_send, inverse_of, record_bytes
 from plait.cuda_kernels.int_groups import dequantise_groups, quantise_groups
 from plait.cuda_kernels.merge import merge_states_reference
+from plait.cuda_kernels.micro_blocks import dequantise_micro, quantise_micro
 from plait.cuda_kernels.nvfp4 import dequantise_nvfp4, nvfp4_whole, quantise_nvfp4
 from plait.cuda_kernels.scaled_rows import dequantise_scaled, quantise_scaled
+from plait.cuda_kernels.sign_groups import dequantise_signs, quantise_signs
 from plait.cuda_kernels.strided import pack
+from plait.cuda_kernels.turbo import dequantise_turbo, quantise_turbo
 
-RUNS, MEGABYTE = 30, 1 << 20
 SHARE = "0.85 of copy bandwidth from 64 MB"
 NORM = "1.4x unfused, 0.8 of the bytes"
-DECODE = "0.8 of bandwidth at 16 x 32768; never below torch"
 
 
-def microseconds(call: Callable[[int], Any], buffers: int = 1) -> float:
-    """Take the median of events around `call(i)`, i going round the buffers."""
-    for i in range(3):
-        call(i % buffers)
-    times = []
-    for i in range(RUNS):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call(i % buffers)
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) * 1000)
-    return statistics.median(times)
-
-
-def graphed(call: Callable[[], Any]) -> Callable[[int], Any]:
-    """Capture a call, and give its replay."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return lambda _: graph.replay()
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written in a second by a large copy."""
-    a, b = (torch.empty(512 * MEGABYTE, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * a.numel() / microseconds(lambda _: b.copy_(a)) * 1e6
-
-
-def merges(bandwidth: float) -> list[dict[str, Any]]:
+def merges(bandwidth: float) -> list[Row]:
     found = []
     for rows in (64, 1024, 16384):
         sets = [
             (torch.randn(8, rows, 16, 128, device="cuda").bfloat16(),
              torch.randn(8, rows, 16, device="cuda"))
-            for _ in range(4 if rows < 16384 else 2)
+            for _ in range(rotating(8 * rows * 16 * 256))
         ]  # fmt: skip
         o, lse = sets[0]
         moved = o.nbytes * 9 / 8 + lse.nbytes * 9 / 8
@@ -95,63 +74,113 @@ def merges(bandwidth: float) -> list[dict[str, Any]]:
     return found
 
 
-def copies(bandwidth: float) -> list[dict[str, Any]]:
+def copies(bandwidth: float) -> list[Row]:
     pages, page = 512, (64, 8, 128)
     of = torch.randn(pages, *page, device="cuda").bfloat16()
     to, order = torch.empty_like(of), np.random.default_rng(0).permutation(pages)
     places, sources = Regions([to]), Regions([of])
-    ours = microseconds(lambda _: copy_pages(places, np.arange(pages), sources, order))
-    index = torch.from_numpy(order).cuda()
-    torch_us = microseconds(lambda _: to.copy_(of[index]))
-    return [share("page copy, 512 of 128 KiB", ours, 2 * of.nbytes, bandwidth, torch_us, SHARE)]
-
-
-def codecs(bandwidth: float) -> list[dict[str, Any]]:
-    """Encode and decode 64 MB of a page; int and scaled encoders wait for the flag that says what cannot be coded."""
-    x = torch.randn(1 << 18, 128, device="cuda").bfloat16()
-    whole, width, dtype = nvfp4_whole(x), x.shape[-1], x.dtype
-    ways: list[tuple[str, Callable[[], Any], Callable[..., Any]]] = [
-        (f"int{bits}, groups of 64", lambda bits=bits: quantise_groups(x, bits, 64, False),
-         lambda *parts, bits=bits: dequantise_groups(*parts, bits, 64, False, width, dtype))
-        for bits in (2, 4)
-    ] + [
-        ("int8" if exact else "fp8", lambda exact=exact: quantise_scaled(x, exact),
-         lambda *parts, exact=exact: dequantise_scaled(*parts, exact, dtype))
-        for exact in (True, False)
-    ] + [
-        (f"MX {form}", lambda form=form: quantise_mx(x, form, "floor"),
-         lambda *parts, form=form: dequantise_mx(*parts, form, width, dtype))
-        for form in ("e4m3", "e2m3", "e2m1")
-    ] + [
-        ("NVFP4", lambda: quantise_nvfp4(x, whole, False),
-         lambda *parts: dequantise_nvfp4(*parts, whole, width, dtype))
-    ]  # fmt: skip
+    index, all_pages = torch.from_numpy(order).cuda(), torch.arange(pages, device="cuda")
+    torch_us = microseconds(lambda _: torch.index_select(of, 0, index, out=to))
     found = []
-    for name, encode, decode in ways:
-        parts = encode()
-        moved = x.nbytes + sum(part.nbytes for part in parts)
-        for what, call in (("encode", encode), ("decode", lambda d=decode, p=parts: d(*p))):
-            ours = microseconds(lambda _, call=call: call())
-            found.append({
-                "kernel": f"{what} {name}, {moved / MEGABYTE:.0f} MB", "us": ours,
-                "of copy bandwidth": moved / (ours * 1e-6) / bandwidth, "goal": "0.85 of bandwidth",
-            })  # fmt: skip
+    for where, numbers in (
+        ("", (all_pages, index)),
+        (", numbers from the host", (np.arange(pages), order)),
+    ):
+        us = microseconds(lambda _, n=numbers: copy_pages(places, n[0], sources, n[1]))
+        name = f"page copy, 512 of 128 KiB{where}"
+        found.append(
+            share(name, us, 2 * of.nbytes, bandwidth, torch_us, "reported" if where else SHARE)
+        )
     return found
 
 
-def tops(bandwidth: float) -> list[dict[str, Any]]:
+def codecs(bandwidth: float) -> list[Row]:
+    """Encode and decode 64 MB of a page, of which there are two; "waits": for the flag of what cannot be coded."""
+    rows = [torch.randn(1 << 18, 128, device="cuda").bfloat16() for _ in range(2)]
+    wholes = [nvfp4_whole(x) for x in rows]
+    found = []
+    for name, shape, encode, decode in ways(wholes[0]):
+        pages = [x.view(shape) for x in rows]
+        parts = [encode(x) for x in pages]
+        moved = pages[0].nbytes + sum(part.nbytes for part in parts[0])
+        wait = ", waits" if name.startswith(WAITING) else ""
+        for what, call in (
+            (f"encode {name}{wait}", lambda i, e=encode, p=pages: e(p[i])),
+            (f"decode {name}", lambda i, d=decode, p=parts: d(*p[i])),
+        ):
+            us = microseconds(call, len(rows))
+            name_of_row = f"{what}, {moved / MEGABYTE:.0f} MB"
+            found.append(share(name_of_row, us, moved, bandwidth, None, SHARE))
+    return found
+
+
+WAITING = ("int2", "int4", "int8", "fp8", "KIVI", "turbo", "ternary", "signs")
+
+
+def ways(
+    whole: float,
+) -> Iterator[tuple[str, tuple[int, ...], Callable[..., Any], Callable[..., Any]]]:
+    """Each codec's name, the shape of what it codes, and both ways."""
+    flat, width, dtype = (-1, 128), 128, torch.bfloat16
+    for bits in (2, 4):
+        yield (
+            f"int{bits}, groups of 64", flat, lambda x, b=bits: quantise_groups(x, b, 64, False),
+            lambda *parts, b=bits: dequantise_groups(*parts, b, 64, False, width, dtype),
+        )  # fmt: skip
+        yield (
+            f"KIVI, {bits} bits", (1, -1, 1024), lambda x, b=bits: quantise_groups(x, b, 32, True),
+            lambda *parts, b=bits: dequantise_groups(*parts, b, 32, True, 1024, dtype),
+        )  # fmt: skip
+    for name, exact in (("int8", True), ("fp8", False)):
+        yield (
+            name, flat, lambda x, e=exact: quantise_scaled(x, e),
+            lambda *parts, e=exact: dequantise_scaled(*parts, e, dtype),
+        )  # fmt: skip
+    for form in ("e4m3", "e2m3", "e2m1"):
+        yield (
+            f"MX {form}", flat, lambda x, f=form: quantise_mx(x, f, "floor"),
+            lambda *parts, f=form: dequantise_mx(*parts, f, width, dtype),
+        )  # fmt: skip
+    yield (
+        "NVFP4", flat, lambda x: quantise_nvfp4(x, whole, False),
+        lambda *parts: dequantise_nvfp4(*parts, whole, width, dtype),
+    )  # fmt: skip
+    for name, bits in (("MXINT8", 8), ("BFP, 4 bits", 4)):
+        yield (
+            name, flat, lambda x, b=bits: quantise_blocks(x, b, 32),
+            lambda *parts, b=bits: dequantise_blocks(*parts, b, 32, width, dtype),
+        )  # fmt: skip
+    for name, bits in (("mx9", 7), ("mx6", 4), ("mx4", 2)):
+        yield (
+            name, flat, lambda x, m=bits: quantise_micro(x, m),
+            lambda *parts, m=bits: dequantise_micro(*parts, m, width, dtype),
+        )  # fmt: skip
+    for name, three in (("ternary", True), ("signs", False)):
+        yield (
+            name, (-1, 32, 1024), lambda x, t=three: quantise_signs(x, t),
+            lambda *parts, t=three: dequantise_signs(*parts, 32, t, dtype),
+        )  # fmt: skip
+    for bits in (3, 4):
+        yield (
+            f"turbo, {bits} bits", flat, lambda x, b=bits: quantise_turbo(x, b, 0),
+            lambda *parts, b=bits: dequantise_turbo(*parts, b, 0, width, dtype),
+        )  # fmt: skip
+
+
+def tops(bandwidth: float) -> list[Row]:
     found, rows, k = [], 32, 2048
     for columns in (32 << 10, 128 << 10, 256 << 10):
-        x = torch.randn(rows, columns, device="cuda")
-        hint = top_k(x + torch.randn_like(x) * 0.05, k)  # the step before
-        torch_us = microseconds(lambda _, x=x: torch.topk(x, k, sorted=False))
-        ours = microseconds(lambda _, x=x, hint=hint: top_k(x, k, hint))
+        sets = rotating(4 * rows * columns)
+        xs = torch.randn(sets, rows, columns, device="cuda")
+        hints = [top_k(x + torch.randn_like(x) * 0.05, k) for x in xs]  # the step before
+        torch_us = microseconds(lambda i, xs=xs: torch.topk(xs[i], k, sorted=False), sets)
+        ours = microseconds(lambda i, xs=xs, hints=hints: top_k(xs[i], k, hints[i]), sets)
         name = f"top {k} of {columns}, {rows} rows, hinted"
-        found.append(share(name, ours, x.nbytes, bandwidth, torch_us, "1.5x torch.topk"))
+        found.append(share(name, ours, xs[0].nbytes, bandwidth, torch_us, "1.5x torch.topk"))
     return found
 
 
-def rows_of_one_rank(bandwidth: float) -> list[dict[str, Any]]:
+def rows_of_one_rank(bandwidth: float) -> list[Row]:
     """Residual add and norm, summaries of pages, strided tensors."""
     x, residual = (torch.randn(8192, 4096, device="cuda").bfloat16() for _ in range(2))
     weight = x[0].clone()
@@ -173,7 +202,7 @@ def rows_of_one_rank(bandwidth: float) -> list[dict[str, Any]]:
     return found
 
 
-def norms(bandwidth: float) -> list[dict[str, Any]]:
+def norms(bandwidth: float) -> list[Row]:
     """Virtual ranks: one launch plays all; the bytes of all ranks go through one memory."""
     found, hidden, blocks = [], 8192, 16
     for world in (2, 4, 8):
@@ -209,7 +238,7 @@ def norms(bandwidth: float) -> list[dict[str, Any]]:
     return found
 
 
-def partials(bandwidth: float) -> list[dict[str, Any]]:
+def partials(bandwidth: float) -> list[Row]:
     """Helix's exchange over virtual ranks: every byte is written to a slot and read from it by one memory."""
     found, batch, heads, dim = [], 32, 128, 128
     for world in (2, 4, 8):
@@ -252,115 +281,42 @@ def partials(bandwidth: float) -> list[dict[str, Any]]:
     return found
 
 
-def decodes(bandwidth: float) -> list[dict[str, Any]]:
-    found, heads, kv_heads, dim, page = [], 32, 8, 128, 16
-    for batch, tokens in ((1, 4096), (1, 131072), (16, 4096), (16, 32768), (64, 4096)):
-        pages = batch * tokens // page
-        k, v = (
-            torch.randn(pages, page, kv_heads, dim, device="cuda", dtype=torch.bfloat16)
-            for _ in range(2)
-        )
-        q = torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16)
-        each = torch.arange(batch + 1, device="cuda")
-        integers = (
-            each, (each * (tokens // page)).int(), torch.arange(pages, device="cuda").int(),
-            torch.zeros(batch, dtype=torch.int64, device="cuda"),
-            torch.full((batch,), tokens, device="cuda"),
-        )  # fmt: skip
-        keys, values = (t.view(batch, tokens, kv_heads, dim).transpose(1, 2) for t in (k, v))
-        queries = q.unsqueeze(2)
-        sdpa = microseconds(
-            lambda _, q=queries, k=keys, v=values: torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, enable_gqa=True
-            )
-        )
-        name = f"paged decode, GQA {heads}/{kv_heads}, batch {batch} x {tokens}"
-        ours = microseconds(
-            lambda _, q=q, k=k, v=v, n=integers: paged_attention(q, k, v, *n, dim**-0.5)
-        )
-        row = share(name, ours, 2 * k.nbytes, bandwidth, sdpa, DECODE)
-        peer = flashinfer_us(q, k, v, integers, page)
-        found.append(row if peer is None else {**row, "FlashInfer / ours": peer / ours})
-        for form, block, size in (("e4m3", 0, dim + 4), ("int4", 32, dim // 2 + dim // 8)):
-            data = torch.zeros(2, pages * page * kv_heads * size, dtype=torch.uint8, device="cuda")
-            ours = microseconds(
-                lambda _, q=q, d=data, f=(form, block), n=integers, c=pages: coded_attention(
-                    q, d[0], d[1], f, f, c, page, kv_heads, *n, dim**-0.5
-                )
-            )
-            found.append(share(f"{name}, {form}", ours, data.nbytes, bandwidth, sdpa, DECODE))
-    return found
-
-
-def flashinfer_us(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, integers: Any, page: int
-) -> float | None:
-    """Time FlashInfer's decode if it is installed."""
-    try:
-        flashinfer: Any = importlib.import_module("flashinfer")
-    except ImportError:
-        return None
-    space = torch.empty(128 * MEGABYTE, dtype=torch.uint8, device="cuda")
-    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "NHD")
-    last = torch.full((len(q),), page, dtype=torch.int32, device="cuda")
-    decode.plan(
-        integers[1], integers[2], last, q.shape[1], k.shape[2], q.shape[2], page,
-        q_data_type=q.dtype, kv_data_type=k.dtype,
-    )  # fmt: skip
-    return microseconds(lambda _: decode.run(q, (k, v)))
-
-
-def share(
-    name: str, us: float, moved: float, bandwidth: float, torch_us: float, goal: str
-) -> dict[str, Any]:
-    """One row of the table."""
-    part = moved / (us * 1e-6) / bandwidth
-    return {
-        "kernel": name, "us": us, "of copy bandwidth": part, "torch / ours": torch_us / us, "goal": goal,
-    }  # fmt: skip
-
-
-def launches(_: float) -> list[dict[str, Any]]:
+def launches(_: float) -> list[Row]:
+    """What a small call costs the host, by its own clock."""
     o, lse = torch.randn(2, 1, 1, 64, device="cuda"), torch.randn(2, 1, 1, device="cuda")
-    plain = microseconds(lambda _: merge_states(o, lse))
-    replayed = microseconds(graphed(lambda: merge_states(o, lse)))
-    add = microseconds(lambda _: o.add_(1))
-    triton = triton_us(o)
-    row = {
-        "kernel": "launch: operator",
-        "us": plain,
-        "torch / ours": add / plain,
-        "goal": "reported",
-    }
-    return [
-        row if triton is None else {**row, "Triton / ours": triton / plain},
-        {"kernel": "launch: in a graph", "us": replayed, "goal": "reported"},
-    ]
+    ours = host_microseconds(lambda: merge_states(o, lse))
+    replay = graphed(lambda: merge_states(o, lse))
+    row: Row = {
+        "kernel": "launch: operator", "us": ours, "goal": "reported",
+        "torch / ours": host_microseconds(lambda: o.add_(1)) / ours,
+    }  # fmt: skip
+    triton = tried("Triton", lambda: triton_us(o))
+    if triton is not None:
+        row["Triton / ours"] = triton / ours
+    in_graph = host_microseconds(lambda: replay(0))
+    return [row, {"kernel": "launch: in a graph", "us": in_graph, "goal": "reported"}]
 
 
-def triton_us(x: torch.Tensor) -> float | None:
+def triton_us(x: torch.Tensor) -> float:
     """Time the launch of an empty Triton kernel with as many arguments, if it is installed."""
-    try:
-        triton: Any = importlib.import_module("triton")
-    except ImportError:
-        return None
+    triton: Any = importlib.import_module("triton")
 
     def empty(a, b, c, d, e, n, m):
         pass
 
     kernel = triton.jit(empty)
-    return microseconds(lambda _: kernel[(1,)](x, x, x, x, x, 1, 64))
+    return host_microseconds(lambda: kernel[(1,)](x, x, x, x, x, 1, 64))
 
 
-PARTS: dict[str, tuple[Callable[[float], list[dict[str, Any]]], str]] = {
+PARTS: dict[str, tuple[Callable[[float], list[Row]], str]] = {
     "merge": (merges, f"lse merge of 8 shards; {SHARE}"),
     "copy": (copies, f"page copy; {SHARE}"),
-    "codecs": (codecs, f"int2, int4, int8, fp8, MX, NVFP4; {SHARE}"),
+    "codecs": (codecs, f"every codec that has kernels, both ways; {SHARE}"),
     "rows": (rows_of_one_rank, "norm on one GPU, summaries, packing; 0.85 of copy bandwidth"),
     "top-k": (tops, "2048 of 32k to 256k with a hint; 1.5x torch.topk"),
     "norm": (norms, f"all-reduce + residual + norm, 2 to 8 virtual ranks; {NORM}"),
     "partials": (partials, "Helix's exchange, 2 to 8 virtual ranks, bf16 and fp8; reported"),
-    "decode": (decodes, f"paged decode of bf16, fp8 and int4 pages; {DECODE}"),
+    "decode": (decodes, f"paged decode of bf16, fp8 and int4 pages; {GOAL}"),
     "launch": (launches, "an operator, in a graph and out, beside torch and Triton; reported"),
 }
 
@@ -370,6 +326,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without")
     parser.add_argument("--list", action="store_true", help="what there is, and its goals; no GPU")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--minutes", type=float, default=8, help="after so many no part is begun")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -381,28 +338,37 @@ def main() -> int:
     if problem:
         print(f"not measured: {problem}")
         return 0
-    bandwidth = copy_bandwidth()
-    device = torch.cuda.get_device_name()
+    return measure(options.parts or list(PARTS), options.json, 60 * options.minutes)
+
+
+def measure(parts: list[str], file: Path | None, seconds: float) -> int:
+    """Measure parts, printing rows as they come; the file is written after each. Give how many failed."""
+    begun, bandwidth, device = time.monotonic(), copy_bandwidth(), torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
-    rows = []
-    for name in options.parts or PARTS:
-        for row in PARTS[name][0](bandwidth):
-            rows.append(row)
-            print(line(row), flush=True)
-    if options.json:
-        head = {"device": device, "torch": str(torch.__version__), "copy bytes/s": bandwidth}
-        options.json.write_text(json.dumps({**head, "rows": rows}, indent=1))
-    return 0
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row for people."""
-    told = f"{row['kernel']:60} {row['us']:9.1f} us"
-    part = row.get("of copy bandwidth")
-    told += f"  {part:5.2f} of copy" if part else " " * 15
-    peers = {key: ratio for key, ratio in row.items() if key.endswith("/ ours")}
-    told += "".join(f"  {ratio:6.2f}x {key.split(' /')[0]}" for key, ratio in peers.items())
-    return f"{told}   (goal: {row['goal']})"
+    head = {"device": device, "torch": str(torch.__version__), "copy bytes/s": bandwidth}
+    rows: list[Row] = []
+    failed = 0
+    for name in parts:
+        taken = time.monotonic() - begun
+        if taken > seconds:
+            rows.append(
+                {"kernel": name, "skipped": f"{taken / 60:.1f} minutes are over", "goal": ""}
+            )
+            print(line(rows[-1]), flush=True)
+            continue
+        try:
+            found = PARTS[name][0](bandwidth)
+        except Exception:  # the others are still worth having
+            traceback.print_exc()
+            failed += 1
+            found = [{"kernel": name, "skipped": "it failed, see above", "goal": ""}]
+        torch.cuda.empty_cache()
+        rows += found
+        print("\n".join(map(line, found)), flush=True)
+        if file:
+            file.write_text(json.dumps({**head, "rows": rows}, indent=1))
+    print(f"{(time.monotonic() - begun) / 60:.1f} minutes")
+    return failed
 
 
 if __name__ == "__main__":
