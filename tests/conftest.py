@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     New ones: `pytest --hypothesis-profile search`. The environments of single tools have no hypothesis.
     """
-    numba_cache.let_one_write()
+    numba_cache.compile_once()
     if not config.pluginmanager.hasplugin("hypothesispytest"):
         return
     from hypothesis import settings

@@ -1,37 +1,42 @@
-"""Two processes that fill Numba's cache at the same moment both find their own code in it."""
+"""A world compiles a kernel once, whichever of its ranks is the first."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from numba import config, njit
 from numba.core.caching import IndexDataCacheFile
+from numba.core.dispatcher import Dispatcher
+
+from world import run_world
 
 
-@pytest.mark.parametrize(("locked", "timeout", "kept"), [(True, 0.2, True), (False, 30, False)])
-def test_two_writers(
-    locked: bool, timeout: float, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the lock both read the index before either writes it: one entry is lost."""
-    read, both = IndexDataCacheFile._load_index, threading.Barrier(2)
+def compiled(folder: str, in_turn: bool) -> int:
+    """How often this rank compiled; without turns all look into the cache before any of them writes it."""
+    config.CACHE_DIR = folder  # type: ignore[attr-defined]
+    if not in_turn:
+        load = IndexDataCacheFile.load
 
-    def meet(self: Any) -> dict[Any, Any]:
-        found = read(self)
-        with suppress(threading.BrokenBarrierError):
-            both.wait(timeout)
-        return found
+        def together(self: Any, key: Any) -> Any:
+            found = load(self, key)
+            dist.barrier()
+            return found
 
-    save: Callable[..., None] = IndexDataCacheFile.save
-    save = save if locked else save.__wrapped__  # type: ignore[attr-defined]
-    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
-        patched.setattr(IndexDataCacheFile, "_load_index", meet)
-        files = [IndexDataCacheFile(str(tmp_path), "kernel", 1) for _ in range(2)]
-        for each in [pool.submit(save, file, key, key) for key, file in enumerate(files)]:
-            each.result()
-    found = [IndexDataCacheFile(str(tmp_path), "kernel", 1).load(key) for key in range(2)]
-    assert (found == [0, 1]) == kept
+        IndexDataCacheFile.load = together
+        Dispatcher.compile = Dispatcher.compile.__wrapped__  # type: ignore[attr-defined]
+
+    @njit(cache=True)
+    def kernel(x: float) -> float:
+        return x + 1
+
+    dist.barrier()
+    assert kernel(2.0) == 3.0
+    return sum(kernel.stats.cache_misses.values())
+
+
+@pytest.mark.parametrize(("in_turn", "times"), [(True, 1), (False, 3)])
+def test_a_world_compiles_once(in_turn: bool, times: int, tmp_path: Path) -> None:
+    assert sum(run_world(compiled, 3, str(tmp_path), in_turn)) == times

@@ -57,7 +57,7 @@ def warm_kernels() -> None:
     from plait.collectives.shm.warm import compile_kernels
     from plait.kvstore import KVSpec, KVStore
 
-    numba_cache.let_one_write()
+    numba_cache.compile_once()
     compile_kernels()
     for dtype in (torch.float64, torch.float32):
         store = KVStore(KVSpec(layers=1, kv_heads=1, head_dim=8, page_tokens=16, dtype=dtype))
