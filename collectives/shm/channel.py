@@ -5,8 +5,8 @@ from __future__ import annotations
 from numba import carray, njit
 
 from .memory import at, idle, load, put, store
-from .steps import DONE, LINE, WAITING
-from .stores import show
+from .steps import DONE, LINE, NOTED, WAITING, WAY
+from .stores import PAST, show
 
 DEPTH = 8  # cells of a ring
 CELL = 32 << 10  # bytes of a cell
@@ -31,6 +31,10 @@ def _differs(ring, room, patience):
 def push(state, ring, view, cursor, count, tag, code, patience):
     """Put the rest of a message into the ring, as far as there is room; cursor[0] elements are in it already."""
     item = view[2]
+    state[WAY], state[NOTED] = (
+        PAST,
+        0,
+    )  # cheapest for cells; a collective that waits meanwhile is not timed
     while _differs(ring, 1, patience):
         sent = load(ring)
         cell = sent % DEPTH
@@ -73,4 +77,4 @@ def pull(ring, view, cursor, count, patience):
     return WAITING
 
 
-# inlines memory.py and steps.py and stores.py b12b07bd
+# inlines memory.py and steps.py and stores.py cd668b56

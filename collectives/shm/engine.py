@@ -45,10 +45,11 @@ from .steps import (
     DONE,
     FIRST_INPUT,
     INPUTS,
-    LINE,
+    LINE_BYTES,
     MISMATCH,
     RANK,
     SCRATCH,
+    SENT,
     SETS,
     SINGLE,
     SLOT_BYTES,
@@ -58,6 +59,7 @@ from .steps import (
     STUCK,
     WAITING,
     WORLD,
+    line_bytes,
 )  # fmt: skip
 from .work import PATIENCE, Pending
 
@@ -85,6 +87,7 @@ class Engine:
         state[[SPINS, STEP, SETS, CHUNK_BYTES]] = spins, 1, 1, CHUNK
         state[[SCRATCH, INPUTS]] = self._scratch.ctypes.data, state[FIRST_INPUT:].ctypes.data
         state[FIRST_INPUT + members.ranks :] = [card["pid"] for card in members.cards]
+        state[LINE_BYTES] = line_bytes(members.ranks)
         state[SINGLE] = BY_COST if members.readable else NEVER
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self._finished = Finished()
@@ -192,8 +195,8 @@ class Engine:
 
     def _mismatch(self, code: int, count: int) -> CallMismatch:
         other = int(self.state[STUCK])
-        line = (2 * other + int(self.state[STEP]) % 2) * LINE // 8
-        header = self.members.segment.words[line : line + LINE // 8]
+        line = (2 * other + int(self.state[STEP]) % 2) * line_bytes(self.members.ranks) // 8
+        header = self.members.segment.words[line : line + SENT]
         theirs = describe(int(header[CODE]), int(header[COUNT]))
         own = (self.members.rank, describe(code, count))
         return CallMismatch(self._differing(own, (other, theirs)))

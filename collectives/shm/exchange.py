@@ -5,23 +5,11 @@ from __future__ import annotations
 from numba import carray, njit
 
 from .memory import at, put, store, take
-from .single_copy import (
-    CARELESS,
-    agree_on,
-    balance,
-    may_be_read,
-    note,
-    offer,
-    pays,
-    read_there,
-)
+from .single_copy import CARELESS, choose_copies, offer, read_there
 from .steps import (
-    BALANCE,
-    BEGAN,
     CODE,
     COUNT,
     DONE,
-    FILLING,
     LARGEST,
     MISMATCH,
     OFFERED,
@@ -30,6 +18,7 @@ from .steps import (
     PHASE,
     PLACE,
     RANK,
+    SENT,
     SINGLE,
     SLOT_BYTES,
     STEP,
@@ -37,17 +26,16 @@ from .steps import (
     WAITING,
     WORLD,
     all_came,
-    begin,
     has_come,
     header_word,
     line_of,
     may_fill,
     publish,
-    sizes_of,
     slot_of,
     tell,
 )
-from .stores import cycles, settle, show
+from .stores import settle, show
+from .ways import compare, end, filled
 
 FIRST_TURN, NEXT_TURN = (
     512 << 10,
@@ -125,8 +113,7 @@ def fits(state, peer, count, shared, code):
     """Check that a rank is in the same call and sends what is expected of it."""
     sends = header_word(state, peer, COUNT)
     if not shared:
-        table = carray(at(sizes_of(state, peer, state[STEP]), state), state[WORLD])
-        sends = table[state[RANK]]
+        sends = header_word(state, peer, SENT + state[RANK])
     if header_word(state, peer, CODE) == code and sends == count:
         return True
     state[STUCK] = peer
@@ -171,22 +158,18 @@ def give_out(state, sends, sent, receives, received, shared, meet, piece, item, 
     """Fill the slot of this step, or (once for a call) show in it where the elements lie; then publish it."""
     rank, world, step = state[RANK], state[WORLD], state[STEP]
     largest = largest_of(sent, received)
-    table = carray(at(sizes_of(state, rank, step), state), world)
     for r in range(world):
-        table[r] = sent[r, 1]
-    begin = cycles()
+        tell(state, SENT + r, sent[r, 1])
+    slot = slot_of(state, rank, step)
     if state[PLACE] == 0:
         state[OFFERS] = 0
-        tell(state, BALANCE, balance(state, largest * item))
-        if meet and pays(state, largest * item):
-            state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
+        if choose_copies(state, largest * item, meet):
+            offer(state, sends, sent, receives, received, shared, item, slot)
     if state[OFFERS]:
-        offer(state, sends, sent, shared, item, slot_of(state, rank, step))
         largest = 0  # the others say how many steps their elements need
     else:
         fill(state, sends, sent, shared, piece, item)
-    if state[PLACE] == 0:
-        state[FILLING] = cycles() - begin
+    filled(state)
     tell(state, OFFERED, state[OFFERS])
     publish(state, code, sent[rank, 1], largest)
 
@@ -214,8 +197,8 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
         if state[PHASE] == 1:
             if meet and not all_came(state, step, 2 * step, patience):
                 return WAITING
-            if done == 0:
-                state[BEGAN] = cycles()
+            if meet:
+                compare(state)
             state[PHASE] = 2
         while state[PHASE] == 2 and state[PEER] < world:
             peer = state[PEER]
@@ -230,8 +213,6 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             state[PEER] += 1
         most, offered = header_word(state, rank, LARGEST), False
         if meet:
-            if done == 0 and state[PHASE] == 2:
-                agree_on(state, largest_of(sent, received) * item)
             for r in range(world):
                 most = max(most, header_word(state, r, LARGEST))
                 offered |= header_word(state, r, OFFERED) != 0
@@ -246,10 +227,8 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
         state[PHASE] = state[PEER] = 0
         state[PLACE] += turn_of(state, piece, item)
         if state[PLACE] >= most:
-            if meet:
-                note(state, largest_of(sent, received) * item)
-            begin(state)
+            end(state)
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and single_copy.py 26d50c19
+# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py de5467cc

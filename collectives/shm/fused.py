@@ -39,7 +39,6 @@ from .steps import (
     WORLD,
     agree,
     all_came,
-    begin,
     has_come,
     header_word,
     line_of,
@@ -48,6 +47,7 @@ from .steps import (
     slot_of,
 )
 from .stores import give
+from .ways import NORM, choose, compare, end, filled
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ONE_SHOT_BYTES = {2: 32 << 10}  # by the least number of ranks: up to these bytes of x
@@ -111,6 +111,19 @@ def _reduce(state, words, add, scale, done, first, run, shown, stats):
 
 
 @njit(nogil=True, cache=True)
+def _find_inputs(state, bases, offset, place, shape):
+    """Note where each rank's rows of this step lie; say whether all have the same shape."""
+    for r in range(state[WORLD]):
+        state[FIRST_INPUT + r] = slot_of(state, r, state[STEP])
+        if offset != ELSEWHERE:
+            state[FIRST_INPUT + r] = bases[r] + offset + place
+        if header_word(state, r, LARGEST) != shape:
+            state[STUCK] = r
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True)
 def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
     """Add the ranks' rows to the residual and normalise the sums, a chunk of rows a step.
 
@@ -130,8 +143,10 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
+            choose(state, NORM, words[ROWS] * row_bytes, 2, True)
             if offset == ELSEWHERE:
                 _fill(state, words, slot, words[X] + place, first, run, rows)
+            filled(state)
             publish(state, code, words[COUNTED], shape)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -139,13 +154,9 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
                 return WAITING
             if not agree(state, code, words[COUNTED]):
                 return MISMATCH
-            for r in range(world):
-                state[FIRST_INPUT + r] = slot_of(state, r, step)
-                if offset != ELSEWHERE:
-                    state[FIRST_INPUT + r] = bases[r] + offset + place
-                if header_word(state, r, LARGEST) != shape:
-                    state[STUCK] = r
-                    return MISMATCH
+            compare(state)
+            if not _find_inputs(state, bases, offset, place, shape):
+                return MISMATCH
             state[FIRST_INPUT + rank] = words[X] + place
             if words[ONE_SHOT]:
                 _reduce(state, words, add, scale, done, 0, rows, 0, stats.ctypes.data)
@@ -169,7 +180,7 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
         state[PHASE] = state[PEER] = 0
         state[PLACE] += rows
         if state[PLACE] >= words[ROWS]:
-            begin(state)
+            end(state)
             return DONE
 
 
@@ -253,4 +264,4 @@ def run(
     return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and norms.py ed5faef0
+# inlines memory.py and steps.py and stores.py and ways.py and norms.py ce094176

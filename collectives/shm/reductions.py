@@ -13,7 +13,6 @@ from .steps import (
     INPUTS,
     LARGEST,
     MISMATCH,
-    PAST,
     PEER,
     PHASE,
     PLACE,
@@ -23,10 +22,10 @@ from .steps import (
     STEP,
     STUCK,
     WAITING,
+    WAY,
     WORLD,
     agree,
     all_came,
-    begin,
     has_come,
     header_word,
     line_of,
@@ -34,7 +33,8 @@ from .steps import (
     publish,
     slot_of,
 )
-from .stores import give, show
+from .stores import PAST, give, show
+from .ways import REDUCE, SCATTER, SYMMETRIC, choose, compare, end, filled
 
 ONE_SHOT = 16 << 10  # up to these bytes every rank reduces everything
 
@@ -52,7 +52,7 @@ def fold_own(state, result, first, run, function, op, view, done, keep):
     for start in range(0, run, BLOCK):
         n = min(BLOCK, run - start)
         place = result + start * item
-        past = state[PAST] == 1  # what reduces stores in the ordinary way only
+        past = state[WAY] == PAST  # what reduces stores in the ordinary way only
         block = state[SCRATCH] + BLOCK * 8 if past else place
         fold(state, block, first + start, n, function, op)
         if past:
@@ -71,6 +71,20 @@ def part_of(count, ranks, rank, item):
 
 
 @njit(nogil=True, cache=True)
+def show_parts(state, view, done, n):
+    """Show what others read of this step's elements: all, or (each reduces its part) all but the own part."""
+    rank, item = state[RANK], view[2]
+    slot = slot_of(state, rank, state[STEP])
+    if n * item <= ONE_SHOT or view[1] > 0:
+        show(state, view, done, n, slot)
+        return
+    first, run = part_of(n, state[WORLD], rank, item)
+    after = first + run
+    show(state, view, done, first, slot)
+    show(state, view, done + after, n - after, slot + after * item)
+
+
+@njit(nogil=True, cache=True)
 def all_reduce(state, view, function, count, op, root, code, patience):
     """Reduce a tensor over the ranks, in place; on the root only, unless that is -1.
 
@@ -85,14 +99,9 @@ def all_reduce(state, view, function, count, op, root, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            slot = slot_of(state, rank, step)
-            first, run = part_of(n, world, rank, item)
-            if n * item <= ONE_SHOT or view[1] > 0:
-                show(state, view, done, n, slot)
-            else:  # nobody else reads the own part
-                show(state, view, done, first, slot)
-                after = first + run
-                show(state, view, done + after, n - after, slot + after * item)
+            choose(state, REDUCE, count * item, 2, True)
+            show_parts(state, view, done, n)
+            filled(state)
             publish(state, code, count, 0)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -100,6 +109,7 @@ def all_reduce(state, view, function, count, op, root, code, patience):
                 return WAITING
             if not agree(state, code, count):
                 return MISMATCH
+            compare(state)
             for r in range(world):
                 state[FIRST_INPUT + r] = slot_of(state, r, step)
             if n * item > ONE_SHOT and view[1] == 0:
@@ -128,7 +138,7 @@ def all_reduce(state, view, function, count, op, root, code, patience):
         state[PHASE] = state[PEER] = 0
         state[PLACE] += n
         if state[PLACE] >= count:
-            begin(state)
+            end(state)
             return DONE
 
 
@@ -143,6 +153,8 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
     if state[PHASE] == 0:
         if not may_fill(state, patience):
             return WAITING
+        choose(state, SYMMETRIC, count * item, 2, True)
+        filled(state)
         publish(state, code, count, offset)
         state[PHASE] = 1
     if state[PHASE] == 1:
@@ -155,6 +167,7 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
                 return MISMATCH
         if not agree(state, code, count):
             return MISMATCH
+        compare(state)
         first, run = part_of(count, world, rank, item)
         result = slot_of(state, rank, step)
         for start in range(first, first + run, BLOCK):
@@ -167,7 +180,7 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
     if not all_came(state, step, 2 * step + 1, patience):
         return WAITING
     state[STEP] += 1
-    begin(state)
+    end(state)
     return DONE
 
 
@@ -190,17 +203,20 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
+            choose(state, SCATTER, count * item, 2, True)
             slot = slot_of(state, rank, step)
             for r in range(world):
                 if r != rank or not stays:
                     view = views[r if views.shape[0] > 1 else 0]
                     show(state, view, starts[r] + done, n, slot + r * piece)
+            filled(state)
             publish(state, code, count, 0)
             state[PHASE] = 1
         if not all_came(state, step, 2 * step, patience):
             return WAITING
         if not agree(state, code, count):
             return MISMATCH
+        compare(state)
         for r in range(world):
             state[FIRST_INPUT + r] = slot_of(state, r, step) + rank * piece
         if stays:
@@ -215,8 +231,8 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
         state[PHASE] = 0
         state[PLACE] += n
         if state[PLACE] >= count:
-            begin(state)
+            end(state)
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py b12b07bd
+# inlines memory.py and steps.py and stores.py and ways.py 765dc72d

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import BackendUnavailable
 from .channel import RING
-from .steps import LINE
+from .steps import LINE, line_bytes
 
 SLOT = 1 << 20  # bytes of a rank's slot in a set, the largest chunk of a step
 CHUNK = SLOT  # of an all-reduce in a step
@@ -68,7 +68,7 @@ class Segment:
 
 
 class Layout:
-    """Where things lie in the segment of a group: lines, tables, notes, slots, rings.
+    """Where things lie in the segment of a group: lines, notes, slots, rings.
 
     Pages that no call touches take no memory, so this is a bound: 3 MiB for each rank, and 256 KiB for each pair
     that sends.
@@ -76,7 +76,7 @@ class Layout:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.notes = ranks * 2 * LINE + ranks * ranks * 16
+        self.notes = ranks * 2 * line_bytes(ranks)
         self.data = -(-(self.notes + ranks * LINE) // PAGE) * PAGE + HALF_PAGE
         self.rings = -(-(self.data + 2 * ranks * STRIDE) // PAGE) * PAGE
         self.size = self.rings + ranks * ranks * RING

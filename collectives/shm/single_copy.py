@@ -1,12 +1,9 @@
 """One copy instead of two: a rank reads what it is sent where it lies, in the other process's own memory.
 
 The system call (process_vm_readv) costs the kernel something for each page, and takes nothing from another processor's
-cache but what it reads; two copies by way of a slot cost two processors a copy each, and more where the lines of a
-slot must be taken from its readers (see stores.py). Which is cheaper depends on the machine, its mode of the minute and
-the size, so each rank notes what its calls cost a KB, by sizes, and shows in the headers of its calls which way was
-cheaper of late; all ranks add these up and take one way in the next call, for to mix them is the worst. A rank whose
-elements others may not read copies them all the same: the header says where they are. Who sent the one way leaves the
-call when all have read.
+cache but what it reads; two copies by way of a slot cost two processors a copy each. Which is cheaper ways.py finds
+out. A rank whose elements others may not read copies them all the same: the header says where they are. Who sent the
+one way leaves the call when all have read.
 """
 
 from __future__ import annotations
@@ -18,27 +15,11 @@ import numpy as np
 from numba import carray, njit, types
 
 from .memory import at
-from .steps import (
-    BALANCE,
-    BEGAN,
-    COSTS,
-    FILLING,
-    FIRST_INPUT,
-    OFFERS,
-    PIECES,
-    RANK,
-    SINGLE,
-    WORLD,
-    header_word,
-)
-from .stores import cycles
+from .steps import FIRST_INPUT, NOTED, OFFERS, PIECES, RANK, SINGLE, WAY, WORLD
+from .stores import PAST
+from .ways import EXCHANGE, ONE, choose
 
 LEAST = 128 << 10  # bytes for a rank that are worth a system call
-CLASSES = 8  # of sizes, each twice the one before; the last one has no end
-# words of a class: how often it was chosen in, cycles for a KB by either way, and what all ranks hold to be cheaper
-CALLS, TWO, ONE, AGREED = range(4)
-TRIALS = 8  # the first calls of a class try both ways in turn,
-RETRY = 64  # and then one of so many the dearer one
 NEVER, BY_COST, ALWAYS, CARELESS = range(
     4
 )  # of state[SINGLE]; CARELESS, which does not wait for readers, is for tests
@@ -76,57 +57,27 @@ def read_there(state, rank, here, there, count):
 
 
 @njit(nogil=True, cache=True)
-def words_of(count):
-    """Find the words of the class of a number of bytes."""
-    number = 0
-    while number < CLASSES - 1 and count >= LEAST << (number + 1):
-        number += 1
-    return COSTS + 4 * number
+def choose_copies(state, count, meet):
+    """Choose the way of an exchange of so many bytes to each rank; say whether it is one copy."""
+    mode = state[SINGLE] if meet and count >= LEAST else NEVER
+    choose(state, EXCHANGE, count, 3 if mode == BY_COST else 2, meet)
+    if mode in (ALWAYS, CARELESS):
+        state[WAY], state[NOTED] = ONE, 0
+    return state[WAY] == ONE
 
 
 @njit(nogil=True, cache=True)
-def note(state, count):
-    """Take note of what a call cost since all ranks had come, its filling included.
-
-    A mean of late calls; of one that was interrupted but a part.
-    """
-    if count < LEAST:
+def offer(state, sends, sent, receives, received, shared, item, slot):
+    """Put the addresses of what this rank sends into its slot, if others may read there; else it is copied twice."""
+    state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
+    if not state[OFFERS]:
+        state[WAY], state[NOTED] = PAST, 0
         return
-    word = words_of(count) + (ONE if state[OFFERS] else TWO)
-    cost, known = (cycles() - state[BEGAN] + state[FILLING]) * 1024 // count, state[word]
-    if known > 0:
-        cost = known + (min(cost, 4 * known) - known) // 4
-    state[word] = max(1, cost)
-
-
-@njit(nogil=True, cache=True)
-def pays(state, count):
-    """Choose a way for so many bytes to each rank; to be asked once a call."""
-    if count < LEAST or state[SINGLE] != BY_COST:
-        return count >= LEAST and state[SINGLE] != NEVER
-    words = words_of(count)
-    state[words + CALLS] += 1
-    number = state[words + CALLS]
-    if number <= TRIALS:
-        return number % 2 == 0
-    return (state[words + AGREED] > 0) ^ (number % RETRY == 0)
-
-
-@njit(nogil=True, cache=True)
-def balance(state, count):
-    """Say by how much one copy was cheaper to this rank than two, for so many bytes to each rank."""
-    words = words_of(count)
-    return state[words + TWO] - state[words + ONE] if count >= LEAST else 0
-
-
-@njit(nogil=True, cache=True)
-def agree_on(state, count):
-    """Add up what the headers of this step say."""
-    if count >= LEAST:
-        total = 0
-        for r in range(state[WORLD]):
-            total += header_word(state, r, BALANCE)
-        state[words_of(count) + AGREED] = total
+    rank, world = state[RANK], state[WORLD]
+    addresses = carray(at(slot, state), world)
+    for to in range(world):
+        view = sends[to if sends.shape[0] > 1 else 0]
+        addresses[to] = view[0] + sent[rank if shared else to, 0] * item
 
 
 @njit(nogil=True, cache=True)
@@ -162,14 +113,4 @@ def may_be_read(state, sends, sent, receives, received, shared, item):
     return low < high and readable(state, low, high - 1)
 
 
-@njit(nogil=True, cache=True)
-def offer(state, sends, sent, shared, item, slot):
-    """Put the addresses of what this rank sends into its slot."""
-    rank, world = state[RANK], state[WORLD]
-    addresses = carray(at(slot, state), world)
-    for to in range(world):
-        view = sends[to if sends.shape[0] > 1 else 0]
-        addresses[to] = view[0] + sent[rank if shared else to, 0] * item
-
-
-# inlines memory.py and steps.py and stores.py b12b07bd
+# inlines memory.py and steps.py and stores.py and ways.py 765dc72d

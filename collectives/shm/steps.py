@@ -24,28 +24,27 @@ CONTROL, DATA, RANK, WORLD, SLOT_BYTES, STRIDE_BYTES, SPINS, SCRATCH, INPUTS = r
 STEP, PHASE, PLACE, PEER, STUCK = range(9, 14)
 SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for tests to see it fail
 CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
-GIVEN, PAST, COST = range(16, 19)  # see stores.py; COST is two words
-# see single_copy.py; of PIECES there are 7, of COSTS 32
-SINGLE, OFFERS, FILLING, BEGAN, PIECES, COSTS = 20, 21, 22, 23, 24, 31
+LINE_BYTES = 16  # of a rank's line for a set
+SINGLE, OFFERS, PIECES = 17, 18, 19  # see single_copy.py; of PIECES there are 7
+# see ways.py; TABLES begins 300 words
+WAY, WAY_WORDS, SIZE, NOTED, BEGAN, FILLING, CAME, TABLES = range(26, 34)
 # from here an address for each rank, and then its process; INPUTS is where these words lie
-FIRST_INPUT = 72
-# words of a line, written by one rank, read by all
-FLAG, CODE, COUNT, LARGEST, OFFERED, BALANCE = range(6)
+FIRST_INPUT = TABLES + 300
+# words of a line, written by one rank, read by all; from SENT what an exchange sends to each rank
+FLAG, CODE, COUNT, LARGEST, OFFERED, PRICES, SENT = range(7)
 
 LINE = 128  # bytes; two cache lines, for processors that fetch them in pairs
+
+
+def line_bytes(ranks: int) -> int:
+    """Count the bytes of a rank's line for a set: one LINE up to ten ranks."""
+    return -(-(SENT + ranks) * 8 // LINE) * LINE
 
 
 @njit(nogil=True, cache=True)
 def line_of(state, rank, step):
     """Find the line of a rank for a step."""
-    return state[CONTROL] + (2 * rank + (step & state[SETS])) * LINE
-
-
-@njit(nogil=True, cache=True)
-def sizes_of(state, rank, step):
-    """Find the table of what a rank sends to each rank in a step."""
-    world = state[WORLD]
-    return state[CONTROL] + (2 * LINE + 16 * rank + 8 * (step & state[SETS])) * world
+    return state[CONTROL] + (2 * rank + (step & state[SETS])) * state[LINE_BYTES]
 
 
 @njit(nogil=True, cache=True)
@@ -93,7 +92,7 @@ def publish(state, code, count, largest):
     """Write the header of this step, then show that the slot is filled."""
     step = state[STEP]
     line = line_of(state, state[RANK], step)
-    header = carray(at(line, state), LINE // 8)
+    header = carray(at(line, state), SENT)
     header[CODE] = code
     header[COUNT] = count
     header[LARGEST] = largest
@@ -103,13 +102,13 @@ def publish(state, code, count, largest):
 @njit(nogil=True, cache=True)
 def tell(state, word, value):
     """Write a word of the own header of this step, before it is published."""
-    carray(at(line_of(state, state[RANK], state[STEP]), state), LINE // 8)[word] = value
+    carray(at(line_of(state, state[RANK], state[STEP]), state), word + 1)[word] = value
 
 
 @njit(nogil=True, cache=True)
 def header_word(state, rank, word):
     """Read a word of a rank's header of this step."""
-    return carray(at(line_of(state, rank, state[STEP]), state), LINE // 8)[word]
+    return carray(at(line_of(state, rank, state[STEP]), state), word + 1)[word]
 
 
 @njit(nogil=True, cache=True)

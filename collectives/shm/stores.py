@@ -1,10 +1,6 @@
-"""Writing where other ranks read: by ordinary stores, or past the cache.
+"""Writing where other ranks read: by ordinary stores, or past the cache, as ways.py has chosen for the call.
 
-A store to a line that another processor has read must first take the line from it. Inside one core complex that costs
-nothing; between two (an EPYC has several, and a host moves the processors of a virtual machine among them from minute
-to minute) it costs 27 ns a line, ten times the copy. Stores past the cache (non-temporal) cost the same in both, twice
-an ordinary store in the first. So each rank times what it writes, and takes what was cheaper: a choice that the other
-ranks never see. On processors other than x86 stores are ordinary.
+On processors other than x86 stores are ordinary.
 """
 
 from __future__ import annotations
@@ -15,12 +11,10 @@ from numba.core import cgutils
 
 from ...cuda_kernels.halves import intrinsic
 from .memory import X86, memmove, put, take
-from .steps import COST, GIVEN, PAST
+from .steps import WAY
 
-LEAST = 1024  # bytes that are worth a choice
-PIECE = 32 << 10  # bytes that are timed as one
-RETRY = 128  # pieces between two trials of the other way
-WORTH = 2  # the ratio of costs from which stores past the cache pay: who reads them pays too
+PAST = 0  # of state[WAY]
+LEAST = 1024  # bytes that are worth stores past the cache
 BEYOND = 12 << 20  # bytes of a result that is stored past the cache
 VECTOR = 32  # bytes of a store past the cache
 
@@ -80,30 +74,11 @@ def copy_all_past(to, of, count):
 
 @njit(nogil=True, cache=True)
 def give(state, to, of, count):
-    """Copy bytes to where other ranks read them, in the way that was cheaper of late."""
-    if not X86 or count < LEAST:
+    """Copy bytes to where other ranks read them, in the way of the call."""
+    if X86 and state[WAY] == PAST and count >= LEAST:
+        copy_all_past(to, of, count)
+    else:
         memmove(to, of, count)
-        return
-    for start in range(0, count, PIECE):
-        n = min(PIECE, count - start)
-        state[GIVEN] += 1
-        past = state[PAST] ^ (state[GIVEN] % RETRY == 0)
-        begin = cycles()
-        if past:
-            copy_all_past(to + start, of + start, n)
-        else:
-            memmove(to + start, of + start, n)
-        note_cost(state, past, (cycles() - begin) * 1024 // n)
-
-
-@njit(nogil=True, cache=True)
-def note_cost(state, past, cost):
-    """Take a lower cost at its word, a higher one with doubt: it may be another process's turn."""
-    known = state[COST + past]
-    if cost > known > 0:
-        cost = known + (min(cost, 4 * known) - known) // 4 + 1
-    state[COST + past] = max(1, cost)
-    state[PAST] = 0 < WORTH * state[COST + 1] < state[COST]
 
 
 @njit(nogil=True, cache=True)
@@ -127,4 +102,4 @@ def settle(view, first, count, dense, whole):
         put(view, first, count, dense)
 
 
-# inlines memory.py and steps.py f5afdd9f
+# inlines memory.py and steps.py 3e32761e

@@ -13,17 +13,8 @@ import torch.distributed as dist
 
 from plait.collectives import PeerLost, shm
 from plait.collectives.shm import members, single_copy
-from plait.collectives.shm.single_copy import ALWAYS, BY_COST, CARELESS, NEVER, ONE, TWO
-from plait.collectives.shm.steps import (
-    BALANCE,
-    CONTROL,
-    COSTS,
-    FIRST_INPUT,
-    LINE,
-    OFFERS,
-    SINGLE,
-    WORLD,
-)
+from plait.collectives.shm.single_copy import ALWAYS, BY_COST, CARELESS, NEVER
+from plait.collectives.shm.steps import FIRST_INPUT, OFFERS, SINGLE
 from world import RankError, current_rank, run_world
 
 RANKS = 3
@@ -174,36 +165,3 @@ def test_only_true_words_are_believed() -> None:
     assert single_copy.can_read(os.getpid(), word.ctypes.data, 77)
     assert not single_copy.can_read(os.getpid(), word.ctypes.data, 78)
     assert not single_copy.can_read(os.getpid(), 64, 77)
-
-
-def headers(costs: list[tuple[int, int]]) -> np.ndarray:
-    """The state of a rank that has seen the headers of ranks whose calls cost so much, by two copies and by one."""
-    ranks = len(costs)
-    state = np.zeros(FIRST_INPUT + 2 * ranks, np.int64)
-    lines = np.zeros((2 * ranks, LINE // 8), np.int64)
-    state[[SINGLE, WORLD, CONTROL]] = BY_COST, ranks, lines.ctypes.data
-    for rank, of_rank in enumerate(costs):
-        state[[COSTS + TWO, COSTS + ONE]] = of_rank
-        lines[2 * rank, BALANCE] = single_copy.balance(state, single_copy.LEAST)
-    single_copy.agree_on(state, single_copy.LEAST)
-    return state
-
-
-def taken(state: np.ndarray, count: int = single_copy.LEAST) -> list[bool]:
-    return [bool(single_copy.pays(state, count)) for _ in range(128)]
-
-
-def test_the_way_that_is_cheaper_to_all_is_taken_and_the_other_tried() -> None:
-    for costs, one in (
-        ([(110, 90)] * 2, True),
-        ([(110, 130)] * 2, False),
-        ([(110, 90), (110, 140)], False),
-    ):
-        found = taken(headers(costs))
-        assert found[: single_copy.TRIALS] == [False, True] * (single_copy.TRIALS // 2)
-        later = found[single_copy.TRIALS :]
-        assert later.count(not one) == 2, "one trial in RETRY calls"
-    never = headers([(110, 1)] * 2)
-    assert not any(taken(never, single_copy.LEAST - 1))
-    never[SINGLE] = NEVER
-    assert not any(taken(never))

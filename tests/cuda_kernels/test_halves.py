@@ -120,12 +120,13 @@ def inlined(folder: str, names: tuple[str, ...]) -> str:
         (f"{SHM}/fold.py", ("memory.py", "halves.py")),
         (f"{SHM}/steps.py", ("memory.py",)),
         (f"{SHM}/stores.py", ("memory.py", "steps.py")),
+        (f"{SHM}/ways.py", ("memory.py", "steps.py", "stores.py")),
         (f"{SHM}/channel.py", ("memory.py", "steps.py", "stores.py")),
-        (f"{SHM}/reductions.py", ("memory.py", "steps.py", "stores.py")),
-        (f"{SHM}/single_copy.py", ("memory.py", "steps.py", "stores.py")),
-        (f"{SHM}/exchange.py", ("memory.py", "steps.py", "stores.py", "single_copy.py")),
+        (f"{SHM}/reductions.py", ("memory.py", "steps.py", "stores.py", "ways.py")),
+        (f"{SHM}/single_copy.py", ("memory.py", "steps.py", "stores.py", "ways.py")),
+        (f"{SHM}/exchange.py", ("memory.py", "steps.py", "stores.py", "ways.py", "single_copy.py")),
         (f"{SHM}/norms.py", ("memory.py", "halves.py", "quantised.py")),
-        (f"{SHM}/fused.py", ("memory.py", "steps.py", "stores.py", "norms.py")),
+        (f"{SHM}/fused.py", ("memory.py", "steps.py", "stores.py", "ways.py", "norms.py")),
     ],
 )
 def test_a_changed_file_renews_the_kernels_that_inline_it(

@@ -1,0 +1,135 @@
+"""Which way a call takes to where other ranks read, by what whole calls of its size cost all ranks of late.
+
+Two ways go through the slots: stores past the cache (non-temporal), and ordinary stores. A store to a line that another
+processor has read must first take the line from it, which inside one core complex costs little and between two 27 ns;
+past the cache it costs the same in both, but the reader fetches from memory. Which is cheaper changes with the size,
+and from minute to minute as a host moves the processors of a virtual machine. The third, for exchanges, is one copy
+(single_copy.py). At intervals a few calls in a row try another way, and the first of them do not count: what lies in
+the slots from the way before makes any look dear. Headers carry what the ways cost each rank; all add these up, so that
+ranks agree on the next call's way without a message. A rank in another way is slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from .steps import (
+    BEGAN,
+    CAME,
+    FILLING,
+    NOTED,
+    PLACE,
+    PRICES,
+    SIZE,
+    TABLES,
+    WAY,
+    WAY_WORDS,
+    WORLD,
+    begin,
+    header_word,
+    tell,
+)
+from .stores import PAST, cycles
+
+THROUGH, ONE = 1, 2  # of state[WAY], besides PAST
+EXCHANGE, REDUCE, SCATTER, NORM, SYMMETRIC = range(5)
+LEAST = 4 << 10  # bytes that are worth a choice
+CLASSES = 12  # of sizes, each twice the one before; the last one has no end
+# words of a class: how often it was chosen in, what all ranks hold to be cheapest, cycles for a KB by each way
+CALLS, BEST, COST = range(3)
+CLASS_WORDS = COST + 3
+TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count
+RETRY = 512  # calls from one trial to the next
+BITS = 21  # of a header's word for what a way costs
+
+
+@njit(nogil=True, cache=True)
+def words_of(kind, count):
+    """Find the words of the class of so many bytes."""
+    number = 0
+    while number < CLASSES - 1 and count >= LEAST << (number + 1):
+        number += 1
+    return TABLES + CLASS_WORDS * (CLASSES * kind + number)
+
+
+@njit(nogil=True, cache=True)
+def choose(state, kind, count, ways, timed):
+    """Choose the way of a call in its first step, and begin to time it.
+
+    Not `timed` are calls that not all ranks make alike: they take what is known.
+    """
+    if state[PLACE] > 0:
+        return
+    state[NOTED] = state[WAY_WORDS] = 0
+    state[WAY] = THROUGH
+    if count < LEAST:
+        return
+    words = words_of(kind, count)
+    best = state[words + BEST]
+    state[WAY] = best if best < ways else PAST
+    if not timed:
+        return
+    number = state[words + CALLS]
+    state[words + CALLS] += 1
+    turn = number % RETRY
+    if number < TRIAL * ways:
+        state[WAY] = number // TRIAL
+        turn %= TRIAL
+    elif turn < TRIAL:
+        state[WAY] = (state[WAY] + 1 + number // RETRY % (ways - 1)) % ways
+    else:
+        turn -= TRIAL
+    state[NOTED] = turn >= SETTLING
+    state[WAY_WORDS], state[SIZE], state[BEGAN] = words, count, cycles()
+
+
+@njit(nogil=True, cache=True)
+def filled(state):
+    """Note in the first step how long it took to fill the slot, and show what the ways have cost this rank."""
+    words = state[WAY_WORDS]
+    if state[PLACE] > 0 or words == 0:
+        return
+    state[FILLING] = cycles() - state[BEGAN]
+    most = (1 << BITS) // state[WORLD] - 1
+    prices = 0
+    for way in range(3):
+        cost = state[words + COST + way]
+        prices |= (min(cost, most) if cost > 0 else most) << (BITS * way)
+    tell(state, PRICES, prices)
+
+
+@njit(nogil=True, cache=True)
+def compare(state):
+    """Add up what the headers of the first step say, once all ranks have come."""
+    words = state[WAY_WORDS]
+    if state[PLACE] > 0 or words == 0:
+        return
+    state[CAME] = cycles()
+    total = 0
+    for r in range(state[WORLD]):
+        total += header_word(state, r, PRICES)
+    best, least = PAST, 1 << BITS
+    for way in range(3):
+        cost = total >> (BITS * way) & ((1 << BITS) - 1)
+        if cost < least:
+            best, least = way, cost
+    state[words + BEST] = best
+
+
+@njit(nogil=True, cache=True)
+def end(state):
+    """End a call, and note what it cost since all ranks had come, its filling included.
+
+    A lower cost is taken at its word, a higher one with doubt: it may be another process's turn.
+    """
+    begin(state)
+    if not state[NOTED]:
+        return
+    word = state[WAY_WORDS] + COST + state[WAY]
+    cost, known = (cycles() - state[CAME] + state[FILLING]) * 1024 // state[SIZE], state[word]
+    if 0 < known < cost:
+        cost = known + (min(cost, 4 * known) - known) // 4 + 1
+    state[word] = max(1, cost)
+
+
+# inlines memory.py and steps.py and stores.py cd668b56
