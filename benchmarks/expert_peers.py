@@ -35,8 +35,8 @@ class Still(torch.optim.SGD):
         """Leave every parameter as it is."""
 
 
-def deepspeed_engine(model: nn.Module, *, folded: bool) -> Any:
-    """DeepSpeed's AutoEP: experts over all ranks, the rest as replicas or, folded, under its AutoTP."""
+def deepspeed_engine(model: nn.Module, tensor: int) -> Any:
+    """DeepSpeed's AutoEP: experts over all ranks, the rest as replicas of its AutoTP over so many."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed: Any = importlib.import_module("deepspeed")
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
@@ -50,8 +50,8 @@ def deepspeed_engine(model: nn.Module, *, folded: bool) -> Any:
         "zero_allow_untested_optimizer": True,
         "expert_parallel": {**experts, "use_grouped_mm": False},  # on CPUs its loop is the faster
     }
-    if folded:
-        settings["tensor_parallel"] = {"autotp_size": ranks, "preset_model": "mixtral"}
+    if tensor > 1:
+        settings["tensor_parallel"] = {"autotp_size": tensor, "preset_model": "mixtral"}
     mine = copy.deepcopy(model)
     deepspeed.init_distributed("gloo")
     optimizer = Still(mine.parameters(), lr=0.0)
@@ -86,10 +86,11 @@ class Idle:
         return lambda *args, **kwargs: Idle()
 
 
-def megatron_layer(moe: nn.Module, hidden: int, inner: int, experts: int) -> nn.Module:
+def megatron_layer(moe: nn.Module, hidden: int, inner: int, experts: int, tensor: int) -> nn.Module:
     """Megatron-Core's expert layer over all ranks (all-to-all dispatcher), with the weights of a Mixtral layer.
 
-    Shape: ``[tokens, 1, hidden]`` in; ``([tokens, 1, hidden], bias)`` out.
+    Folded where attention would be tensor parallel (its sequence parallel then, which it demands beside experts).
+    Shape: ``[tokens, 1, hidden]`` in, each rank its own; ``([tokens, 1, hidden], bias)`` out.
     """
     ranks = dist.get_world_size()
     replace_cuda_calls()
@@ -97,7 +98,10 @@ def megatron_layer(moe: nn.Module, hidden: int, inner: int, experts: int) -> nn.
     state: Any = importlib.import_module(core + "parallel_state")
     groups: Any = importlib.import_module(core + "process_groups_config").ProcessGroupCollection
     state.initialize_model_parallel(
-        expert_model_parallel_size=ranks, create_gloo_process_groups=False
+        tensor_model_parallel_size=tensor,
+        expert_model_parallel_size=ranks,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
     )
     config = importlib.import_module(core + "transformer.transformer_config").TransformerConfig(
         **{
@@ -111,6 +115,8 @@ def megatron_layer(moe: nn.Module, hidden: int, inner: int, experts: int) -> nn.
         **{"bias_activation_fusion": False, "gradient_accumulation_fusion": False},
         **{"moe_router_topk": 2, "moe_router_load_balancing_type": "none"},
         **{"moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": ranks},
+        **{"tensor_model_parallel_size": tensor, "sequence_parallel": tensor > 1},
+        **{"expert_tensor_parallel_size": 1},
         **{"use_cpu_initialization": True, "perform_initialization": False},
     )
     specs: Any = importlib.import_module(core + "models.gpt.moe_module_specs")

@@ -1,12 +1,14 @@
-"""Forward, and forward with backward, of a Mixtral-shaped model on two ranks of one thread: plait against its peers.
+"""Forward, and forward with backward, of a Mixtral-shaped model on ranks of one thread: plait against its peers.
 
-    python benchmarks/experts.py [--rounds 5] [--batch 4] [--length 256]
+    python benchmarks/experts.py [--rounds 5] [--batch 4] [--length 256] [--part two|four|layer|folded|one]
 
-All contenders live in the same processes and take turns: one untouched process, plait under each of --plans,
-transformers' own expert parallel (EP2 over FSDP2, and EP2 over TP2) and, where installed, DeepSpeed's AutoEP (alone and
-folded with its AutoTP). Ranks along dp are given the same batch here, so that everyone's logits can be compared.
-A second table is of one layer of experts over two ranks, against Megatron-Core's where installed (expert_peers.py says
-how); a third of the experts of one layer alone, on one rank: plait's grouped products against transformers'.
+All contenders live in the same processes and take turns: one untouched process, plait under each plan, transformers'
+own expert parallel and, where installed, DeepSpeed's AutoEP, alone and with its AutoTP. On two ranks (part two), and on
+four with attention over dp 2 and tp 2 and experts folded over all four (part four). Ranks along dp are given the same
+batch here, so that everyone's logits can be compared.
+Then one layer of experts over two ranks (part layer), and over four, folded (part folded), against Megatron-Core's
+where installed (expert_peers.py says how); and the experts of one layer alone, on one rank (part one): plait's grouped
+products against transformers'.
 """
 
 from __future__ import annotations
@@ -33,10 +35,22 @@ SHAPE: dict[str, Any] = {
     "num_local_experts": 8,
     "vocab_size": 8192,
 }
-PEERS: dict[str, dict[str, Any]] = {
-    "transformers fsdp2 ep2": {"fsdp_size": 2, "ep_size": 2},
-    "transformers tp2 ep2": {"tp_size": 2, "ep_size": 2},
+PLANS = {  # by the number of ranks
+    2: ["tp2 ep2", "dp2 ep2", "tp2 ep2,exchange=tokens"],
+    4: ["dp2:shard tp2 ep4", "dp2 tp2 ep4", "dp2 tp2:sp ep4"],
 }
+PEERS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "transformers fsdp2 ep2": {"fsdp_size": 2, "ep_size": 2},
+        "transformers tp2 ep2": {"tp_size": 2, "ep_size": 2},
+    },
+    4: {"transformers fsdp2 tp2 ep4": {"fsdp_size": 2, "tp_size": 2, "ep_size": 4}},
+}
+DEEPSPEED = {  # the ranks of its AutoTP; AutoEP has all
+    2: {"deepspeed ep2": 1, "deepspeed tp2 ep2 folded": 2},
+    4: {"deepspeed tp2 ep4 folded": 2},
+}
+LAYERS = {2: ("dp2 ep2", 1), 4: ("dp2 tp2:sp ep4", 2)}  # plait's plan, and Megatron-Core's tp
 
 
 class Step:
@@ -96,41 +110,41 @@ def peer(folder: str, options: dict[str, Any]) -> Any:
     )
 
 
-def two_ranks(args: argparse.Namespace) -> None:
-    """All contenders in turn."""
+def whole_model(args: argparse.Namespace) -> None:
+    """All contenders in turn, on the ranks there are."""
     from plait.parallel import parallelize
 
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    model = make_model()
+    model, ranks = make_model(), dist.get_world_size()
+    plans = args.plans or PLANS[ranks]
     if rank() == 0:
         model.save_pretrained(args.folder)
     dist.barrier()
     makers: dict[str, Callable[[], Any]] = {
-        f"plait {plan}": lambda plan=plan: parallelize(copy.deepcopy(model), plan)
-        for plan in args.plans
+        f"plait {plan}": lambda plan=plan: parallelize(copy.deepcopy(model), plan) for plan in plans
     }
-    for name, options in PEERS.items() if args.peers else ():
+    for name, options in PEERS[ranks].items() if args.peers else ():
         makers[name] = lambda options=options: peer(args.folder, options)
     ids = torch.randint(0, SHAPE["vocab_size"], (args.batch, args.length))
     steps = {name: Step(make(), ids) for name, make in makers.items()}
     if args.peers and installed("deepspeed"):
-        for name, folded in (("deepspeed ep2", False), ("deepspeed tp2 ep2 folded", True)):
-            steps[name] = EngineStep(deepspeed_engine(model, folded=folded), ids)
+        for name, tensor in DEEPSPEED[ranks].items():
+            steps[name] = EngineStep(deepspeed_engine(model, tensor), ids)
     say(heading("deepspeed"))
-    say(f"{SHAPE}, float32, batch {args.batch} x {args.length}, 2 ranks x 1 thread")
+    say(f"{SHAPE}, float32, batch {args.batch} x {args.length}, {ranks} ranks x 1 thread")
     for phase in ("forward", "both"):
         alone = Contender("one process, 1 thread", getattr(Step(model, ids), phase), False)
         contenders = [alone, *(Contender(n, getattr(s, phase)) for n, s in steps.items())]
         compete(contenders, args.rounds)
-        ours = f"plait {args.plans[0]}"
+        ours = f"plait {plans[0]}"
         title = "forward" if phase == "forward" else "forward and backward"
         say("\n" + table(f"{title}, {args.rounds} rounds; ratios to {ours}", contenders, ours))
     dist.destroy_process_group()
 
 
 def one_layer(args: argparse.Namespace) -> None:
-    """One layer of experts over both ranks, each with the same tokens, so that outputs can be compared."""
+    """One layer of experts over all ranks, each with the same tokens, so that outputs can be compared."""
     from plait.parallel import parallelize
 
     dist.init_process_group("gloo")
@@ -140,15 +154,19 @@ def one_layer(args: argparse.Namespace) -> None:
     untouched = model.model.layers[0].mlp
     torch.manual_seed(1)
     x = torch.randn(1, args.batch * args.length, hidden, requires_grad=True)
-    parallel = cast("Any", parallelize(copy.deepcopy(model), "dp2 ep2"))
+    plan, tensor = LAYERS[dist.get_world_size()]
+    parallel = cast("Any", parallelize(copy.deepcopy(model), plan))
     cut = parallel.model.layers[0].mlp
     layers: dict[str, Callable[[], Tensor]] = {
         "one process, no exchange": lambda: untouched(x),
-        "plait dp2 ep2": lambda: cut(x),
+        f"plait {plan}": lambda: cut(x),
     }
     if args.peers and installed("megatron.core"):
-        megatron = megatron_layer(untouched, hidden, inner, SHAPE["num_local_experts"])
-        layers["megatron-core ep2"] = lambda: megatron(x.transpose(0, 1))[0].transpose(0, 1)
+        experts = SHAPE["num_local_experts"]
+        megatron = megatron_layer(untouched, hidden, inner, experts, tensor)
+        layers[f"megatron-core tp{tensor} ep{dist.get_world_size()}"] = lambda: megatron(
+            x.transpose(0, 1)
+        )[0].transpose(0, 1)
 
     def forward(call: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -165,7 +183,7 @@ def one_layer(args: argparse.Namespace) -> None:
         contenders = [Contender(n, lambda c=c, s=step: s(c)) for n, c in layers.items()]
         compete(contenders, args.rounds, warm=2)
         title = f"one layer of experts, {x.shape[1]} tokens a rank, {title}; ratios to plait"
-        say("\n" + table(title, contenders, "plait dp2 ep2"))
+        say("\n" + table(title, contenders, f"plait {plan}"))
     dist.destroy_process_group()
 
 
@@ -214,17 +232,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument(
-        "--plans", nargs="+", default=["tp2 ep2", "dp2 ep2", "tp2 ep2,exchange=tokens"]
-    )
+    parser.add_argument("--plans", nargs="+", help="of parts two and four, in place of their own")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--part", choices=["both", "one", "layer", "two"], default="both")
+    parts = {"two": 2, "four": 4, "layer": 2, "folded": 4, "one": 1}
+    parser.add_argument("--part", choices=["both", *parts], default="both")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if launched():
-        {"one": one_rank, "layer": one_layer, "two": two_ranks}[args.part](args)
+        layer = {"one": one_rank, "layer": one_layer, "folded": one_layer}
+        layer.get(args.part, whole_model)(args)
         return
-    launch_parts(__file__, sys.argv[1:], {"two": 2, "layer": 2, "one": 1}, args.part)
+    launch_parts(__file__, sys.argv[1:], parts, args.part)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from .checkpoint.weights import load
 from .context.modules import Sequence
 from .context.state import gradient_edits
 from .data import data_edits
+from .documents import digest
 from .edits import CutParameter, Edit, Edits
 from .errors import PlanError
 from .experts import RoutedExperts, block_edits
-from .experts.placement import digest
 from .families import is_transformers, roles_of
 from .folding import Folding
 from .groups import Groups

@@ -12,7 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from ..collectives.primitive import message_device
 from .agreement import agree, announce, tensor_digest
+from .arguments import named_arguments
 from .edits import AddHook, Edit, SetAttribute
+from .errors import PlanError
+from .inputs import refuse_inputs
 from .pipeline import of_all_stages
 from .ranks import ModelRanks
 
@@ -21,12 +24,21 @@ INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "label
 
 def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
     """Compare the ranks' inputs at every new prompt, and their random state at every ``generate``."""
-    save = SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model))
+    own: list[Edit] = [
+        SetAttribute(model, "save_pretrained", types.MethodType(saving(model, ranks), model)),
+        SetAttribute(model, "__deepcopy__", refuse_copy(ranks)),
+        SetAttribute(model, "resize_token_embeddings", refuse_resizing(ranks)),
+    ]
+    if ranks.plan.pp.size > 1:
+        own.append(AddHook(lambda: model.register_forward_hook(refuse_backward)))
     if ranks.inputs is None:
-        return [save]
-    device = next(model.parameters()).device
+        return own
+    device, vocabulary = (
+        next(model.parameters()).device,
+        model.get_input_embeddings().num_embeddings,
+    )
 
-    def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             return
@@ -36,7 +48,9 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
         named = (kwargs.get(n) for n in INPUTS)
         tensors = [*args, *named]
         digest = tensor_digest(*(t for t in tensors if isinstance(t, Tensor)))
-        agree(ranks.inputs, {"input": digest}, None)
+        mode = "computed" if torch.is_grad_enabled() else "not computed"
+        agree(ranks.inputs, {"input": digest, "gradients": mode}, None)
+        refuse_inputs(named_arguments(module, args, kwargs), vocabulary, ranks.plan.pp.size)
 
     original = model.generate if hasattr(model, "generate") else None
 
@@ -51,7 +65,58 @@ def agreement_edits(model: Any, ranks: ModelRanks) -> list[Edit]:
     ]
     if original is not None:
         edits.append(SetAttribute(model, "generate", types.MethodType(generate, model)))
-    return [*edits, save]
+    return [*edits, *own]
+
+
+def refuse_resizing(ranks: ModelRanks) -> Callable[..., Any]:
+    """Make a ``resize_token_embeddings`` that says when to."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        """Refuse: every rank would draw rows of its own for its own part."""
+        raise PlanError(
+            f"resize_token_embeddings under {ranks.plan}",
+            "finds a vocabulary that is cut, or parameters that an optimizer knows already",
+            "resize the model before parallelize",
+        )
+
+    return refuse
+
+
+def refuse_backward(_: nn.Module, args: Any, output: Any) -> None:
+    """Let the backward of logits from stages say that there is none, rather than leave it out of a sum of losses."""
+    logits = getattr(output, "logits", None)
+    if torch.is_grad_enabled() and isinstance(logits, Tensor) and not logits.requires_grad:
+        output["logits"] = _NoWayBack.apply(logits.new_zeros((), requires_grad=True), logits)
+
+
+class _NoWayBack(torch.autograd.Function):
+    """Shape: any -> the same"""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise PlanError(
+            "a backward from the logits of a model under pp",
+            "has no way back through the stages: they run forward and backward in one schedule",
+            "give labels to the forward and use the loss it returns, or call it under torch.no_grad()",
+        )
+
+
+def refuse_copy(ranks: ModelRanks) -> Callable[[Any], Any]:
+    """Make a ``__deepcopy__`` that says what can be copied."""
+
+    def refuse(_: Any) -> Any:
+        """Refuse: what runs between the ranks is open once."""
+        raise PlanError(
+            f"a copy of a model under {ranks.plan}",
+            "would share its process groups, hooks and caches with the model",
+            "copy the model before parallelize and parallelize both; for the weights, copy its state_dict()",
+        )
+
+    return refuse
 
 
 def saving(model: Any, ranks: ModelRanks) -> Callable[..., None]:

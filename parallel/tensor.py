@@ -104,6 +104,8 @@ class VocabEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         here = self._plait
+        known = ((input >= 0) & (input < self.num_embeddings)).all()
+        torch._assert_async(known, f"ids outside 0 to {self.num_embeddings - 1}")  # no rank's rows
         if self.weight.shape[0] == 0:
             out = self.weight.new_zeros((*input.shape, self.weight.shape[1])) + self.weight.sum()
             return autograd.leave(out, here.group)

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 tests/resume.py PLAN FOLDER STEPS
 
 Where TEST_DIES_AFTER is set a host's last rank kills its launcher and itself (SIGKILL) after that step, as a host that
-is lost would, while that step's checkpoint may be half written.
+is lost would, while that step's checkpoint may be half written. Where TEST_WAITS_AFTER is set the ranks of one host
+alone wait after that step until torchrun starts them again with those of another.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from models import tiny, tokens
-from plait import Plan, clip_grad_norm_, init, parallelize, track_optimizer
+from plait import Plan, World, clip_grad_norm_, init, parallelize, track_optimizer
 from training import coordinate, token_loss
 
 ROWS = 4  # of the whole batch, over dp
@@ -46,7 +48,8 @@ def run(plan: str, folder: str, steps: int) -> None:
         dist.all_reduce(loss, dist.ReduceOp.AVG)
         if dist.get_rank() == 0:
             with (Path(folder) / "losses.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
+                said = {"step": step, "loss": loss.item(), "plan": str(fitted)}
+                file.write(json.dumps(said) + "\n")
         if pending is not None:
             pending.result()
         step += 1
@@ -56,14 +59,18 @@ def run(plan: str, folder: str, steps: int) -> None:
             process_group=saving,
         )
         dist.barrier()
-        if (
-            os.environ.get("TEST_DIES_AFTER") == str(step - 1)
-            and world.local_rank == world.local_size - 1
-        ):
-            os.kill(os.getppid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
+        interrupt(world, step - 1)
     if pending is not None:
         pending.result()
+
+
+def interrupt(world: World, step: int) -> None:
+    """Do after a step what the environment says."""
+    if os.environ.get("TEST_DIES_AFTER") == str(step) and world.local_rank == world.local_size - 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get("TEST_WAITS_AFTER") == str(step) and world.local_size == world.size:
+        time.sleep(600)
 
 
 def train_step(model: Any, optimizer: Any, step: int, parts: int, d: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ...kvstore.spec import parse_bytes
 from ...kvstore.tiers import DiskTier, MemoryTier, PageForm, Tier, TierLocked
 from ..edits import Edits
 from ..errors import PlanError
-from ..families import decoder_layers, is_transformers
+from ..families import is_transformers, repeated_layers
 from .saved import Place, SavedTensors
 from .shelf import Counters, Keep, Shelf
 
@@ -125,18 +125,14 @@ def layers_of(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     Raises:
         PlanError: there are none.
     """
-    if is_transformers(model):
-        return model.base_model, list(decoder_layers(model)[1])
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-    layers = [item for each in lists if id(each) not in inner for item in each]
+    layers = repeated_layers(model)
     if not layers:
         raise PlanError(
             f"offload_activations of {type(model).__name__}",
             "finds no layers: no list of modules",
             "keep the repeated layers in an nn.ModuleList",
         )
-    return model, layers
+    return model.base_model if is_transformers(model) else model, layers
 
 
 def on_disk(folder: Path, limit: int, unit: int) -> Tier:

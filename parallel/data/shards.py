@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..axes import Shard
 from ..edits import CutParameter, Edit, HoldRows, SetAttribute, SumGradient
-from ..families import decoder_layers, is_transformers
+from ..families import repeated_layers
 from ..ranks import ModelRanks
 from ..tensor import hook_gradient
 
@@ -71,6 +71,8 @@ class ShardParameters:
             )
             made.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
             made.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may use other ones
+        if not self.staged:
+            self._handles.append(self.model.register_forward_hook(reshard_unused))
         self._fill()
         self._hook_sums(units)
         for surface in self._surfaces:
@@ -146,6 +148,16 @@ def own_outputs(_: nn.Module, args: Any, output: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.clone() if x._is_view() else x, output)
 
 
+def reshard_unused(module: nn.Module, args: Any, output: Any) -> None:
+    """Put the root's shards back after a forward without backward: FSDP2 leaves it whole, which only a backward ends.
+
+    Until then the model's parameters are not those the optimizer knows, and their gradients are missed.
+    """
+    if not torch.is_grad_enabled():
+        assert isinstance(module, FSDPModule)
+        module.reshard()
+
+
 class Surface:
     """What FSDP2 puts on a module: a class, hooks, and what else it hangs there."""
 
@@ -183,12 +195,8 @@ def ends_of(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one at a time: the decoder layers, or the items of every list of modules."""
-    if is_transformers(model):
-        return [m for m in decoder_layers(model)[1] if any(True for _ in m.parameters())]
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
-    return [item for each in lists if id(each) not in inner for item in each]
+    """The modules that are gathered one at a time: the layers that have parameters on this rank."""
+    return [m for m in repeated_layers(model) if any(True for _ in m.parameters())]
 
 
 def shard_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[Edit]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..documents import read_document, refusing, write_document
 from ..errors import PlanError
 from ..layout import Cut
 from .route import numbers
@@ -115,15 +114,7 @@ class Placement:
 def write_placements(path: str | Path, layers: Mapping[str, Placement]) -> None:
     """Write the placements of a model's layers, by the path of each layer's experts, as JSON."""
     told = {name: {"experts": each.experts, "ranks": each.ranks} for name, each in layers.items()}
-    Path(path).write_text(json.dumps({"format": FORMAT, "layers": told}) + "\n")
-
-
-def digest(name: str, path: str) -> str:
-    """The SHA-256 of a file, so that ranks can see that they were given the same; "" for no file."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-    except OSError as error:
-        raise PlanError(f"{name}={path}", f"cannot be read ({error})", "check the path") from None
+    write_document(path, FORMAT, {"layers": told})
 
 
 def read_placements(path: str | Path) -> dict[str, Placement]:
@@ -132,19 +123,12 @@ def read_placements(path: str | Path) -> dict[str, Placement]:
     Raises:
         PlanError: there is no such file, or it is something else.
     """
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}")
+    with refusing(
+        f"placement={path}",
+        "is no file of placements",
+        "make one with plait experts TRACE --out placement.json",
+    ):
         return {
             name: Placement(each["experts"], tuple(tuple(rank) for rank in each["ranks"]))
-            for name, each in data["layers"].items()
+            for name, each in read_document(path, FORMAT)["layers"].items()
         }
-    except PlanError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(
-            f"placement={path}",
-            f"is no file of placements ({type(error).__name__}: {error})",
-            "make one with plait experts TRACE --out placement.json",
-        ) from None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..documents import refusing
 from ..errors import PlanError
 from .compute import is_packed
 from .layer import ExpertLayer
@@ -73,19 +74,16 @@ class Routing:
 def _read(path: str | Path) -> Routing:
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(str(path), "pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise ValueError("it was not written by Routing.save")
-            experts = json.loads(about["experts"])
-            return Routing(experts, {name: file.get_tensor(name).long() for name in experts})
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise PlanError(
-            f"routing {path}",
-            f"cannot be read ({error})",
-            "record one with plait.record_routing(model)",
-        ) from None
+    remedy = "record one with plait.record_routing(model)"
+    with (
+        refusing(f"routing {path}", "cannot be read", remedy, SafetensorError),
+        safe_open(str(path), "pt") as file,
+    ):
+        about = file.metadata() or {}
+        if about.get("format") != FORMAT:
+            raise ValueError("it was not written by Routing.save")
+        experts = json.loads(about["experts"])
+        return Routing(experts, {name: file.get_tensor(name).long() for name in experts})
 
 
 @contextmanager

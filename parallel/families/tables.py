@@ -44,6 +44,15 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """Find the decoder layers; of a module that is not transformers', the items of its outermost lists of modules."""
+    if is_transformers(model):
+        return list(decoder_layers(model)[1])
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}
+    return [item for each in lists if id(each) not in inner for item in each]
+
+
 def roles_of(model: Any, shape: ModelShape, plan: Plan) -> dict[str, Role]:
     """Map module paths to roles for a transformers decoder.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..documents import read_document, refusing, write_document
 from ..errors import PlanError
 
 FORMAT = "plait layer times 1"
@@ -28,7 +28,7 @@ class LayerTimes:
 
     def write(self, path: str | Path) -> None:
         """Write them as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}))
+        write_document(path, FORMAT, asdict(self))
 
     @classmethod
     def read(cls, path: str | Path, layers: int) -> LayerTimes:
@@ -37,21 +37,15 @@ class LayerTimes:
         Raises:
             PlanError: no such file, something else, or of another model.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-            if data["format"] != FORMAT:
-                raise ValueError(f"its format is {data['format']!r}")
+        with refusing(
+            f"times={path}", "is no file of layer times", "make one with plait.measure_layers"
+        ):
+            data = read_document(path, FORMAT)
             found = cls(
                 float(data["before"]), [float(t) for t in data["layers"]], float(data["after"])
             )
             if not all(0 <= t < math.inf for t in (found.before, *found.layers, found.after)):
                 raise ValueError("a time is negative or not a number")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PlanError(
-                f"times={path}",
-                f"is no file of layer times ({type(error).__name__}: {error})",
-                "make one with plait.measure_layers",
-            ) from None
         if len(found.layers) != layers:
             raise PlanError(
                 f"times={path}",

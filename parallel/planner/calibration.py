@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import PlanError
+from ..documents import refusing
 from .efficiency import Efficiency, Kernel
 from .hardware import Figure, Hardware
 
@@ -121,7 +121,11 @@ def load(path: str | Path) -> Hardware:
     Raises:
         PlanError: not such a file.
     """
-    try:
+    with refusing(
+        f"hardware {str(path)!r}",
+        "is no calibrated machine",
+        "make one with plait plan --calibrate FILE.json",
+    ):
         data = json.loads(Path(path).read_text())
         constants = data.pop("constants")
         constants["gemm"] = {unit: Kernel(**kernel) for unit, kernel in constants["gemm"].items()}
@@ -131,8 +135,3 @@ def load(path: str | Path) -> Hardware:
             key: Figure(**v) if isinstance(v, dict) else v for key, v in data.items()
         }
         return Hardware(**plain, notes=notes, constants=Efficiency(**constants))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        because = f"is no calibrated machine ({type(error).__name__}: {error})"
-        raise PlanError(
-            f"hardware {str(path)!r}", because, "make one with plait plan --calibrate FILE.json"
-        ) from None

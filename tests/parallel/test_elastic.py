@@ -68,24 +68,36 @@ def test_what_does_not_fit() -> None:
 # --- a run that was killed --------------------------------------------------------------------
 
 
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What the run has written so far."""
+    file = folder / "losses.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def curve(folder: Path) -> list[float]:
     """The losses that were written, by step; a step that was made twice must have the same."""
     found: dict[int, float] = {}
-    for line in (folder / "losses.jsonl").read_text().splitlines():
-        said: dict[str, Any] = json.loads(line)
+    for said in lines(folder):
         assert said["loss"] == pytest.approx(found.get(said["step"], said["loss"]), rel=1e-9)
         found[said["step"]] = said["loss"]
     return [found[step] for step in sorted(found)]
 
 
-def elastic(port: int) -> list[str]:
-    """One of at most two hosts with one rank each; when the other is lost, torchrun starts this one's rank again."""
+def elastic(port: int, rendezvous: str, ranks: int = 1) -> list[str]:
+    """One of at most two hosts; torchrun starts its ranks again when the other is lost, and when the other comes."""
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run"),
-        *("--rdzv-conf=last_call_timeout=25,keep_alive_interval=1,keep_alive_max_attempt=3",),
-        *("--max-restarts=3", "--monitor-interval=0.5"),
+        *(f"--rdzv-conf={rendezvous}", f"--nproc-per-node={ranks}"),
+        *("--max-restarts=3", "--monitor-interval=0.5", "--local-addr=localhost"),
     ]
+
+
+def free_port() -> int:
+    """A port nobody has now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def wait_for(port: int, seconds: float = 120) -> None:
@@ -125,10 +137,9 @@ def as_if_nothing_happened(folder: Path, steps: int) -> None:
 def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> None:
     """A host dies at a random step; torchrun starts the other's rank again, alone, under the plan that fits."""
     steps, at = 5, random.randrange(1, 4)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    job = [*elastic(port), SCRIPT, "dp2:shard", str(tmp_path), str(steps)]
+    port = free_port()
+    wait_for_both = "last_call_timeout=25,keep_alive_interval=1,keep_alive_max_attempt=3"
+    job = [*elastic(port, wait_for_both), SCRIPT, "dp2:shard", str(tmp_path), str(steps)]
     first = start(job, tmp_path / "first")
     wait_for(port)  # whoever comes first keeps the hosts' common state, and must live
     second = start(job, tmp_path / "second", TEST_DIES_AFTER=str(at))
@@ -136,6 +147,36 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> None:
     assert lost.code == -signal.SIGKILL, lost.output
     assert ended.code == 0, ended.output
     as_if_nothing_happened(tmp_path, steps)
+
+
+@pytest.mark.table
+@pytest.mark.filterwarnings("ignore")
+def test_torchrun_goes_on_with_a_host_that_comes_later(tmp_path: Path) -> None:
+    """A host alone trains tp2; when another joins, torchrun starts all ranks again, and they are dp2:shard tp2.
+
+    torch 2.13's agents keep the place of an earlier round's store, for which who comes later waits in vain: each round
+    gets a store of its own.
+    """
+    steps, at, port = 5, random.randrange(1, 4), free_port()
+    job = [
+        *elastic(port, "last_call_timeout=1", 2),
+        SCRIPT,
+        "dp2:shard tp2",
+        str(tmp_path),
+        str(steps),
+    ]
+    own_stores = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    first = start(job, tmp_path / "first", TEST_WAITS_AFTER=str(at), **own_stores)
+    end = time.monotonic() + 250
+    while len(lines(tmp_path)) <= at and first.poll() is None and time.monotonic() < end:
+        time.sleep(0.2)
+    second = start(job, tmp_path / "second", **own_stores)
+    ends = [finish(host, tmp_path / "none", timeout=400) for host in (first, second)]
+    assert [end.code for end in ends] == [0, 0], "\n---\n".join(end.output for end in ends)
+    as_if_nothing_happened(tmp_path, steps)
+    plans = [said["plan"] for said in lines(tmp_path)]
+    assert plans[: at + 1] == ["dp1:shard tp2"] * (at + 1)
+    assert set(plans[at + 1 :]) == {"dp2:shard tp2"}
 
 
 @pytest.mark.filterwarnings("ignore")
