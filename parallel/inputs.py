@@ -33,7 +33,7 @@ def refuse_inputs(values: dict[str, Any], vocabulary: int, stages: int) -> None:
     if ids is not None:
         refuse_shape("input_ids", ids, 2, (torch.int64, torch.int32))
         refuse_numbers("input_ids", ids, vocabulary)
-    else:
+    if embeds is not None:
         refuse_shape("inputs_embeds", embeds, 3)
     tokens = given_tokens(values)
     assert tokens is not None

@@ -51,7 +51,7 @@ def sequence_edits(
     def whole_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return whole(_, (output,))[0] if isinstance(output, Tensor) else whole(_, output)
 
-    edits: list[Edit] = [router_edit(model, ranks)]
+    edits: list[Edit] = [outputs_edit(model, ranks)]
     own: list[nn.Module] = []
     for start, stop in chunks or [(0, len(layers))]:
         first, last = layers[start], layers[stop - 1]
@@ -71,21 +71,26 @@ def sequence_edits(
     return edits
 
 
-def router_edit(model: Any, ranks: ModelRanks) -> Edit:
-    """Gather router logits over tp, for balancing losses of all tokens; before cp gathers them over its ranks.
+def outputs_edit(model: Any, ranks: ModelRanks) -> Edit:
+    """Gather over tp what the model gives out of its layers; before cp gathers it over its ranks.
 
-    Shape: [batch * seq/tp, experts] -> [batch * seq, experts]
+    Router logits, for balancing losses of all tokens, and hidden states, of which the last comes from the norm, whole.
+    Shape: router logits [batch * seq/tp, experts] -> [batch * seq, experts]
+        hidden states [batch, seq/tp, hidden] -> [batch, seq, hidden]
     """
     span = ranks.span
     assert span is not None
 
     def whole(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if getattr(output, "router_logits", None) is None:
-            return
         sizes, batch = autograd.chunk_sizes(span.length, ranks.size), output[0].shape[0]
-        parts = (r.view(batch, sizes[ranks.index], -1) for r in output.router_logits)
-        output["router_logits"] = tuple(
-            autograd.gather(part, ranks.all, 1, sizes).flatten(0, 1) for part in parts
-        )
+        if getattr(output, "router_logits", None) is not None:
+            parts = (r.view(batch, sizes[ranks.index], -1) for r in output.router_logits)
+            output["router_logits"] = tuple(
+                autograd.gather(part, ranks.all, 1, sizes).flatten(0, 1) for part in parts
+            )
+        if getattr(output, "hidden_states", None) is not None:
+            *parts, last = output.hidden_states
+            wholes = (autograd.gather(part, ranks.all, 1, sizes) for part in parts)
+            output["hidden_states"] = (*wholes, last)
 
     return AddHook(partial(model.base_model.register_forward_hook, whole, prepend=True))

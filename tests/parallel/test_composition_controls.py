@@ -48,14 +48,14 @@ def mask_off_by_one_at_the_ring_boundary() -> Any:
 def own_tokens_balanced() -> Any:
     """Under sequence parallelism each rank balances its own tokens, taken as often as makes up for all."""
 
-    def router_edit(model: Any, ranks: Any) -> AddHook:
+    def outputs_edit(model: Any, ranks: Any) -> AddHook:
         def repeat(_: Any, args: Any, output: Any) -> None:
             rows, logits = output[0].shape[:2].numel(), output.router_logits
             output["router_logits"] = tuple(r.repeat(ranks.size + 1, 1)[:rows] for r in logits)
 
         return AddHook(lambda: model.base_model.register_forward_hook(repeat, prepend=True))
 
-    return patch.object(sequence, "router_edit", router_edit)
+    return patch.object(sequence, "outputs_edit", outputs_edit)
 
 
 def sums_on_modules_that_left() -> Any:

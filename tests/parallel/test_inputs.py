@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from exactness import EXACT, far
+from exactness import EXACT, Pair, case, far
 from models import tiny, tokens
 from plait.parallel import PlanError, parallelize
-from training import token_loss
+from training import gradient_errors, token_loss
 from world import run_calls
 
 IDS = tokens(2, 9)
@@ -118,3 +118,22 @@ def seen_between(plan: str) -> dict[str, float]:
 def test_shards_are_back_after_a_forward_without_backward() -> None:
     for (errors,) in run_calls([(seen_between, "dp2:shard")], 2):
         assert max(errors.values()) < EXACT
+
+
+def hidden_states(plan: str, length: int) -> dict[str, float]:
+    """Values, and gradients of a loss of all of them."""
+    pair, ids = Pair.of(case(plan, "qwen3_moe")), tokens(2, length)
+    states = [
+        torch.cat(m(ids, use_cache=False, output_hidden_states=True).hidden_states)
+        for m in (pair.reference, pair.model)
+    ]
+    for each in states:
+        each.square().sum().backward()
+    return {"states": far(states[1], states[0]), **gradient_errors(pair)}
+
+
+def test_hidden_states_are_whole() -> None:
+    calls = [(hidden_states, "tp2:sp", n) for n in (9, 1)] + [(hidden_states, "tp2", 5)]
+    for answers in run_calls(calls, 2, timeout=100):
+        for errors in answers:
+            assert max(errors.values()) < EXACT, errors
