@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listing
 from typing import Self
+from weakref import finalize
 
 from .audit import check_holders, totals
 from .cache import PageCache
@@ -19,6 +20,7 @@ class StoreAccounts(PageReader):
 
     cache: PageCache
     _sequences: dict[int, Sequence]
+    _end: finalize
     _secret: bytes
     _identity: bytes
 
@@ -89,7 +91,15 @@ class StoreAccounts(PageReader):
 
     def shutdown(self, seconds: float | None = 60.0) -> bool:
         """Flush and close the tiers; the store goes on without them. Says whether the flush was in time."""
-        return self.placement is None or self.placement.close(seconds)
+        if self.placement is None:
+            return True
+        try:
+            return self.placement.close(seconds)
+        finally:
+            if (
+                self.placement.closed
+            ):  # else a placement that knows of the store would keep it for ever
+                self._end.detach()
 
     def __enter__(self) -> Self:
         return self

@@ -69,7 +69,7 @@ class Placement:
                 ("lookups", "pages_found", "recomputes", "tokens_recomputed", "cancelled"), 0
             )
         )
-        self._closed = False
+        self.closed = False
         cache.below = self.outbox
 
     # -- up ----------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Placement:
     def seek(self, seq: Sequence, seconds: float | None) -> None:
         """Begin to fetch what the tiers hold of a sequence's prompt beyond its device prefix, if that pays."""
         history = seq.history
-        if history is None or self._closed:
+        if history is None or self.closed:
             return
         keys = self.reach(history)
         size, full = self._cache.index.size, history.indexed
@@ -173,10 +173,10 @@ class Placement:
 
     def close(self, seconds: float | None = None) -> bool:
         """Flush, end all threads and close the tiers; again does nothing."""
-        if self._closed:
+        if self.closed:
             return True
         in_time = self.flush(seconds)
-        self._closed = True
+        self.closed = True
         self.fetcher.close()
         self.outbox.close()
         self._cache.below = None

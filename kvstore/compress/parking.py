@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Self
+from weakref import finalize
 
 import numpy as np
 
@@ -30,6 +32,7 @@ class Parking(KeptReader):
     private: bool
     _identity: bytes
     _secret: bytes
+    _end: finalize
     _next: int
 
     def park(self, seq: KeptSequence, name: str, tenant: str | None = None) -> bool:
@@ -134,6 +137,20 @@ class Parking(KeptReader):
                         seq.ids, seq.key = ids[:length].copy(), key
                         return seq
         return None
+
+    def shutdown(self) -> None:
+        """Close the tiers; the store goes on without them. What is parked on disk waits for the next store there."""
+        with self._lock:
+            below, self.below = self.below, None
+            if below is not None:
+                self._end.detach()
+                below.stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
 
     # -- inside ------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ class CompressedStore(Parking):
         self._secret = disk_secret(below) or os.urandom(32)
         self.below = Depot(below) if below else None
         if self.below is not None:
-            weakref.finalize(self, self.below.stack.close)
+            self._end = weakref.finalize(self, self.below.stack.close)
         self.pool.spare = self._spare
 
     def join(self, shard: Shard) -> None:

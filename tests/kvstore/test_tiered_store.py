@@ -7,6 +7,7 @@ import gc
 import random
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -536,6 +537,25 @@ def test_a_dropped_store_ends_its_threads_and_gives_its_lock_back(tmp_path) -> N
     assert threading.active_count() == before
     with make(disk=tmp_path / "c") as store:
         assert run(store, PROMPT) == 28, "it flushed first"
+
+
+def test_a_store_that_was_shut_down_is_kept_by_nothing() -> None:
+    """Not even by a clock that knows it."""
+
+    class Clock:
+        store: KVStore
+
+        def __call__(self) -> float:
+            return time.monotonic()
+
+    clock = Clock()
+    clock.store = make(tiers={"host": MemoryTier(40, 4096)}, clock=clock)
+    run(clock.store, PROMPT)
+    gone = weakref.ref(clock.store)
+    clock.store.shutdown()
+    del clock
+    gc.collect()
+    assert gone() is None
 
 
 def test_traffic_gives_back_every_page_row_slot_and_thread(tmp_path) -> None:

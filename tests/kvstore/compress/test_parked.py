@@ -58,8 +58,7 @@ def test_a_parked_conversation_goes_on_bit_for_bit(kind, where, tmp_path) -> Non
     assert store.resume("talk", tenant="b") is None
     assert store.resume("tal", tenant="a") is None
     if where == "disk":  # another process
-        assert store.below is not None
-        store.below.stack.close()
+        store.shutdown()
         store = CompressedStore(SPEC, **options, disk=tmp_path)
     again = store.resume("talk", tenant="a")
     assert again is not None
@@ -80,16 +79,14 @@ def test_another_composition_or_part_finds_nothing(tmp_path) -> None:
     seq = store.open()
     fed(store, seq, IDS, [60])
     assert store.park(seq, "talk")
-    assert store.below is not None
-    store.below.stack.close()
+    store.shutdown()
     for options in (
         {"scorer": "knorm:budget=0.4"},
         {"scorer": "knorm:budget=0.5", "codec": "int8"},
     ):
         other = CompressedStore(SPEC, **options, disk=tmp_path)
         assert other.resume("talk") is None
-        assert other.below is not None
-        other.below.stack.close()
+        other.shutdown()
     with pytest.raises(StepError, match="give it host_bytes="):
         CompressedStore(SPEC, "knorm").resume("talk")
 
@@ -142,8 +139,7 @@ def test_texts_move_below_for_room_and_come_back(tmp_path) -> None:
     fed(want, other, text, [600])
     other = want.open(text + question, tenant="a")
     assert other.cached_tokens == 600
-    assert store.below is not None
-    store.below.stack.close()
+    store.shutdown()
     store = CompressedStore(SPEC, **options, disk=tmp_path)
     assert store.open(text + question, tenant="b").cached_tokens == 0
     assert store.open([*text[:-1], text[-1] ^ 1, 5], tenant="a").cached_tokens == 0
@@ -199,3 +195,14 @@ def test_a_failing_tier_is_a_miss_and_the_text_is_computed() -> None:
     store.close(seq)
     store.evict()
     assert store.open(IDS).cached_tokens == 0
+
+
+def test_a_store_that_was_shut_down_goes_on_without_tiers(tmp_path) -> None:
+    with CompressedStore(SPEC, "knorm:budget=0.5", disk=tmp_path, disk_bytes="8MiB") as store:
+        fed(store, store.open(), IDS, [40])
+    store.shutdown()
+    seq = store.open()
+    fed(store, seq, IDS, [40])
+    with pytest.raises(StepError, match="no tiers to park in"):
+        store.park(seq, "talk")
+    CompressedStore(SPEC, "knorm:budget=0.5", disk=tmp_path).shutdown()  # its lock was given back
