@@ -15,14 +15,16 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from . import int_channels_gpu, int_groups_gpu
-from .bits import pack_tiles, packed_width, unpack_tiles
+from . import four_bits, int_channels_gpu, int_groups_gpu, two_bits
+from .bits import TILE, pack_tiles, packed_width, unpack_tiles
 from .gpu.toolchain import usable
 from .halves import narrow, narrow_result, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .numbers import bits_of, half_of
+from .workers import run_rows
 
 CANNOT = "quantise_groups: infinities, NaN, or values too large for 16-bit scales"
+STRAIGHT = {2: two_bits, 4: four_bits}  # widths whose codes become numbers in registers
 COLUMNS = 1024  # done together: a group of them stays in the second cache
 
 
@@ -216,6 +218,27 @@ def quantise_into(
     return not any(bad)
 
 
+def _whole_runs(x: Tensor, group: int, channels: bool) -> bool:
+    """Say whether 32 elements after each other have one scale, or a whole run of scales."""
+    fits = not x.shape[-1] % 32 and (channels or not group % 32)
+    return fits and x.dtype != torch.float64 and x.is_contiguous()
+
+
+def _dequantise_straight(
+    codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, bits: int, group: int, x: np.ndarray
+) -> None:
+    """Undo it without a tile of codes; in threads where there is much."""
+    kernels, many = STRAIGHT[bits], codes.reshape(*x.shape[:-1], -1)
+
+    def part(a: int, b: int) -> None:
+        if x.ndim == 3:
+            kernels.of_columns(many[a:b], scales[a:b], lows[a:b], x[a:b])
+        else:
+            kernels.of_rows(many[a:b], group, scales[a:b], lows[a:b], x[a:b])
+
+    run_rows(part, len(x), -(-TILE * len(x) // max(1, x.size)))
+
+
 def dequantise_into(
     codes: np.ndarray, scales: np.ndarray, lows: np.ndarray,
     bits: int, group: int, channels: bool, x: Tensor,
@@ -225,14 +248,19 @@ def dequantise_into(
     if channels:
         many = target.reshape(-1, group, x.shape[-1])
         s, low = (part.reshape(-1, x.shape[-1]) for part in (scales, lows))
+    else:
+        many, s, low = target, scales, lows
+    if bits in STRAIGHT and _whole_runs(x, group, channels):
+        _dequantise_straight(codes, s, low, bits, group, many)
+        return
+    if channels:
 
         def dequantise(a: int, b: int, tile: np.ndarray) -> None:
             _dequantise_columns(tile, s[a:b], low[a:b], many[a:b])
     else:
-        many = target
 
         def dequantise(a: int, b: int, tile: np.ndarray) -> None:
-            _dequantise_rows(tile, group, scales[a:b], lows[a:b], many[a:b])
+            _dequantise_rows(tile, group, s[a:b], low[a:b], many[a:b])
 
     unpack_tiles(dequantise, many.shape, bits, codes)
 

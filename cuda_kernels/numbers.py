@@ -10,6 +10,7 @@ from torch import Tensor
 from .halves import narrow, widen
 
 LOOKS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+BITS_OF_HALF = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16)}
 
 
 def bits_of(x: Tensor) -> np.ndarray:

@@ -178,4 +178,4 @@ def dequantise_scaled_cuda(
     return x
 
 
-# inlines halves.py and minifloats.py and numbers.py e8ec89db
+# inlines halves.py and minifloats.py and numbers.py 6259d0fd

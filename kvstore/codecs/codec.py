@@ -296,6 +296,8 @@ class Codec:
             self.writer.decode_into(self._unpack(data, PageLayout.of(page)), page)
 
     def _unpack(self, data: np.ndarray, layout: PageLayout) -> np.ndarray:
+        if not self.packers:
+            return data
         limits = self._limits(layout)
         for part, limit in zip(self.packers[::-1], limits[-2::-1], strict=True):
             data = part.decode(data, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ...cuda_kernels.bits import packed_width
 from ...cuda_kernels.int_groups import dequantise_into, quantise_into
-from ...cuda_kernels.numbers import bits_of, half_of
+from ...cuda_kernels.numbers import BITS_OF_HALF, half_of
 from .codec import CodecError, InPlace, PageLayout, need_floats
 
 
@@ -60,7 +61,7 @@ class Grouped(InPlace):
         need_floats(layout, self.name)
         cut = self.groups(layout)
         rows = layout.numel // cut.shape[-1]
-        return 4 * int(np.prod(cut.scales)) + rows * packed_width(cut.shape[-1], cut.bits)
+        return 4 * math.prod(cut.scales) + rows * packed_width(cut.shape[-1], cut.bits)
 
     def sections(self, layout: PageLayout) -> tuple[int, ...]:
         """Scales, low ends, codes."""
@@ -71,10 +72,9 @@ class Grouped(InPlace):
         self, data: np.ndarray, cut: Groups, dtype: torch.dtype
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut the bytes: codes, scales, low ends."""
-        ends = 4 * int(np.prod(cut.scales))
+        ends = 4 * math.prod(cut.scales)
         numbers = np.require(data[:ends], requirements="A")
-        kind = bits_of(torch.empty(0, dtype=half_of(dtype))).dtype
-        scales, lows = numbers.view(kind).reshape(2, *cut.scales)
+        scales, lows = numbers.view(BITS_OF_HALF[half_of(dtype)]).reshape(2, *cut.scales)
         return data[ends:].reshape(-1, packed_width(cut.shape[-1], cut.bits)), scales, lows
 
     def encode(self, page: Tensor) -> np.ndarray:

@@ -16,12 +16,14 @@ from plait.cuda_kernels.block_ints import blocks_reference
 from plait.cuda_kernels.hadamard import rotate, rotation_reference, rotation_signs
 from plait.cuda_kernels.int_groups import (
     dequantise_groups,
+    dequantise_into,
     dequantise_reference,
     quantise_groups,
     quantise_reference,
 )
 from plait.cuda_kernels.int_groups_gpu import dequantise_launch, quantise_launch, serves
 from plait.cuda_kernels.micro_blocks import micro_reference
+from plait.cuda_kernels.numbers import bits_of
 from plait.cuda_kernels.sign_groups import signs_reference
 from plait.cuda_kernels.turbo import lloyd_max
 from plait.kvstore import KVSpec, KVStore
@@ -116,20 +118,31 @@ def test_packed_codes_come_back(rows, width, bits, seed) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("channels", "shape"), [(False, (40, 50)), (True, (2, 32, 21))])
+@pytest.mark.parametrize(
+    ("channels", "shape", "group"),
+    [
+        (False, (40, 50), 16), (True, (2, 32, 21), 16),
+        (False, (40, 160), 64), (False, (3, 96), 32), (True, (3, 32, 96), 16),  # in registers
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_groups_are_the_formulas(dtype, channels, shape, bits) -> None:
+def test_groups_are_the_formulas(dtype, channels, shape, group, bits) -> None:
     x = noise(*shape, dtype=dtype)
     x[..., 1, :] = 3.25  # a constant
     flat = x if channels else x[..., None]
-    codes, scales, lows = quantise_groups(x, bits, 16, channels)
-    wanted = quantise_reference(flat, bits, 16)
+    codes, scales, lows = quantise_groups(x, bits, group, channels)
+    wanted = quantise_reference(flat, bits, group)
     packed = pack_codes_reference(wanted[0].reshape(-1, shape[-1]), bits)
     assert torch.equal(codes, packed.reshape(codes.shape))
     assert torch.equal(scales, wanted[1].reshape(scales.shape))
     assert torch.equal(lows, wanted[2].reshape(lows.shape))
-    back = dequantise_groups(codes, scales, lows, bits, 16, channels, shape[-1], dtype)
-    assert torch.equal(back, dequantise_reference(*wanted, 16).reshape(shape).to(dtype))
+    back = dequantise_groups(codes, scales, lows, bits, group, channels, shape[-1], dtype)
+    assert torch.equal(back, dequantise_reference(*wanted, group).reshape(shape).to(dtype))
+    wide = torch.zeros(*shape[:-1], shape[-1] + 32, dtype=dtype)  # a page within a larger one
+    page, numbers = wide[..., 32:], [bits_of(part) for part in (scales, lows)]
+    dequantise_into(codes.flatten(0, -2).numpy(), *numbers, bits, group, channels, page)
+    assert torch.equal(page, back)
+    assert not wide[..., :32].count_nonzero()
 
 
 def test_operators_know_their_shapes_without_running() -> None:
