@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -108,8 +109,8 @@ class StoreMachine(RuleBasedStateMachine):
         free = [s for s in self.model if self.step is None or s not in self.step.seqs]
         if len(free) < least:
             return []
-        chosen = st.lists(st.sampled_from(free), min_size=least, max_size=4, unique=True)
-        return data.draw(chosen) if free else []
+        places = st.lists(_place(free), min_size=least, max_size=4, unique=True)
+        return [free[place] for place in data.draw(places)] if free else []
 
     @rule(count=st.integers(1, 3))
     def open(self, count: int) -> None:
@@ -233,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: Any) -> None:
         """Fork any sequence, also one with an open step: the fork has its committed tokens."""
-        seq = data.draw(st.sampled_from(list(self.model)))
+        seq = list(self.model)[data.draw(_place(self.model))]
         self.model[self.store.fork(seq)] = self.model[seq].copy()
 
     @precondition(lambda self: self.model)
@@ -287,7 +288,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def use_closed(self, data: Any) -> None:
         """A closed handle is refused by every call."""
-        seq = data.draw(st.sampled_from(self.closed))
+        seq = self.closed[data.draw(_place(self.closed))]
         calls = (
             lambda: self.store.close(seq),
             lambda: self.store.fork(seq),
@@ -356,3 +357,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert counters["pages_allocated"] == counters["pages_freed"]
         assert counters["tenants_cached"] == 0
         self.store.check_integrity()
+
+
+def _place(things: Sized) -> st.SearchStrategy[int]:
+    """One of several things, by its place: hypothesis keeps strategies, and with a sequence its store."""
+    return st.integers(0, len(things) - 1)
