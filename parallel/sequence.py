@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..collectives import autograd
 from .edits import AddHook, CutParameter, Edit, SumGradient
 from .errors import PlanError
+from .experts.compute import is_packed
 from .families import decoder_layers
 from .ranks import ModelRanks
 
@@ -68,7 +69,16 @@ def sequence_edits(
         for name, parameter in module._parameters.items()
         if parameter is not None and (id(module), name) not in handled
     ]
-    return edits
+    packed = [module for layer in own for module in layer.modules() if is_packed(module)]
+    return [*edits, *(AddHook(partial(m.register_forward_hook, take_part)) for m in packed)]
+
+
+def take_part(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Let experts and router take part in backward where a rank has no tokens: the sums of gradients wait for zeros."""
+    if not isinstance(output, Tensor) or output.numel():
+        return None
+    routed = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
+    return output + sum(x.sum() for x in (*module.parameters(), *routed))
 
 
 def outputs_edit(model: Any, ranks: ModelRanks) -> Edit:
