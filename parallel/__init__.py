@@ -18,7 +18,7 @@ from .experts import (
     offload_experts,
     record_routing,
 )
-from .pipeline import measure_layers
+from .pipeline import Stages, measure_layers
 from .plan import Plan
 from .tracing import trace
 
@@ -40,6 +40,7 @@ __all__ = [
     "Routing",
     "Sequence",
     "Shard",
+    "Stages",
     "Tensor",
     "Ulysses",
     "clip_grad_norm_",

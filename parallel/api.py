@@ -173,17 +173,11 @@ def refuse_later_axes(plan: Plan, rules: Rules | None) -> None:
 def refuse_beside_stages(plan: Plan, rules: Rules | None) -> None:
     """Refuse what is not exact together with pipeline stages, or not known to be."""
     shard, pp = plan.dp.kind == "shard", f"pp={plan.pp.size}"
-    if rules is not None:
+    if rules is not None and plan.cp.size > 1 and plan.kvp.size == 1:
         raise PlanError(
-            f"{pp} with rules",
-            "would cut a forward that we do not know; of transformers decoders we do",
-            "use pp1, or torch.distributed.pipelining by hand",
-        )
-    if getattr(plan.dp, "param_dtype", "model") != "model":
-        raise PlanError(
-            f"{pp} with dp:shard,param_dtype={getattr(plan.dp, 'param_dtype', '')}",
-            "would hand on activations of another dtype than the parameters that stages are told of",
-            "leave param_dtype out, or give a model in that dtype",
+            f"{pp} with cp={plan.cp.size} and rules",
+            "would leave each rank the loss of its own part of the sequence",
+            "use tp, dp or ep beside pp",
         )
     if shard and plan.pp.schedule == "zero-bubble":
         raise PlanError(
@@ -207,12 +201,17 @@ def prepare(
     shape = shape_of(model)
     ranks = ModelRanks.of(plan, groups)
     ranks = replace(ranks, attention=HelixState(ranks))
-    cuts = ranks.size > 1 or plan.cuts_experts or (ranks.cp > 1 and rules is not None)
+    split = split_of(model, plan.pp, rules) if plan.pp.size > 1 else None
+    cuts = (
+        ranks.size > 1
+        or (split is not None and rules is not None)
+        or plan.cuts_experts
+        or (ranks.cp > 1 and rules is not None)
+    )
     roles = find_roles(model, shape, plan, rules) if cuts else {}
     if ranks.size == 1:  # a copy of one rank has nothing to cut but what other copies share with it
         between = (RoutedExperts, Sequence)
         roles = {path: role for path, role in roles.items() if isinstance(role, between)}
-    split = split_of(model, plan.pp) if plan.pp.size > 1 else None
     stage, absent = groups.folding.coords(groups.rank)["pp"], set[int]()
     if split is not None:
         roles = {path: role for path, role in roles.items() if split.holds(path, stage)}
@@ -224,11 +223,12 @@ def prepare(
     edits += load(model, edits, ranks, weights, absent)
     if is_transformers(model) and plan.world_size > 1:
         edits = decoder_edits(model, shape, ranks, store, edits, split)
-    elif ranks.size * ranks.cp > 1:
+    elif ranks.inputs is not None:
         edits = own_module_edits(model, ranks, edits)
     edits += data_edits(model, ranks, edits)
     if split is not None:
-        edits = [*pipeline_edits(model, split, ranks), *edits]
+        before, after = pipeline_edits(model, split, ranks)
+        edits = [*before, *edits, *after]
     return edits, Parallelized(plan, ranks, shape, Edits(), split)
 
 

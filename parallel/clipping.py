@@ -68,10 +68,9 @@ def counted_elsewhere(model: nn.Module, done: Any) -> set[int]:
         return set()
     stage = done.ranks.groups.folding.coords(done.ranks.groups.rank)["pp"]
     return {
-        id(model.get_parameter(name))
-        for names in done.split.tied()
-        for name in names
-        if done.split.owner(name) == stage != done.split.owner(names[0])
+        id(model.get_parameter(done.split.name_on(names, stage)))
+        for names, stages in done.split.tied()
+        if stage in stages[1:]
     }
 
 

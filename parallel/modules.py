@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..collectives.primitive import Group
 from ..cuda_kernels.dense_attention import dense_attention
@@ -28,7 +29,7 @@ def module_edits(model: nn.Module, ranks: ModelRanks) -> list[Edit]:
     """
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if any(t.device.type == "meta" for t in tensors):  # a run for its collectives
             announce(ranks.inputs)
             return

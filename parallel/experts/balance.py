@@ -27,6 +27,8 @@ class BiasBalance:
     Counts are of training forwards, before anything is dropped, and of the whole batch: summed over cp and dp, so every
     rank moves its bias alike and as one process would.
 
+    Collective: under pp all stages; one all-reduce of a number.
+
     State: one count for each expert of each router; hooks on the model until `close`.
     Source: Wang et al., Auxiliary-Loss-Free Load Balancing (arXiv 2408.15664).
     """
@@ -34,6 +36,7 @@ class BiasBalance:
     def __init__(self, model: nn.Module, rate: float = 1e-3) -> None:
         self.rate = rate
         self.group = _sees_other_tokens(model)
+        self.stages = getattr(model, "_plait_stages", None)
         self.loads: list[
             tuple[Tensor, Tensor]
         ] = []  # of each router: the bias, the rows of each expert
@@ -43,7 +46,8 @@ class BiasBalance:
             experts = getattr(block, "experts", None)
             if router is not None and isinstance(experts, nn.Module):
                 self._watch(experts, router.get_buffer(BIAS))
-        if not self.loads:
+        found = bool(self.loads)
+        if not (found if self.stages is None else self.stages.somewhere(found)):
             raise PlanError(
                 f"balancing {type(model).__name__}",
                 f"finds no router with a {BIAS}",
@@ -55,7 +59,8 @@ class BiasBalance:
         self.loads.append((bias, load))
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module.training and torch.is_grad_enabled():
+            counts = self.stages is None or self.stages.counts
+            if counts and module.training and torch.is_grad_enabled():
                 load.add_(count(args[1].reshape(-1), len(load)).to(load.device))
 
         self._handles.append(experts.register_forward_pre_hook(note))
@@ -66,6 +71,8 @@ class BiasBalance:
 
         Collective: the ranks along cp and dp; one all-reduce of 8 bytes for each expert of each router.
         """
+        if not self.loads:
+            return
         every = torch.cat([load for _, load in self.loads])
         every = primitive.all_reduce(every, self.group)
         parts = every.split([len(load) for _, load in self.loads])

@@ -24,9 +24,12 @@ class RouterZLoss:
             (model(**batch).loss + z_loss()).backward()
 
     Every token counts, padding too, as in transformers' balancing loss without a mask. Under cp it is the loss of the
-    whole sequence, the same number on all its ranks; each dp rank has that of its own batch.
+    whole sequence, the same number on all its ranks; each dp rank has that of its own batch. Under pp it is of all
+    stages, and its gradient comes with that of the model's loss, so both must be scaled alike.
 
-    State: the logits of the last forward; hooks on the model until `close`.
+    Collective: under pp all stages; one all-reduce of a number.
+
+    State: the logits of the last forward, or microbatch; hooks on the model until `close`.
     Source: ST-MoE (arXiv 2202.08906) equation 5.
     """
 
@@ -35,13 +38,19 @@ class RouterZLoss:
         self.logits: list[Tensor] = []
         self._handles: list[Any] = []
         self.group = _cuts_the_sequence(model)
+        self.device = next(model.parameters()).device
         for block in model.modules():
             experts = next(
                 (m for m in block.children() if isinstance(m, ExpertLayer) or is_packed(m)), None
             )
             if experts is not None:
                 self._watch(block, experts)
-        if not self._handles:
+        self.stages = getattr(model, "_plait_stages", None)
+        found = bool(self._handles)
+        if self.stages is not None:
+            found = self.stages.somewhere(found)
+            self.stages.take(self)
+        if not found:
             raise PlanError(
                 f"the z-loss of {type(model).__name__}",
                 "finds no router beside experts",
@@ -66,10 +75,18 @@ class RouterZLoss:
     def __call__(self) -> Tensor:
         """The loss of the last forward.
 
-        Collective: the ranks of cp; one all-reduce of a number, and one of another.
+        Collective: the ranks of cp; one all-reduce of a number, and one of another. Under pp none after training.
         """
+        if self.stages is not None:
+            return self.stages.penalty()
         if not self.logits:
             raise RuntimeError("the z-loss is of a forward of the model; there was none")
+        return self.own()
+
+    def own(self) -> Tensor:
+        """The loss of the routers that are here; zero without."""
+        if not self.logits:
+            return torch.zeros((), device=self.device)
         squares = [logits.logsumexp(-1).square() for logits in self.logits]
         count = torch.tensor(float(squares[0].numel()), device=squares[0].device)
         count = primitive.all_reduce(count, self.group)
@@ -77,7 +94,9 @@ class RouterZLoss:
         return self.coefficient * autograd.leave(total, self.group) / count.to(total.dtype)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, and the loss out of pp's."""
+        if self.stages is not None:
+            self.stages.take(None)
         while self._handles:
             self._handles.pop().remove()
 
@@ -86,10 +105,4 @@ def _cuts_the_sequence(model: Any) -> Group:
     done = getattr(model, "_plait", None)
     if done is None:
         return None
-    if done.split is not None:
-        raise PlanError(
-            "the z-loss under pp",
-            "would be of other layers on every stage, outside the schedule",
-            "use pp=1, or the model's own balancing loss",
-        )
     return done.ranks.groups.group("cp") if done.ranks.cp > 1 else None

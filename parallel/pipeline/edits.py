@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..axes import Shard
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
 from ..ranks import ModelRanks
-from .passage import Depart
-from .run import PipelinedModel
+from .decoder import PipelinedDecoder
+from .module import Absent, PipelinedModule, place_of
+from .passage import Depart, Passage
 from .split import Split
 
-DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop")
 
-
-def pipeline_edits(model: Any, split: Split, ranks: ModelRanks) -> list[Edit]:
-    """Edits that leave this rank its stage; the first to be applied, after all others are prepared.
+def pipeline_edits(model: Any, split: Split, ranks: ModelRanks) -> tuple[list[Edit], list[Edit]]:
+    """Edits that leave this rank its stage: the first to be applied, and the last.
 
     Collective: making the pp group, here.
     """
-    refuse(model)
     stage = ranks.groups.folding.coords(ranks.groups.rank)["pp"]
-    gone = departing(model, split, stage)
-    run = PipelinedModel(model, split, ranks)
-    run.pause = lambda: getattr(model, "no_sync", nullcontext)()
+    gone = departing(split, stage)
+    run: PipelinedDecoder | PipelinedModule
+    after: list[Edit]
+    if split.rule is not None:
+        refuse_units(model, split, ranks)
+        run = PipelinedModule(model, split, ranks, split.rule)
+        after = [noting(model, run, path) for path in run.chunk_of if split.holds(path, stage)]
+        stand_ins = {path: partial(Absent, run, path) for path in gone}
+    else:
+        refuse(model)
+        run = PipelinedDecoder(model, split, ranks, activation_dtype(model, ranks))
+        after = [AddHook(lambda: model.base_model.register_forward_hook(run.put_before))]
+        stand_ins = {path: partial(Passage, number=number) for path, number in gone.items()}
     forward = functools.wraps(model.forward)(lambda *a, **k: run.forward(*a, **k))
 
     def drop(_: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -35,18 +46,36 @@ def pipeline_edits(model: Any, split: Split, ranks: ModelRanks) -> list[Edit]:
             for name in [n for n in state if n.startswith(f"{prefix}{path}.")]:
                 del state[name]
 
-    edits: list[Edit] = [
-        Depart(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], number)
-        for path, number in gone.items()
-    ]
-    return [
-        *edits,
+    edits: list[Edit] = [Depart(*place_of(model, path), stand_ins[path]) for path in gone]
+    edits += [
         SetAttribute(model, "forward", forward),
+        SetAttribute(model, "_plait_stages", run),
         AddHook(lambda: model.register_load_state_dict_pre_hook(drop)),
     ]
+    return edits, after
 
 
-def departing(model: nn.Module, split: Split, stage: int) -> dict[str, int | None]:
+def noting(model: nn.Module, run: PipelinedModule, path: str) -> Edit:
+    """Take note of what a box returns; after all other hooks, so as the caller sees it."""
+    module = model.get_submodule(path)
+
+    def note(_: nn.Module, args: Any, output: Any) -> None:
+        run.note(path, output)
+
+    return AddHook(lambda: module.register_forward_hook(note))
+
+
+def activation_dtype(model: Any, ranks: ModelRanks) -> torch.dtype:
+    """The dtype activations travel in: the embedding's, or what dp's shards are gathered in."""
+    own, dp = model.get_input_embeddings().weight.dtype, ranks.plan.dp
+    if not isinstance(dp, Shard):
+        return own
+    from ..data.shards import DTYPES  # FSDP2 takes a while to import
+
+    return DTYPES[dp.param_dtype] or own
+
+
+def departing(split: Split, stage: int) -> dict[str, int | None]:
     """Paths of the modules that other stages run, with the layer's number where it is one."""
     count = split.bounds[-1]
     layers = {f"{split.layers}.{i}": i for i in range(count)}
@@ -54,22 +83,20 @@ def departing(model: nn.Module, split: Split, stage: int) -> dict[str, int | Non
     return {path: number for path, number in every.items() if not split.holds(path, stage)}
 
 
+def refuse_units(model: nn.Module, split: Split, ranks: ModelRanks) -> None:
+    """Refuse what dp:shard would gather around a forward that a stage does not run to its end."""
+    parents = ["", *accumulate(split.layers.split("."), "{}.{}".format)][:-1]
+    held = [p for p in parents if any(True for _ in model.get_submodule(p).parameters(False))]
+    if ranks.sharded and held:
+        raise PlanError(
+            f"dp:shard with pp on {type(model).__name__}",
+            f"would gather parameters that stand beside the list of layers, in {held[0]!r}",
+            "put them into a module of their own, or use dp without shard",
+        )
+
+
 def refuse(model: Any) -> None:
     """Refuse what would be computed otherwise than in one process."""
-    config = model.config.get_text_config(decoder=True)
-    for name in DROPOUTS:
-        if getattr(config, name, 0):
-            raise PlanError(
-                f"{name}={getattr(config, name)} under pp",
-                "would draw the same masks on every stage",
-                f"set {name}=0 in the config",
-            )
-    if getattr(config, "output_router_logits", False):
-        raise PlanError(
-            "output_router_logits under pp",
-            "needs the routers of all stages for the balancing loss",
-            "set it to False, or use pp1",
-        )
     if model.get_output_embeddings() is None:
         raise PlanError(
             f"pp of {type(model).__name__}", "has no head that makes logits", "use a ForCausalLM"

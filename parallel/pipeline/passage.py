@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,14 +46,14 @@ class Depart:
 
     parent: nn.Module
     name: str
-    number: int | None = None
+    stand_in: Callable[[nn.Module], nn.Module]
     module: nn.Module | None = None
     _kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def apply(self) -> None:
         self.module = module = self.parent._modules[self.name]
         assert module is not None
-        self.parent._modules[self.name] = Passage(module, self.number)
+        self.parent._modules[self.name] = self.stand_in(module)
         for child in module.modules():
             for name, p in child._parameters.items():
                 if p is not None:
@@ -84,8 +85,7 @@ def fetch(model: nn.Module, split: Split, ranks: ModelRanks) -> None:
             assert like is not None
             empty = torch.empty_like(like, device=rank_device(like.device))
             mine = nn.Parameter(empty, requires_grad=like.requires_grad)
-        owner = split.owner(names[0])
-        assert owner is not None
+        owner = split.stages_of(names)[0]
         dist.broadcast(mine.data, src=members[owner], group=group)
         for module, name in places:
             module._parameters[name] = mine
@@ -101,14 +101,13 @@ def of_all_stages(state: dict[str, Tensor], split: Split, ranks: ModelRanks) -> 
     stage = members.index(ranks.groups.rank)
     whole = {n: value for n, value in state.items() if stage == 0 and split.owner(n) is None}
     for names in split.names:
-        owner = split.owner(names[0])
-        assert owner is not None
-        value = share(state.get(names[0]), members[owner], group, device)
+        owner = split.stages_of(names)[0]
+        value = share(state.get(split.name_on(names, owner)), members[owner], group, device)
         whole |= dict.fromkeys(names, value) if stage == 0 else {}
     return whole
 
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 MOST_DIMS = 6
 
 

@@ -1,233 +1,207 @@
-"""How a model whose layers are spread over stages runs: torch's schedules in training, one pass in inference."""
+"""How a model whose layers are spread over stages trains: a whole schedule of torch's in every forward."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..arguments import by_name, given_tokens
+from ...collectives import primitive
 from ..axes import Pipeline
-from ..context.state import ContextState, Passing
 from ..errors import PlanError
-from ..labels import item_count
 from ..ranks import ModelRanks
-from .microbatches import microbatches
-from .passage import Passage, share
+from .microbatches import Microbatch
+from .passage import share
+from .schedule import deposited, make_schedule
 from .split import Split
-
-ONLY_HEAD = ("labels", "logits_to_keep", "num_items_in_batch", "shift_labels")
+from .wire import Meta, Wire
 
 
 class PipelinedModel:
     """Runs one rank's chunks; ``forward`` takes the place of the model's own.
 
-    With labels, and gradients wanted, a forward is a whole schedule: forward and backward of every microbatch. It gives
-    the loss of the whole batch, on every stage, as a tensor whose backward adds this stage's gradients.
+    Where it trains, a forward is a whole schedule: forward and backward of every microbatch. It gives the loss of the
+    whole batch, on every stage, as a tensor whose backward adds this stage's gradients.
 
-    Collective: all stages; activations and their gradients between neighbours, the loss (or logits) from the last.
+    Collective: all stages; activations and their gradients between neighbours, the loss (or outputs) from the last.
+
+    State: ``piece``, the microbatch that runs; ``z_loss``, a `RouterZLoss` that is to be in the loss; ``beside``, its
+    value of the last forward.
     """
 
-    def __init__(self, model: Any, split: Split, ranks: ModelRanks) -> None:
-        self.model, self.split, self.ranks = model, split, ranks
+    def __init__(self, model: Any, split: Split, ranks: ModelRanks, dtype: torch.dtype) -> None:
+        self.model, self.split, self.ranks, self.dtype = model, split, ranks, dtype
+        self.precise = torch.promote_types(dtype, torch.float32)
         self.choice: Pipeline = ranks.plan.pp
         self.stage = ranks.groups.folding.coords(ranks.groups.rank)["pp"]
         self.members = ranks.groups.ranks("pp")
         self.group = ranks.groups.group("pp")
         self.original = model.forward
         self.signature = inspect.signature(model.forward)
-        self.pause: Any = None
-        self.batches: list[dict[str, Any]] = []
+        self.dropout = ""
+        self.z_loss: Any = None
+        self.beside: Tensor | None = None
+        self.piece: Microbatch | None = None
+        self.pieces: list[Microbatch] = []
+        self._rows: list[Tensor] = []
         self._schedule: tuple[Any, Any] = (None, None)
-        self._views: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
+        self._cast: Any = nullcontext
+
+    # --- what a kind of model says ----------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model over all stages."""
-        values = by_name(self.signature, args, kwargs)
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if values.pop(name, None):
-                raise PlanError(f"{name}=True", "would need what other stages hold", "use pp1")
-        if values.get("labels") is not None and torch.is_grad_enabled():
-            return self.train(values)
+        raise NotImplementedError
+
+    def links(self, piece: Microbatch) -> list[list[Meta]]:
+        """What crosses after each chunk but the last."""
+        raise NotImplementedError
+
+    def run_chunk(self, chunk: int, received: list[Tensor], piece: Microbatch) -> list[Tensor]:
+        """Run a chunk: from what arrives to what leaves, or of the last one its loss and further numbers to be told."""
+        raise NotImplementedError
+
+    # --- the z-loss -------------------------------------------------------------------------------
+
+    def somewhere(self, here: bool) -> bool:
+        """Say whether some stage has what may be here or not.
+
+        Collective: all stages; one all-reduce of a number.
+        """
+        found = torch.tensor(float(here), device=next(self.model.parameters()).device)
+        return bool(primitive.all_reduce(found, self.group) > 0)
+
+    def take(self, z_loss: Any) -> None:
+        """Compute a z-loss with the model's loss from now on; None: no more."""
+        if z_loss is not None and self.z_loss is not None:
+            raise PlanError("a second z-loss under pp", "has one before it", "close() that first")
+        self.z_loss, self.beside = z_loss, None
+
+    def penalty(self) -> Tensor:
+        """The z-loss of the last forward.
+
+        Collective: after a forward without gradients all stages; one all-reduce of a number.
+        """
+        if self.beside is not None:
+            return self.beside
         with torch.no_grad():
-            return self.infer(values)
-
-    # --- one chunk --------------------------------------------------------------------------------
-
-    def run_chunk(self, chunk: int, hidden: Tensor | None, values: dict[str, Any]) -> Any:
-        """Run the model's own forward over the layers of one chunk; the last one with its head."""
-        values, last = dict(values), chunk == self.split.chunks - 1
-        if self.context is not None:
-            whole = given_tokens(values)
-            length = None if hidden is None or whole is None else whole.shape[1]
-            self.context.passing = Passing(length, not last)
-        if hidden is not None:
-            values |= {"input_ids": None, "inputs_embeds": hidden}
-        with self.only(chunk):
-            if last:
-                return self.original(**values)
-            for name in ONLY_HEAD:
-                values.pop(name, None)
-            return self.model.base_model(**values)
-
-    @contextmanager
-    def only(self, chunk: int) -> Iterator[None]:
-        """Let the model see no layers but a chunk's, while its own forward runs."""
-        places = self._views.get(chunk)
-        if places is None:
-            places = self._views[chunk] = self._view(chunk)
-        before = [(parent, name, parent._modules[name]) for parent, name, _ in places]
-        try:
-            for parent, name, module in places:
-                parent._modules[name] = module
-            yield
-        finally:
-            for parent, name, module in before:
-                parent._modules[name] = module
-
-    def _view(self, chunk: int) -> list[tuple[nn.Module, str, nn.Module]]:
-        """What to put where while a chunk runs: nothing where a stage has one chunk, for its tree is right already."""
-        if self.choice.chunks_per_stage == 1:
-            return []
-        start, stop = self.split.bounds[chunk : chunk + 2]
-        path, _, name = self.split.layers.rpartition(".")
-        parent = self.model.get_submodule(path)
-        layers = [
-            layer if start <= i < stop else Passage(layer)
-            for i, layer in enumerate(parent._modules[name])
-        ]
-        places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, nn.ModuleList(layers))]
-        for end in self.split.last if chunk < self.split.chunks - 1 else ():
-            owner, _, own = end.rpartition(".")
-            module = self.model.get_submodule(end)
-            places.append((self.model.get_submodule(owner), own, Passage(module)))
-        return places
-
-    # --- inference --------------------------------------------------------------------------------
-
-    def infer(self, values: dict[str, Any]) -> Any:
-        """One pass of the whole batch; every stage gets the logits (and the loss, with labels)."""
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        if self.choice.chunks_per_stage > 1:
-            if values.get("past_key_values") is not None:
-                raise PlanError(
-                    f"a cache under pp schedule {self.choice.schedule}",
-                    "would be filled by two chunks of one stage in turn",
-                    "generate with schedule gpipe, 1f1b or zero-bubble",
-                )
-            values["use_cache"] = False
-        tokens = given_tokens(values)
-        if tokens is None:
-            raise PlanError("forward", "was given no input_ids and no inputs_embeds", "give one")
-        out: Any = None
-        for chunk in self.split.chunks_of(self.stage):
-            hidden = self.receive(chunk - 1, tokens) if chunk else None
-            out = self.run_chunk(chunk, hidden, values)
-            if chunk < self.split.chunks - 1:
-                to = self.members[self.split.stage_of(chunk + 1)]
-                dist.send(out.last_hidden_state.contiguous(), dst=to, group=self.group)
-        last = self.stage == self.split.stage_of(self.split.chunks - 1)
-        logits = self.from_last(out.logits if last else None, tokens.device)
-        loss = None
-        if values.get("labels") is not None:
-            loss = self.from_last(out.loss if last else None, tokens.device)
-        return CausalLMOutputWithPast(
-            loss=loss,  # type: ignore[arg-type]
-            logits=logits,  # type: ignore[arg-type]
-            past_key_values=getattr(out, "past_key_values", None),
-        )
-
-    def receive(self, chunk: int, tokens: Tensor) -> Tensor:
-        """Receive the activations of a chunk."""
-        batch, length = tokens.shape[:2]
-        if self.context is not None:
-            length = self.context.order(length).rows(self.context.rank)
-        hidden = torch.empty((batch, length, self.width), dtype=self.dtype, device=tokens.device)
-        dist.recv(hidden, src=self.members[self.split.stage_of(chunk)], group=self.group)
-        return hidden
-
-    def from_last(self, value: Tensor | None, device: torch.device) -> Tensor:
-        """Give every stage what the last one has: the logits, or the loss."""
-        source = self.members[self.split.stage_of(self.split.chunks - 1)]
-        return share(value, source, self.group, device)
-
-    @property
-    def context(self) -> ContextState | None:
-        """What cuts the sequence, where cp does: stages then hand on their own tokens only."""
-        return getattr(self.model.config, "_plait_context", None)
-
-    @property
-    def width(self) -> int:
-        """Size of the residual stream."""
-        return self.model.config.get_text_config(decoder=True).hidden_size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype activations travel in."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+            return primitive.all_reduce(self.z_loss.own().to(self.precise), self.group)
 
     # --- training ---------------------------------------------------------------------------------
 
-    def train(self, values: dict[str, Any]) -> Any:
-        """Run the schedule: forward and backward of every microbatch."""
-        from transformers.modeling_outputs import CausalLMOutputWithPast
+    @property
+    def last(self) -> int:
+        """The stage of the last chunk."""
+        return self.split.stage_of(self.split.chunks - 1)
 
-        count = self.choice.microbatches or self.choice.size
-        values = {**values, "use_cache": False, "past_key_values": None}
-        values["num_items_in_batch"] = item_count(values)
-        self.batches = microbatches(values, count)
+    @property
+    def counts(self) -> bool:
+        """Whether the rows that run are the batch's own, and not there to fill up."""
+        return self.piece is None or self.piece.share > 0
+
+    def train(self, pieces: list[Microbatch], device: torch.device) -> list[Tensor]:
+        """Run the schedule: forward and backward of every microbatch. Gives the loss, and what else is told."""
+        self.refuse_training(device)
+        self.pieces = pieces
         parameters = list(self.model.parameters())
         kept = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
         try:
-            with self.paused():
-                losses = self._step(count, values["labels"])
+            with getattr(self.model, "no_sync", nullcontext)(), self.uncast(device):
+                self._step(device)  # dp averages when the caller's backward ends
             fresh = [p.grad for p in parameters]
         finally:
-            self.batches = []
+            self.pieces, self.piece = [], None
             for p, grad in zip(parameters, kept, strict=True):
                 p.grad = grad
         self._sum_tied(parameters, fresh)
-        last = self.stage == self.split.stage_of(self.split.chunks - 1)
-        total = torch.stack([x.detach() for x in losses]).sum() if last else None
-        total = self.from_last(total, values["labels"].device)
-        return CausalLMOutputWithPast(loss=deposited(total, parameters, fresh))  # type: ignore[arg-type]
+        rows, self._rows = self._rows, []
+        told = torch.stack(rows).sum(0) if self.stage == self.last else None
+        loss, beside, *more = self.from_last(told, device).unbind()
+        loss, self.beside = deposited(loss, beside, parameters, fresh, self.z_loss is not None)
+        return [loss, *more]
 
-    def paused(self) -> AbstractContextManager[Any]:
-        """Keep dp from averaging each microbatch: it averages when the caller's backward ends."""
-        return self.pause()
+    def refuse_training(self, device: torch.device) -> None:
+        """Refuse a step that could not be right; the same on every stage."""
+        if self.model.training and self.dropout:
+            raise PlanError(
+                f"training with {self.dropout} under pp",
+                "would draw the same masks on every stage",
+                "set it to 0",
+            )
+        cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        if torch.float16 in (self.dtype, cast):
+            raise PlanError(
+                "training in float16 under pp",
+                "would lose small gradients: backward runs inside the forward, before a loss could be scaled",
+                "use bfloat16, whose range is float32's",
+            )
 
-    def _step(self, count: int, labels: Tensor) -> list[Tensor]:
-        shape = (-(-labels.shape[0] // count), labels.shape[1], self.width)
-        if self._schedule[0] != (shape, self.dtype):
-            self._schedule = (shape, self.dtype), make_schedule(self, shape, count, labels.device)
-        numbers = torch.arange(count, device=labels.device)
-        losses: list[Tensor] = []
+    @contextmanager
+    def uncast(self, device: torch.device) -> Iterator[None]:
+        """Keep the caller's autocast to the forwards of the microbatches: backward is not to run under it."""
+        kind = device.type
+        if not torch.is_autocast_enabled(kind):
+            yield
+            return
+        dtype = torch.get_autocast_dtype(kind)
+        self._cast = lambda: torch.autocast(kind, dtype)
+        try:
+            with torch.autocast(kind, enabled=False):
+                yield
+        finally:
+            self._cast = nullcontext
+
+    def run_microbatch(self, chunk: int, received: list[Tensor], number: int) -> list[Tensor]:
+        """Run a chunk in the schedule, with the z-loss of its routers; the z-loss of chunks before arrives last."""
+        self.piece = piece = self.pieces[number]
+        penalty = received.pop() if self.z_loss is not None and chunk else None
+        cast: AbstractContextManager[Any] = self._cast()
+        with cast:
+            if self.z_loss is not None:
+                self.z_loss.logits.clear()
+            left = self.run_chunk(chunk, received, piece)
+            if self.z_loss is not None:
+                own = (self.z_loss.own() * piece.share).to(self.precise)
+                penalty = own if penalty is None else penalty + own
+        if chunk < self.split.chunks - 1:
+            return left if penalty is None else [*left, penalty]
+        zero = left[0].new_zeros(()) if penalty is None else penalty
+        told = [left[0], zero, *left[1:]]
+        self._rows.append(torch.stack([x.detach().to(self.precise) for x in told]))
+        return [(left[0] + zero).to(self.precise)]
+
+    def wires(self) -> tuple[Wire, ...]:
+        """What crosses after each chunk but the last, of all microbatches."""
+        own = [] if self.z_loss is None else [Meta((), self.precise)]
+        every = [[(*metas, *own) for metas in self.links(piece)] for piece in self.pieces]
+        return tuple(Wire(tuple(each)) for each in zip(*every, strict=True))
+
+    def _step(self, device: torch.device) -> None:
+        wires, count = self.wires(), len(self.pieces)
+        if self._schedule[0] != wires:
+            self._schedule = wires, make_schedule(self, wires, count, device)
+        numbers = torch.arange(count, device=device)
         first = (numbers,) if self.stage == 0 else ()
-        self._schedule[1].step(
-            *first, number=numbers, target=numbers, losses=losses, return_outputs=False
-        )
-        return losses
+        self._rows.clear()
+        self._schedule[1].step(*first, number=numbers, target=numbers, return_outputs=False)
 
     def _sum_tied(self, parameters: list[nn.Parameter], fresh: list[Tensor | None]) -> None:
-        """Add up the gradients of a parameter that two stages hold, so that both copies move alike.
+        """Add up the gradients of a parameter that several stages hold, so that all copies move alike.
 
-        Collective: the two stages; one all-reduce of the parameter's bytes.
+        Collective: these stages; one all-reduce of the parameter's bytes.
         """
         at = {id(p): i for i, p in enumerate(parameters)}
-        for names in self.split.tied():
-            stages = sorted({s for s in map(self.split.owner, names) if s is not None})
+        for names, stages in self.split.tied():
             if self.stage not in stages:
                 continue
-            mine = next(n for n in names if self.split.owner(n) == self.stage)
-            p = self.model.get_parameter(mine)
+            p = self.model.get_parameter(self.split.name_on(names, self.stage))
             if not p.requires_grad:
                 continue
             group = self.ranks.groups.of_ranks(tuple(self.members[s] for s in stages))
@@ -237,90 +211,6 @@ class PipelinedModel:
             dist.all_reduce(own.to_local() if hasattr(own, "to_local") else own, group=group)
             fresh[at[id(p)]] = grad
 
-
-class Chunk(nn.Module):
-    """One chunk as torch's pipelining sees it: a module from activations to activations, or to the loss."""
-
-    def __init__(self, run: PipelinedModel, chunk: int) -> None:
-        super().__init__()
-        self.chunk = chunk
-        self._run = [run]  # in a list: the model is not a part of its part
-        start, stop = run.split.bounds[chunk : chunk + 2]
-        layers = run.model.get_submodule(run.split.layers)
-        self.parts = nn.ModuleList(layers[i] for i in range(start, stop))
-        ends = run.split.first if chunk == 0 else ()
-        ends += run.split.last if chunk == run.split.chunks - 1 else ()
-        self.parts.extend(run.model.get_submodule(end) for end in ends)
-
-    def forward(self, *args: Tensor, number: Tensor) -> Tensor:
-        run = self._run[0]
-        values = run.batches[int(number)]
-        hidden = args[0] if self.chunk else None
-        if hidden is not None and hidden.requires_grad:
-            hidden.register_hook(lambda grad: grad.contiguous())  # what travels must be
-        out = run.run_chunk(self.chunk, hidden, values)
-        last = self.chunk == run.split.chunks - 1
-        given = out.loss if last else out.last_hidden_state.contiguous()
-        # Zero-bubble schedules detach what they have differentiated in place, which no view lets them do.
-        return given.clone() if given._is_view() else given
-
-
-def make_schedule(run: PipelinedModel, shape: tuple[int, ...], count: int, device: Any) -> Any:
-    """Make torch's schedule for batches of one shape; it needs to be told shapes, and then sends no objects."""
-    from torch.distributed import pipelining
-
-    split, hidden = (
-        run.split,
-        torch.empty(shape, dtype=run.dtype, device="meta", requires_grad=True),
-    )
-    number = torch.empty(1, dtype=torch.int64, device="meta")
-    loss = torch.empty((), dtype=run.dtype, device="meta", requires_grad=True)
-    stages = [
-        pipelining.PipelineStage(
-            Chunk(run, chunk),
-            chunk,
-            split.chunks,
-            device,
-            input_args=(hidden if chunk else number,),
-            output_args=(hidden if chunk < split.chunks - 1 else loss,),
-            group=run.group,
-        )
-        for chunk in split.chunks_of(run.stage)
-    ]
-    kinds = {
-        "gpipe": pipelining.ScheduleGPipe,
-        "1f1b": pipelining.Schedule1F1B,
-        "interleaved": pipelining.ScheduleInterleaved1F1B,
-        "zero-bubble": pipelining.ScheduleInterleavedZeroBubble,
-    }
-    several = run.choice.schedule in {"interleaved", "zero-bubble"}
-    return kinds[run.choice.schedule](
-        stages if several else stages[0],  # type: ignore[arg-type]
-        count,
-        loss_fn=lambda loss, _: loss,
-        scale_grads=False,
-    )
-
-
-def deposited(loss: Tensor, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> Tensor:
-    """Make the loss a tensor whose backward adds gradients that exist already, times its own."""
-    anchor = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
-    held = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-    return _Deposit.apply(anchor, loss, held)  # type: ignore[return-value]
-
-
-class _Deposit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, loss: Tensor, held: list[Any]) -> Tensor:
-        ctx.held = held
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        held, ctx.held = ctx.held, None
-        if held is None:
-            raise RuntimeError("this loss was differentiated before; its gradients are used up")
-        for p, g in held:
-            g = g * grad.to(g.dtype)
-            p.grad = g if p.grad is None else p.grad.add_(g)
-        return None, None, None
+    def from_last(self, value: Tensor | None, device: torch.device) -> Tensor:
+        """Give every stage what the last one has."""
+        return share(value, self.members[self.last], self.group, device)

@@ -12,6 +12,8 @@ from torch import nn
 from ..axes import Pipeline
 from ..errors import PlanError
 from ..families import decoder_layers, is_transformers
+from ..rules import Rules
+from .rule import Stages, find_stages, lists
 from .times import LayerTimes
 
 
@@ -24,6 +26,7 @@ class Split:
         bounds: chunk c holds layers ``bounds[c]:bounds[c + 1]``.
         first: paths that belong to the first chunk (embedding), ``last`` those of the last (norm, head).
         names: the names of every parameter; tied ones have several, and are held wherever one of them is.
+        rule: of a module that is not transformers'.
     """
 
     layers: str
@@ -32,6 +35,7 @@ class Split:
     first: tuple[str, ...]
     last: tuple[str, ...]
     names: tuple[tuple[str, ...], ...]
+    rule: Stages | None = None
 
     @property
     def chunks(self) -> int:
@@ -74,30 +78,52 @@ class Split:
             if not any(self.holds(n, stage) for n in names)
         }
 
-    def tied(self) -> list[tuple[str, ...]]:
-        """Parameters that two stages hold, by their names on them."""
-        return [names for names in self.names if len({self.owner(n) for n in names}) > 1]
+    def stages_of(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """The stages that hold a parameter, by its names."""
+        owners = [self.owner(n) for n in names]
+        every = range(self.stages) if None in owners else {o for o in owners if o is not None}
+        return tuple(sorted(every))
+
+    def name_on(self, names: tuple[str, ...], stage: int) -> str:
+        """The name under which a stage has a parameter."""
+        return next(n for n in names if self.holds(n, stage))
+
+    def tied(self) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Parameters that several stages hold: their names, and these stages."""
+        every = [(names, self.stages_of(names)) for names in self.names]
+        return [(names, stages) for names, stages in every if len(stages) > 1]
+
+    def shared(self, model: nn.Module) -> list[nn.Parameter]:
+        """Parameters that belong to no chunk, which every stage keeps."""
+        return [
+            model.get_parameter(names[0])
+            for names in self.names
+            if all(self.owner(n) is None for n in names)
+        ]
+
+    def paths_of(self, chunk: int) -> list[str]:
+        """Paths of the modules that a chunk runs, in order."""
+        start, stop = self.bounds[chunk : chunk + 2]
+        layers = [f"{self.layers}.{i}" for i in range(start, stop)]
+        first = self.first if chunk == 0 else ()
+        return [*first, *layers, *(self.last if chunk == self.chunks - 1 else ())]
 
 
 def _under(path: str, parent: str) -> bool:
     return path == parent or path.startswith(f"{parent}.")
 
 
-def split_of(model: Any, choice: Pipeline) -> Split:
-    """Split a transformers decoder by its own table of stages, balanced by parameters or by measured times.
+def split_of(model: Any, choice: Pipeline, rules: Rules | None = None) -> Split:
+    """Split a module by its rule of stages, or a transformers decoder by its own table of them.
+
+    Balanced by parameters, or by measured times.
 
     Raises:
-        PlanError: a parameter belongs to no stage, there are too few layers, or the times are of another model.
+        PlanError: it is not said where to cut, a decoder's parameter belongs to no stage, there are too few layers, or
+            the times are of another model.
     """
-    if not is_transformers(model):
-        raise PlanError(
-            f"pp={choice.size} of {type(model).__name__}",
-            "needs a transformers decoder, whose stages are known",
-            "use pp1, or torch.distributed.pipelining by hand",
-        )
-    path, layers = decoder_layers(model)
-    parent = path.rpartition(".")[0]
-    first, last = ends(model, parent, path.rpartition(".")[2])
+    path, first, last, rule = parts_of(model, choice, rules)
+    layers = [layer for _, layer in model.get_submodule(path).named_children()]
     chunks = choice.size * choice.chunks_per_stage
     if len(layers) < chunks:
         raise PlanError(
@@ -112,20 +138,45 @@ def split_of(model: Any, choice: Pipeline) -> Split:
     if choice.times:
         weights = LayerTimes.read(choice.times, len(layers)).weights
     bounds = balanced(weights[1:-1], chunks, weights[0], weights[-1])
-    split = Split(path, bounds, choice.size, first, last, tuple(map(tuple, names.values())))
-    for group in split.names:
-        for name in group:
-            if split.owner(name) is None:
-                raise PlanError(
-                    f"pp={choice.size}: parameter {name}",
-                    "lies neither before, in nor after the decoder layers",
-                    "use pp1 for this model",
-                )
+    split = Split(path, bounds, choice.size, first, last, tuple(map(tuple, names.values())), rule)
+    for name in (n for group in split.names for n in group) if rule is None else ():
+        if split.owner(name) is None:
+            raise PlanError(
+                f"pp={choice.size}: parameter {name}",
+                "lies neither before, in nor after the decoder layers",
+                "use pp1 for this model",
+            )
     return split
 
 
+def parts_of(
+    model: Any, choice: Pipeline, rules: Rules | None
+) -> tuple[str, tuple[str, ...], tuple[str, ...], Stages | None]:
+    """Find the list of layers, and what stands before and after it."""
+    given = find_stages(model, rules)
+    decoder = is_transformers(model)
+    if given is not None and not decoder:
+        path, rule = given
+        return path, rule.first, rule.last, rule
+    if given is not None:
+        raise PlanError(
+            f"Stages at {given[0]!r} of {type(model).__name__}",
+            "is for modules of your own; of transformers decoders the stages are known",
+            "leave it out",
+        )
+    if not decoder:
+        known = ", ".join(repr(path) for path in lists(model)) or "it has none"
+        raise PlanError(
+            f"pp={choice.size} of {type(model).__name__}",
+            f"needs to know its list of layers ({known})",
+            'say it in the rules: "blocks": plait.Stages(first=("embedding",), last=("norm", "head"))',
+        )
+    path, _ = decoder_layers(model)
+    return path, *ends(model, path.rpartition(".")[0], path.rpartition(".")[2]), None
+
+
 def by_parameters(
-    model: nn.Module, layers: nn.ModuleList, first: tuple[str, ...], last: tuple[str, ...]
+    model: nn.Module, layers: Sequence[nn.Module], first: tuple[str, ...], last: tuple[str, ...]
 ) -> list[int]:
     """Count parameters: before the layers, of each layer, after them."""
     sides = [[model.get_submodule(q) for q in side] for side in (first, last)]

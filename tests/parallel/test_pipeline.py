@@ -201,7 +201,6 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("pp2 tp2", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ("pp2:zero-bubble dp2:shard", {}, "zero-bubble and dp:shard"),
     ("pp2:interleaved tp2", {}, "cuts 4 runs of layers"),
 ]
@@ -209,6 +208,10 @@ REFUSED = [
 
 def refusals() -> list[str]:
     said = []
+    dropping = parallelize(tiny("llama", attention_dropout=0.1), "pp2 tp2")
+    labelled(dropping, batch_of(0))  # nothing is dropped in eval mode
+    with pytest.raises(PlanError, match=r"training with attention_dropout=0.1"):
+        labelled(dropping.train(), batch_of(0))
     for plan, changes, _ in REFUSED:
         with pytest.raises(PlanError) as refused:
             parallelize(tiny("llama", **changes), plan)
@@ -230,12 +233,12 @@ def untied() -> dict[str, float]:
 
 def miscounted() -> dict[str, float]:
     """A mutation: each microbatch's loss is its own mean, and the mean of these is taken."""
-    from plait.parallel.pipeline import run
+    from plait.parallel.pipeline import decoder, run
 
-    run.item_count = lambda values: None  # type: ignore[assignment]
+    decoder.item_count = lambda values: None  # type: ignore[assignment]
     scaled = run.deposited
-    run.deposited = lambda total, p, g: scaled(
-        total / 3, p, [None if x is None else x / 3 for x in g]
+    run.deposited = lambda total, z, p, g, both: scaled(
+        total / 3, z, p, [None if x is None else x / 3 for x in g], both
     )  # type: ignore[assignment]
     return trained(case("pp2:gpipe,microbatches=3", "qwen3"), 1, loss=labelled, batch=5)
 

@@ -64,7 +64,7 @@ def test_too_few_layers() -> None:
         split_of(tiny("llama", layers=3), Pipeline(2, schedule="interleaved"))
 
 
-def test_a_short_last_microbatch_is_filled_with_rows_that_do_not_count() -> None:
+def test_microbatches_differ_by_a_row_and_what_fills_up_does_not_count() -> None:
     ids = torch.arange(20).reshape(5, 4)
     values = {
         "input_ids": ids,
@@ -72,12 +72,16 @@ def test_a_short_last_microbatch_is_filled_with_rows_that_do_not_count() -> None
         "position_ids": torch.arange(4)[None],
         "use_cache": False,
     }
-    pieces = microbatches(values, 3)
-    assert [p["input_ids"].tolist() for p in pieces] == [
-        ids[:2].tolist(), ids[2:4].tolist(), ids[[4, 4]].tolist(),
+    pieces = microbatches(values, 5, 3)
+    assert [p.values["input_ids"].tolist() for p in pieces] == [
+        ids[:2].tolist(), ids[2:4].tolist(), ids[4:].tolist(),
     ]  # fmt: skip
-    assert pieces[2]["labels"].tolist() == [ids[4].tolist(), [-100] * 4]
-    assert all(p["position_ids"].shape == (1, 4) for p in pieces)
+    assert [(p.rows, p.share) for p in pieces] == [(2, 0.4), (2, 0.4), (1, 0.2)]
+    pieces = microbatches(values, 5, 7, ignored=-100)
+    assert [(p.rows, p.share) for p in pieces] == [(1, 0.2)] * 5 + [(1, 0.0)] * 2
+    assert pieces[6].values["input_ids"].tolist() == ids[:1].tolist()
+    assert pieces[6].values["labels"].tolist() == [[-100] * 4]
+    assert all(p.values["position_ids"].shape == (1, 4) for p in pieces)
     assert values["labels"].min() == 0
     assert item_count(values) == 15
-    assert sum(item_count(p) for p in pieces) == 15
+    assert sum(item_count(p.values) for p in pieces) == 15
