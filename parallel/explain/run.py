@@ -81,7 +81,7 @@ def explain(
     run, left_out = executed(plan, rules)
     with torch.random.fork_rng(devices=[]), Groups.fake(Folding.of(plan), rank) as groups:
         whole = sum(p.numel() * p.element_size() for p in twin.parameters())
-        split = split_of(twin, plan.pp) if plan.pp.size > 1 and is_transformers(twin) else None
+        split = split_of(twin, plan.pp, rules) if plan.pp.size > 1 else None
         edits, done = prepare(twin, run, groups, rules=rules)
         runs = _Runs(commit(twin, edits, done), groups, batch, context, inputs)
         with ByShape():

@@ -29,7 +29,7 @@ def unseen(
     events: list[Event] = []
     if plan.dp.size > 1 and plan.dp.kind == "shard":
         events += shard_events(twin, plan, split)
-    if split is not None:
+    if split is not None and split.rule is None:  # what crosses else, only a run of values shows
         events += stage_events(twin, plan, split, batch, tokens)
     return tuple(events)
 

@@ -51,6 +51,9 @@ def make_schedule(run: PipelinedModel, wires: Sequence[Wire], count: int, device
             input_args=tuple(wires[chunk - 1].buffers()) if chunk else (number,),
             output_args=tuple(wires[chunk].buffers()) if chunk < len(wires) else (loss,),
             group=run.group,
+            # torch parts gradients of weights from those of inputs where a weight meets an input; what all layers
+            # share meets many, and would be differentiated twice. Then both are computed at once.
+            dw_builder=(lambda: _nothing) if split.shared(run.model) else None,
         )
         for chunk in split.chunks_of(run.stage)
     ]
@@ -67,6 +70,10 @@ def make_schedule(run: PipelinedModel, wires: Sequence[Wire], count: int, device
         loss_fn=lambda loss, _: loss,
         scale_grads=False,
     )
+
+
+def _nothing() -> None:
+    """Compute no gradients of weights: they were computed with the others."""
 
 
 def deposited(

@@ -112,7 +112,8 @@ class Model(nn.Module):
         x = self.embedding(ids)
         x += self.place[:length]  # written in place
         scale, balances = self.scale(x.new_ones(1)), []
-        for layer in self.net["layers"]:
+        layers: Any = self.net["layers"]
+        for layer in layers:
             x, balance = layer(x, mask, scale)
             balances.append(balance)
         logits = self.head(self.norm(x))
@@ -189,6 +190,7 @@ def trained(plan: str, steps: int = 2, rows: int = 5) -> dict[str, float]:
         for path, p in model.named_parameters():
             mine, whole = of(p), of(right[path])
             mine = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            mine = torch.zeros_like(p) if mine is None else mine
             big = float(whole.abs().max()) > 1e-9  # of the bias of keys it is zero
             whole = cuts[path].take(whole, done.ranks) if path in cuts else whole
             if whole.numel() and big:

@@ -21,7 +21,7 @@ CLOSE = 1e-5  # sums in float32; a wrong dtype on the way would cost bfloat16's 
 
 def compared(plan: str, cast: bool) -> dict[str, float]:
     """Loss and gradients, against one process that takes the same microbatches."""
-    reference = tiny("llama", dtype=torch.float32, layers=3)
+    reference = tiny("qwen3", dtype=torch.float32, layers=3)
     model = parallelize(copy.deepcopy(reference), plan)
     batches = [tokens(4, 9, seed=d) for d in range(2)]
     computing = reference if cast else halved(reference)

@@ -13,7 +13,6 @@ from exactness import Case, Pair, assert_exact, case, far, worst
 from models import StayFloat64
 from plait import BiasBalance, RouterZLoss
 from plait.parallel.pipeline.decoder import PipelinedDecoder
-from plait.parallel.pipeline.run import PipelinedModel
 from training import (
     assert_as_one_process,
     backward,
@@ -185,6 +184,3 @@ def test_z_losses_and_biases() -> None:
 
 def test_a_z_loss_of_the_wrong_scale_is_seen() -> None:
     assert worst(run_world(half_penalised, 2, "pp2", "mixtral"))["gradients"] > 1e-4
-
-
-assert PipelinedModel
