@@ -18,7 +18,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 ON_ALL_CORES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compositions test-mpi-% test-vllm test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults soak bench clean
+.PHONY: help setup demo test test-compositions test-mpi-% test-vllm oracles test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults soak bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ $(VLLM_READY): tools/install_vllm.py pyproject.toml
 
 test-vllm: $(VLLM_READY)  ## the plug-ins for vLLM, in a real engine on this CPU, and SGLang (an environment of its own)
 	.venv-vllm/bin/python -m pytest -o faulthandler_timeout=3600 tests/vllm tests/sglang
+
+oracles:  ## kvpress, torchao and ml_dtypes again, beside what the tests hold of them (an environment of its own)
+	$(PYTHON) tools/check_oracles.py
 
 CUDA_READY := .venv-cuda/.ready
 $(CUDA_READY): tools/install_cuda.py pyproject.toml
@@ -98,4 +101,4 @@ bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .venv-vllm .venv-cuda build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-vllm .venv-cuda .venv-oracles build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -43,7 +43,7 @@ class AdaQuant(PageToBytes):
                 f"adaquant: bits={self.bits}: {unknown[0]!r} is none of {', '.join(WIDTHS)}; write those of each "
                 "layer, such as 4-4-2"
             )
-        self.layer(0)  # refuses the group, if it must
+        _ = self.writers  # refuses the group, if it must
 
     @classmethod
     def of(
@@ -72,8 +72,12 @@ class AdaQuant(PageToBytes):
         kinds = [WIDTHS[bits] for bits in self.bits.split("-")]
         return tuple(Int8() if issubclass(kind, Int8) else kind(self.group) for kind in kinds)
 
-    def layer(self, number: int) -> PageToBytes:
-        """The codec of one layer, for caches that keep layers apart."""
+    def of_layer(self, number: int, layers: int) -> PageToBytes:
+        """A layer's own."""
+        if layers != len(self.writers):
+            raise CodecError(
+                f"adaquant: bits={self.bits} are those of {len(self.writers)} layers, and there are {layers}"
+            )
         return self.writers[number]
 
     def _cuts(self, layout: PageLayout) -> tuple[PageLayout, list[int]]:

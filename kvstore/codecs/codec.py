@@ -102,6 +102,14 @@ class PageToBytes(CodecPart):
         """The codec of values where this one is the keys'."""
         return self
 
+    def of_layer(self, number: int, layers: int) -> PageToBytes:
+        """The codec of one layer of so many, for caches that keep layers apart.
+
+        Raises:
+            CodecError: if it is one of another number of layers.
+        """
+        return self
+
     def sections(self, layout: PageLayout) -> tuple[int, ...] | None:
         """How bytes of pages coded together lie: a head for all of them, then part by part those of each page.
 
@@ -218,6 +226,10 @@ class Codec:
         """The codec of values where this one is the keys': another one for KIVI, say."""
         return replace(self, writer=self.writer.for_values())
 
+    def of_layer(self, number: int, layers: int) -> Codec:
+        """As of the writer."""
+        return replace(self, writer=self.writer.of_layer(number, layers))
+
     def sections(self, layout: PageLayout) -> tuple[int, ...] | None:
         """As of the writer; None where something packs its bytes."""
         return None if self.packers else self.writer.sections(self._layouts(layout)[-1])
@@ -319,6 +331,10 @@ class KVCodec:
     def __str__(self) -> str:
         alone = self.keys.for_values() == self.values
         return str(self.keys) if alone else f"{self.keys}/{self.values}"
+
+    def of_layer(self, number: int, layers: int) -> KVCodec:
+        """As of both."""
+        return KVCodec(self.keys.of_layer(number, layers), self.values.of_layer(number, layers))
 
     @property
     def lossless(self) -> bool:

@@ -102,6 +102,10 @@ class VidKV(PageToBytes):
         cut = self._cuts(layout)
         return layout.numel // (self.group * cut.heads * cut.width) * sum(self._sizes(cut))
 
+    def sections(self, layout: PageLayout) -> tuple[int, ...]:
+        """Group after group, so page after page."""
+        return 0, self.max_bytes(layout)
+
     def encode(self, page: Tensor) -> np.ndarray:
         """Code group after group.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -95,17 +95,23 @@ class Tiers:
             CompressionError: naming the codec and why.
         """
         for codec in self.codecs:
-            for part, width in zip((codec.keys, codec.values), spec.widths, strict=True):
+            for number in range(spec.layers):
                 try:
-                    part.max_bytes(PageLayout((1, spec.page_tokens, 1, width), spec.dtype))
+                    own = codec.of_layer(number, spec.layers)
+                    for part, width in zip((own.keys, own.values), spec.widths, strict=True):
+                        part.max_bytes(PageLayout((1, spec.page_tokens, 1, width), spec.dtype))
                 except CodecError as error:
                     raise CompressionError(
                         f"codec {codec} cannot hold pages of {spec.page_tokens} tokens of one head: {error}"
                     ) from error
 
+    def of_layer(self, number: int, layers: int) -> Tiers:
+        """With each codec's own of a layer."""
+        return replace(self, codecs=tuple(own.of_layer(number, layers) for own in self.codecs))
+
     def together(self, spec: KVSpec) -> str | None:
         """The codec whose pages, coded together, cannot be decoded apart; None if there is none."""
-        for codec in self.codecs:
+        for codec in self.of_layer(0, spec.layers).codecs:
             for part, width in zip((codec.keys, codec.values), spec.widths, strict=True):
                 if part.sections(PageLayout((spec.page_tokens, 1, width), spec.dtype)) is None:
                     return str(part)
@@ -200,6 +206,12 @@ class PageCoder:
 
     tiers: Tiers
     spec: KVSpec
+
+    @cached_property
+    def layers(self) -> tuple[PageCoder, ...]:
+        """The coder of each layer."""
+        count = self.spec.layers
+        return tuple(PageCoder(self.tiers.of_layer(n, count), self.spec) for n in range(count))
 
     @property
     def widths(self) -> Widths:

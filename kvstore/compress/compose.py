@@ -63,6 +63,10 @@ def page_coder(
             raise CompressionError(
                 f"{own} says what each tier holds, and codec={tiers} too; leave out the shares"
             )
+        if own is not None and own.rule.by_loss and tiers.of_layer(0, spec.layers) != tiers:
+            raise CompressionError(
+                f"{own} spends bits within a layer, and codec={tiers} has each layer's own; use one of the two"
+            )
         if own is None and tiers.ranked:
             raise CompressionError(
                 f"codec={tiers} ranks tokens, and a layer without scorer has no ranks; give it one, or a single codec"

@@ -103,7 +103,7 @@ class LayerKeeper:
         own = [torch.from_numpy(np.flatnonzero(self.shard.own(p))) for p in heads.positions]
         mine = heads.take(own) if self.shard.rule.shards > 1 else heads
         if self.coder is not None:
-            mine = self._code(seq.coded[layer], self.coder, mine)
+            mine = self._code(seq.coded[layer], self.coder.layers[layer], mine)
         places = [self.shard.places(positions) for positions in mine.positions]
         seq.lanes[layer] = self.pool.fill(list(mine.k), list(mine.v), places, mine.received)
         self.pool.release(old)
@@ -148,7 +148,7 @@ class LayerKeeper:
         left = [torch.cat([own[:a], own[a + old :]]) for own, a in zip(index, first, strict=True)]
         last = len(self.coder.tiers.codecs) - 1
         rewind(seq.memory.get(layer, {}), coded.counts(len(first)))
-        self._encode(coded, self.coder, last, held.take(taken))
+        self._encode(coded, self.coder.layers[layer], last, held.take(taken))
         coded.loose -= old
         rest, lanes = held.take(left), seq.lanes[layer]
         places = [self.shard.places(positions) for positions in rest.positions]

@@ -129,7 +129,7 @@ class KeptReader:
             for i in paged:
                 mine = slice(int(indptr[i]), int(indptr[i + 1]))
                 ends = (q[mine], lo[mine], hi[mine], options)
-                part = self.keeper.coder.attend(seqs[i].coded[layer], *ends)
+                part = self.keeper.coder.layers[layer].attend(seqs[i].coded[layer], *ends)
                 if part is not None and mine.stop > mine.start:
                     both = (
                         torch.stack([own[mine].to(lse.dtype), new.to(lse.dtype)])
@@ -144,7 +144,8 @@ class KeptReader:
         """Attend to what the selector chooses of coded and exact pages; None if that is everything."""
         assert self.selector is not None
         assert self.keeper.coder is not None
-        chosen = ChosenReader(self.selector, self.keeper.coder, self.pool, self.spec.layers)
+        coder = self.keeper.coder.layers[layer]
+        chosen = ChosenReader(self.selector, coder, self.pool, self.spec.layers)
         memory = seq.memory.setdefault(layer, {})
         return chosen.attend(
             memory, seq.lanes[layer], seq.coded[layer], layer, q, options, self.shard.rule.shards

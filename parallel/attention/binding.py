@@ -53,6 +53,12 @@ class CacheBinding:
 
     def edits(self) -> list[Edit]:
         """Prepare all of it; nothing for a model of window layers only, whose caches are not cut."""
+        if not self.state.layers and self.store is not None:
+            raise PlanError(
+                f"a store for {type(self.model).__name__}",
+                f"has nothing to hold: every layer sees a window of {self.shape.window} tokens and keeps its own cache",
+                "leave the store out, or make the model with sliding_window=None",
+            )
         if not self.state.layers:
             return []
         self._check_store()

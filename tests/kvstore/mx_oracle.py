@@ -1,12 +1,13 @@
 """Make mx_oracle.safetensors: what torchao 0.18 and ml_dtypes 0.5.4 make of some numbers in MX and NVFP4.
 
-python -m venv oracle && oracle/bin/pip install torch safetensors ml_dtypes==0.5.4
-oracle/bin/pip install --no-deps torchao==0.18.0
-oracle/bin/python tests/kvstore/mx_oracle.py
+`make oracles` makes an environment with them, runs this there and compares with the file that stands beside it.
+
+    .venv-oracles/bin/python tests/kvstore/mx_oracle.py [FILE]
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +67,10 @@ def main() -> None:
         "nvfp4.scales": scales.view(torch.uint8),
         "nvfp4.codes": data,
     }
+    where = Path(__file__).with_suffix(".safetensors")
     save_file(
         {name: part.clone() for name, part in out.items()},
-        Path(__file__).with_suffix(".safetensors"),
+        sys.argv[1] if len(sys.argv) > 1 else where,
     )
 
 

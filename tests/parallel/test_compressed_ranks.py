@@ -186,8 +186,14 @@ def test_kvzip_keeps_over_ranks_what_one_process_keeps() -> None:
 
 def refusals() -> list[str]:
     said = []
-    for plan in ("kvp2 cp2", "cp2", "pp2"):
-        model = tiny("llama")
+    for plan, family in (
+        ("kvp2 cp2", "llama"),
+        ("cp2", "llama"),
+        ("pp2", "llama"),
+        ("tp2", "mistral"),
+        ("kvp2", "mistral"),
+    ):
+        model = tiny(family)
         spec = KVSpec(2, 4, 8, page_tokens=4, dtype=torch.float64)
         try:
             parallelize(model, plan, store=CompressedStore(spec, "knorm"))
@@ -199,4 +205,5 @@ def refusals() -> list[str]:
 
 def test_what_cannot_be_is_said_on_every_rank() -> None:
     for said in run_world(refusals, 2):
-        assert all("CompressedStore" in one for one in said), said
+        assert all("CompressedStore" in one for one in said[:3]), said
+        assert all("every layer sees a window of 7 tokens" in one for one in said[3:]), said

@@ -1,19 +1,22 @@
 """Make kvpress_scores.safetensors: what kvpress 0.5.5 scores and keeps on a random Llama.
 
-kvpress pins an older transformers, so it lives in an environment of its own:
+kvpress pins an older transformers, so it lives in an environment of its own: `make oracles` makes it, runs this there
+and compares with the file that stands beside it.
 
-    python -m venv oracle && oracle/bin/pip install torch kvpress==0.5.5 transformers==5.2.0
-    oracle/bin/python tests/kvstore/compress/kvpress_scores.py
+    .venv-oracles/bin/python tests/kvstore/compress/kvpress_scores.py [FILE]
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 TOKENS, KEEP = 120, 30
+LAYERS, WINDOW, THRESHOLD = 7, 10, -0.55  # of the pyramid; of the threshold on KeyDiff
 
 
 def main() -> None:
@@ -55,6 +58,12 @@ def main() -> None:
         "critical": kvpress.CriticalKVPress(kvpress.SnapKVPress(ratio, window_size=16)),
     }
     saved = {"frequencies": model.model.rotary_emb.inv_freq}
+    pyramid = kvpress.PyramidKVPress(ratio, window_size=1)
+    stand_in = [
+        SimpleNamespace(config=SimpleNamespace(num_hidden_layers=LAYERS), layer_idx=n)
+        for n in range(LAYERS)
+    ]
+    saved["pyramid"] = torch.tensor([pyramid.get_layer_budget(m, TOKENS) for m in stand_in])
     for number, (hidden, weights, turn) in seen.items():
         module = model.model.layers[number].self_attn
         k, v = cache.layers[number].keys, cache.layers[number].values
@@ -67,8 +76,37 @@ def main() -> None:
             kwargs = {"position_embeddings": turn}
             scores = press.score(module, hidden, k, v, seen_by, kwargs)
             saved[f"{number}.score.{name}"] = scores
+        saved |= {f"{number}.kept.{n}": x for n, x in masks(module, hidden, cache, turn).items()}
     plain = {name: x.detach().float().clone().contiguous() for name, x in saved.items()}
-    save_file(plain, Path(__file__).with_suffix(".safetensors"))
+    where = Path(__file__).with_suffix(".safetensors")
+    save_file(plain, sys.argv[1] if len(sys.argv) > 1 else where)
+
+
+def masks(module: Any, hidden: Any, cache: Any, turn: Any) -> dict[str, torch.Tensor]:
+    """What presses that mask leave to be seen. Shape: `[batch, kv_heads, tokens]`"""
+    import kvpress  # pyright: ignore[reportMissingImports]
+
+    k, v = cache.layers[module.layer_idx].keys, cache.layers[module.layer_idx].values
+    kwargs = {"position_embeddings": turn}
+    own = kvpress.AdaKVPress(kvpress.SnapKVPress(1 - KEEP / TOKENS, window_size=16))
+    dms = kvpress.DMSPress(kvpress.KeyDiffPress(), THRESHOLD, WINDOW)
+    place = torch.arange(TOKENS)
+    more = {"hidden_states": hidden, "past_key_values": cache, "cache_position": place, **kwargs}
+    module.config._attn_implementation = (
+        "sdpa"  # what masks refuses eager, which is what gives weights
+    )
+    out = {}
+    for name, run in (
+        ("ada", lambda: own.compress(module, hidden, k, v, None, kwargs)),
+        ("threshold", lambda: dms.forward_hook(module, [], more, [])),
+    ):
+        module.masked_key_indices = None
+        run()
+        out[name] = torch.ones(k.shape[:3], dtype=torch.float64)
+        out[name][tuple(module.masked_key_indices)] = 0
+    module.masked_key_indices = None
+    module.config._attn_implementation = "eager"
+    return out
 
 
 if __name__ == "__main__":

@@ -105,6 +105,22 @@ def test_streaming_codes_what_one_call_codes(codec) -> None:
         assert all(torch.equal(other[at], runs[0][at]) for at in other)
 
 
+def test_layers_have_bits_of_their_own() -> None:
+    """As if each layer were in a store of its own codec."""
+    k, v, q = drawn(60)
+    outs = [
+        fed(CompressedStore(SPEC, "knorm:budget=1.0", codec=exact(codec, tail=8)), k, v, q, [50, *[1] * 9])[1]
+        for codec in ("adaquant:bits=8-2,group=8/int4:group=8", "int8/int4:group=8", "int2:group=8/int4:group=8")
+    ]  # fmt: skip
+    for own, first, second in zip(*(out[2:] for out in outs), strict=True):
+        assert torch.equal(own, first) or torch.equal(own, second)
+    assert torch.equal(outs[0][-2], outs[1][-2])
+    assert torch.equal(outs[0][-1], outs[2][-1])
+    assert not torch.equal(outs[1][-1], outs[2][-1])
+    with pytest.raises(CompressionError, match="are those of 3 layers, and there are 2"):
+        CompressedStore(SPEC, "knorm", codec="adaquant:bits=8-2-2,group=8")
+
+
 def test_tiers_hold_the_best_exactly() -> None:
     scores = torch.arange(100.0).flip(0)
     tiers = Tiers.parse("none@0.1|int8@0.5|int2", tail=4)

@@ -89,6 +89,36 @@ def test_scores_and_kept_tokens_are_kvpress(
         assert torch.equal(torch.stack(kept), want.sort().values)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_rules_keep_what_kvpress_keeps(saved: dict[str, Tensor], layer: int) -> None:
+    """AdaKV's heads compete for a layer's tokens; a threshold keeps what is worth it."""
+    view = view_of(saved, layer)
+    for name, scorer, rule in (
+        ("ada", SnapKV(window=16), Ada()),
+        ("threshold", KeyDiff(), Threshold(tau=-0.55, window=10)),
+    ):
+        scores, want = scorer.score(view, KEEP), saved[f"{layer}.kept.{name}"]
+        for row, own in zip(scores, want, strict=True):
+            own_scores = row.clone()
+            own_scores[:, len(own_scores[0]) - rule.newest :] = float("inf") if rule.newest else 0
+            kept = keep_best(own_scores, rule.allot(own_scores, KEEP, layer, 2))
+            found = torch.zeros_like(own)
+            for head, tokens in enumerate(kept):
+                found[head, tokens] = 1
+            assert torch.equal(found, own), name
+            assert own.sum(1).unique().numel() > 1, "heads keep different numbers"
+
+
+def test_the_pyramid_is_kvpress_but_for_what_rounding_loses(saved: dict[str, Tensor]) -> None:
+    theirs = saved["pyramid"].long()
+    score = torch.zeros(1, 120)
+    ours = torch.cat(
+        [Pyramid(window=0).allot(score, KEEP, n, len(theirs)) for n in range(len(theirs))]
+    )
+    assert (ours - theirs).abs().max() <= 1
+    assert int(ours.sum()) == KEEP * len(theirs)
+
+
 def test_columns_are_the_sum_of_all_rows(saved: dict[str, Tensor]) -> None:
     view = view_of(saved, 0)
     assert view.q is not None
