@@ -197,6 +197,34 @@ def test_a_second_prompt_is_chosen_among_with_what_was_kept() -> None:
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        "snapkv:window=4,budget=0.4,rule=(ada:floor=0.2)",
+        "h2o:budget=9,every=2",
+        "lagkv:lag=5,sinks=1,budget=0.5",
+    ],
+)
+def test_padding_and_neighbours_change_nothing(scorer) -> None:
+    """A row of a padded batch keeps the tokens that it keeps alone, without padding."""
+    model, (ids, mask) = model_of("llama"), batch()
+
+    def kept(ids, mask):
+        store = compressed_store(model, scorer, page_tokens=4)
+        with CompressedCache(store, ids, mask) as cache:
+            run(model, ids, mask, cache, new=6)
+            cache.commit()
+            read = store.pool.read
+            return [
+                [read(lanes, head)[2].tolist() for lanes in seq.lanes for head in range(4)]
+                for seq in cache.seqs
+            ]
+
+    together = kept(ids, mask)
+    for row, pad in enumerate((0, 7, 3)):
+        assert kept(ids[row : row + 1, pad:], None) == together[row : row + 1]
+
+
 def test_memory_is_freed_layer_by_layer() -> None:
     """A prompt never stands in pages as a whole, and what stays is what the budget says."""
     model, ids = model_of("llama"), tokens(2, 200)
