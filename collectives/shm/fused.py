@@ -264,4 +264,4 @@ def run(
     return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and ways.py and norms.py ce094176
+# inlines memory.py and steps.py and stores.py and ways.py and norms.py adb62b2b

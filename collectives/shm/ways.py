@@ -38,7 +38,10 @@ CLASSES = 12  # of sizes, each twice the one before; the last one has no end
 # words of a class: how often it was chosen in, what all ranks hold to be cheapest, cycles for a KB by each way
 CALLS, BEST, COST = range(3)
 CLASS_WORDS = COST + 3
-TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count
+TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count;
+LONG = (
+    2 << 20
+)  # from so many bytes half of these, for one call of many steps goes through both sets of slots
 RETRY = 512  # calls from one trial to the next
 BITS = 21  # of a header's word for what a way costs
 
@@ -71,15 +74,16 @@ def choose(state, kind, count, ways, timed):
         return
     number = state[words + CALLS]
     state[words + CALLS] += 1
-    turn = number % RETRY
-    if number < TRIAL * ways:
-        state[WAY] = number // TRIAL
-        turn %= TRIAL
-    elif turn < TRIAL:
+    turn, half = number % RETRY, 2 if count >= LONG else 1
+    trial = TRIAL // half
+    if number < trial * ways:
+        state[WAY] = number // trial
+        turn %= trial
+    elif turn < trial:
         state[WAY] = (state[WAY] + 1 + number // RETRY % (ways - 1)) % ways
     else:
-        turn -= TRIAL
-    state[NOTED] = turn >= SETTLING
+        turn -= trial
+    state[NOTED] = turn >= SETTLING // half
     state[WAY_WORDS], state[SIZE], state[BEGAN] = words, count, cycles()
 
 

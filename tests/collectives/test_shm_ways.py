@@ -28,6 +28,7 @@ from plait.collectives.shm.ways import (
     COST,
     EXCHANGE,
     LEAST,
+    LONG,
     ONE,
     PAST,
     RETRY,
@@ -111,13 +112,18 @@ def test_a_change_of_the_machine_is_found_at_the_next_trial() -> None:
     assert found[-1] == PAST, "what became dear is left at once"
 
 
-def test_the_first_calls_of_a_trial_do_not_count() -> None:
+@pytest.mark.parametrize(
+    ("count", "expected"), [(SIZE, [0, 0, 1, 1]), (LONG - 1, [0, 0, 1, 1]), (LONG, [0, 1])]
+)
+def test_the_first_calls_of_a_trial_do_not_count(count: int, expected: list[int]) -> None:
     states, _ = world(1)
-    counted = []
-    for _ in range(2 * TRIAL):
-        ways.choose(states[0], EXCHANGE, SIZE, 2, True)
+    counted, taken = [], []
+    for _ in range(2 * len(expected)):
+        ways.choose(states[0], EXCHANGE, count, 2, True)
         counted.append(int(states[0][NOTED]))
-    assert counted == [0, 0, 1, 1] * 2
+        taken.append(int(states[0][WAY]))
+    assert counted == expected * 2
+    assert taken == [PAST] * len(expected) + [THROUGH] * len(expected)
 
 
 def test_one_interruption_is_doubted() -> None:
