@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import Variant, kernel, run_on
 from .gpu.ptx import f32, u32, u64
 from .gpu.rows import row_functions
 from .gpu.vectors import VECTORS
@@ -82,6 +82,5 @@ def add_norm_cuda(
         for t in (x, residual)
     )
     normed, total = torch.empty_like(x), torch.empty_like(x)
-    variant, grid, args = norm_launch(x, residual, weight, bias, eps, normed, total)
-    variant.launch(grid, *args)
+    run_on(norm_launch(x, residual, weight, bias, eps, normed, total), x)
     return normed, total

@@ -25,6 +25,7 @@ from .block_runs import (
     widen_codes,
     worst_of_blocks,
 )
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .minifloats import MINIFLOATS, float16_of, rounding_of
@@ -162,8 +163,7 @@ def quantise_mx_cuda(x: Tensor, form: str, rule: str) -> tuple[Tensor, Tensor]:
         return by_way_of_host(quantise_mx, [x], form, rule)
     scales, codes = rooms(x, MX_BLOCK, MINIFLOATS[form].bits)
     lift = lift_of(rule, MINIFLOATS[form].mantissa_bits)
-    variant, grid, args = quantise_mx_launch(x, form, lift, scales, codes)
-    variant.launch(grid, *args)
+    run_on(quantise_mx_launch(x, form, lift, scales, codes), x)
     return scales, codes
 
 
@@ -176,8 +176,7 @@ def dequantise_mx_cuda(
     x = c.new_empty(c.shape[0], width, dtype=dtype)
     if not fits(x, c, serves(dtype, width, MX_BLOCK)):
         return by_way_of_host(dequantise_mx, [s, c], form, width, dtype)
-    variant, grid, args = dequantise_mx_launch(s, c, form, x)
-    variant.launch(grid, *args)
+    run_on(dequantise_mx_launch(s, c, form, x), c)
     return x
 
 

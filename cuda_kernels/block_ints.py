@@ -23,6 +23,7 @@ from .block_runs import (
     widen_all,
     worst_of_blocks,
 )
+from .gpu.kernel import run_on
 from .halves import narrow_result
 from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .numbers import bits_of
@@ -176,8 +177,7 @@ def quantise_blocks_cuda(x: Tensor, bits: int, size: int) -> tuple[Tensor, Tenso
     if not fits(x, x, serves(x.dtype, x.shape[-1], bits, size)):
         return by_way_of_host(quantise_blocks, [x], bits, size)
     scales, codes = rooms(x, size, bits)
-    variant, grid, args = quantise_blocks_launch(x, bits, size, scales, codes)
-    variant.launch(grid, *args)
+    run_on(quantise_blocks_launch(x, bits, size, scales, codes), x)
     return scales, codes
 
 
@@ -190,8 +190,7 @@ def dequantise_blocks_cuda(
     x = c.new_empty(c.shape[0], width, dtype=dtype)
     if not fits(x, c, serves(dtype, width, bits, size)):
         return by_way_of_host(dequantise_blocks, [s, c], bits, size, width, dtype)
-    variant, grid, args = dequantise_blocks_launch(s, c, bits, size, x)
-    variant.launch(grid, *args)
+    run_on(dequantise_blocks_launch(s, c, bits, size, x), c)
     return x
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .decode_choice import served_shape, splits_for
+from .gpu.kernel import run_on
 from .gpu.page_forms import FORMS, PageForm, row_bytes, scale_bytes, whole_scale
 from .gpu.toolchain import usable
 from .merge import merge_states
@@ -137,10 +138,10 @@ def coded_attention_cuda(
         )  # fmt: skip
     integers = [t.int().contiguous() for t in (q_indptr, kv_indptr, kv_indices, lo, hi)]
     splits = splits_for(q.device, q_indptr, kv_indices, page_tokens, kv_heads)
-    variant, grid, args, o, lse = coded_launch(
+    *launch, o, lse = coded_launch(
         q.contiguous(), k, v, page_tokens, kv_heads, integers, scale, softcap, splits
     )
-    variant.launch(grid, *args)
+    run_on(launch, q)
     merged, merged_lse = merge_states(o, lse)
     return merged.to(q.dtype), merged_lse
 

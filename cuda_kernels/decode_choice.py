@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .latent_decode import latent_launch, served_latent
 from .merge import merge_states
@@ -82,8 +83,8 @@ def paged_attention_cuda(
     else:
         splits = splits_for(q.device, q_indptr, kv_indices, page_tokens, kv_heads)
         made = decode_launch(q, k_pages, v_pages, integers, scale, softcap, splits)
-    variant, grid, args, o, lse = made
-    variant.launch(grid, *args)
+    *launch, o, lse = made
+    run_on(launch, q)
     merged, merged_lse = merge_states(o, lse)
     return merged.to(q.dtype), merged_lse
 

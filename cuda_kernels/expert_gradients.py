@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import Variant, kernel, run_on
 from .gpu.ptx import f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
@@ -129,8 +129,8 @@ def _(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tenso
     if not (cuda_serves(grad) and cuda_serves(rows, weights) and usable()):
         return _gradients(grad, rows, order, weights)
     of_rows, dots = rows.new_empty(rows.shape), rows.new_empty(len(order), dtype=torch.float32)
-    variant, grid, args, _kept = gradients_launch(grad, rows, order, weights, of_rows, dots)
-    variant.launch(grid, *args)
+    *launch, _kept = gradients_launch(grad, rows, order, weights, of_rows, dots)
+    run_on(launch, grad)
     of_weights = weights.new_zeros(weights.numel()).index_add(0, order, dots)
     return of_rows, of_weights.view_as(weights)
 

@@ -25,7 +25,7 @@ from .expert_gradients import (
     unpermute_rows_gradients_op,
 )
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import Variant, kernel, run_on
 from .gpu.ptx import f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
@@ -188,8 +188,8 @@ def _add_rows_cuda(
     ):
         return _add_rows(rows, order, weights, tokens, top_k)
     out = rows.new_empty((tokens, rows.shape[1]))
-    variant, grid, args, _kept = combine_launch(rows, order, weights, out, top_k)
-    variant.launch(grid, *args)
+    *launch, _kept = combine_launch(rows, order, weights, out, top_k)
+    run_on(launch, rows)
     return out
 
 

@@ -19,6 +19,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .hadamard_gpu import rotate_launch, serves
 from .halves import narrow, widen
@@ -188,8 +189,7 @@ def rotate_cuda(x: Tensor, seed: int, inverse: bool) -> Tensor:
     if not fits or not x.numel() or not usable():
         return by_way_of_host(rotate, [x], seed, inverse)
     out = torch.empty_like(x)
-    variant, grid, args = rotate_launch(x, signs_on(width, seed, x.device), inverse, out)
-    variant.launch(grid, *args)
+    run_on(rotate_launch(x, signs_on(width, seed, x.device), inverse, out), x)
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import four_bits, int_channels_gpu, int_groups_gpu, two_bits
 from .bits import TILE, pack_tiles, packed_width, unpack_tiles
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import narrow, narrow_result, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
@@ -349,8 +350,7 @@ def quantise_groups_cuda(
     codes, scales, lows = _room(x, bits, group, channels)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     choose = int_channels_gpu.quantise_launch if channels else int_groups_gpu.quantise_launch
-    variant, grid, args = choose(x, bits, group, codes, scales, lows, flag)
-    variant.launch(grid, *args)
+    run_on(choose(x, bits, group, codes, scales, lows, flag), x)
     if bool(flag):
         raise ValueError(CANNOT)
     return codes, scales, lows
@@ -368,8 +368,7 @@ def dequantise_groups_cuda(
     if not _fits(x, bits, group, channels) or not aligned or not codes.numel() or not usable():
         return by_way_of_host(dequantise_groups, [c, s, low], bits, group, channels, width, dtype)
     choose = int_channels_gpu.dequantise_launch if channels else int_groups_gpu.dequantise_launch
-    variant, grid, args = choose(c, s, low, bits, group, x)
-    variant.launch(grid, *args)
+    run_on(choose(c, s, low, bits, group, x), c)
     return x
 
 

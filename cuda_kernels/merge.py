@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .exp import exp_rows
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import Variant, kernel, run_on
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
@@ -304,8 +304,7 @@ def merge_cuda(
     o, lse = o.contiguous(), lse.contiguous()
     logits = None if sink is None else sink.float().contiguous()
     merged, merged_lse = o.new_empty(o.shape[1:]), lse.new_empty(lse.shape[1:])
-    variant, grid, args = merge_launch(o, lse, logits, merged, merged_lse)
-    variant.launch(grid, *args)
+    run_on(merge_launch(o, lse, logits, merged, merged_lse), o)
     return merged, merged_lse
 
 

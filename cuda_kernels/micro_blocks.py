@@ -15,6 +15,7 @@ from .block_floats import fits, rooms
 from .block_ints import NAN_SCALE, fields_of
 from .block_ints_gpu import MICRO_BLOCK, dequantise_micro_launch, quantise_micro_launch, serves
 from .block_runs import RUN, pack_blocks, power, spread, unpack_blocks
+from .gpu.kernel import run_on
 from .halves import narrow_result
 from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .numbers import bits_of
@@ -189,8 +190,7 @@ def quantise_micro_cuda(x: Tensor, magnitude: int) -> tuple[Tensor, Tensor, Tens
     if not fits(x, x, serves(x.dtype, x.shape[-1], magnitude + 1, MICRO_BLOCK)):
         return by_way_of_host(quantise_micro, [x], magnitude)
     parts = _rooms(x, magnitude)
-    variant, grid, args = quantise_micro_launch(x, magnitude, *parts)
-    variant.launch(grid, *args)
+    run_on(quantise_micro_launch(x, magnitude, *parts), x)
     return parts
 
 
@@ -203,9 +203,8 @@ def dequantise_micro_cuda(
     x = codes.new_empty(codes.shape[0], width, dtype=dtype)
     if not fits(x, c, serves(dtype, width, magnitude + 1, MICRO_BLOCK)):
         return by_way_of_host(dequantise_micro, [s, p, c], magnitude, width, dtype)
-    variant, grid, args = dequantise_micro_launch(s, p, c, magnitude, x)
-    variant.launch(grid, *args)
+    run_on(dequantise_micro_launch(s, p, c, magnitude, x), c)
     return x
 
 
-# inlines block_ints.py and block_runs.py and halves.py 0c955ea4
+# inlines block_ints.py and block_runs.py and halves.py 9bc7188f

@@ -23,6 +23,7 @@ from .block_runs import (
     widen_codes,
     worst_of_blocks,
 )
+from .gpu.kernel import run_on
 from .host import by_way_of_host, coded_on_host, decoded_on_host
 from .minifloats import float16_of, round_to, rounding_of, widen_code
 from .numbers import bits_of
@@ -211,8 +212,7 @@ def quantise_nvfp4_cuda(x: Tensor, whole: float, both: bool) -> tuple[Tensor, Te
     if not fits(x, x, serves(x.dtype, x.shape[-1], NVFP4_BLOCK)):
         return by_way_of_host(quantise_nvfp4, [x], whole, both)
     scales, codes = rooms(x, NVFP4_BLOCK, 4)
-    variant, grid, args = quantise_nvfp4_launch(x, whole, nvfp4_lift(whole), both, scales, codes)
-    variant.launch(grid, *args)
+    run_on(quantise_nvfp4_launch(x, whole, nvfp4_lift(whole), both, scales, codes), x)
     return scales, codes
 
 
@@ -225,8 +225,7 @@ def dequantise_nvfp4_cuda(
     x = c.new_empty(c.shape[0], width, dtype=dtype)
     if not fits(x, c, serves(dtype, width, NVFP4_BLOCK)):
         return by_way_of_host(dequantise_nvfp4, [s, c], whole, width, dtype)
-    variant, grid, args = dequantise_nvfp4_launch(s, c, whole, x)
-    variant.launch(grid, *args)
+    run_on(dequantise_nvfp4_launch(s, c, whole, x), c)
     return x
 
 

@@ -17,6 +17,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
+from .gpu.kernel import run_on
 from .gpu.pieces import piece_bytes
 from .gpu.toolchain import usable
 from .merge import direct
@@ -123,8 +124,7 @@ def _copy_cuda(to: Regions, to_pages: Tensor, of: Regions, of_pages: Tensor) -> 
     size = piece_bytes([*to.table.ravel().tolist(), *of.table.ravel().tolist()])
     tables = to.table_on(device), of.table_on(device)
     pages = pages_on(device, to_pages), pages_on(device, of_pages)
-    variant, grid, args = copy_pages_launch(*tables, *pages, size, int(to.table[:, 2].max()))
-    variant.launch(grid, *args)
+    run_on(copy_pages_launch(*tables, *pages, size, int(to.table[:, 2].max())), tables[0])
 
 
 def copy_pages(
@@ -211,8 +211,7 @@ def _(region: Tensor, slots: Tensor, rows: Tensor) -> None:
         write_tokens_reference(region, slots.to(region.device), rows.to(region.device))
         return
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    variant, grid, args = write_tokens_launch(region, pages_on(region.device, slots), rows)
-    variant.launch(grid, *args)
+    run_on(write_tokens_launch(region, pages_on(region.device, slots), rows), region)
 
 
 def _write_direct(region: Tensor, slots: np.ndarray, rows: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import widen
 from .merge import direct
@@ -105,8 +106,7 @@ def _(
         summarise_reference(keys, pages, first, stop, unit, shift, low, high)
         return
     held = pages.to(keys.device, torch.int32).contiguous()
-    variant, grid, args = summarise_launch(keys, held, first, stop, unit, shift, low, high)
-    variant.launch(grid, *args)
+    run_on(summarise_launch(keys, held, first, stop, unit, shift, low, high), keys)
 
 
 @summarise_op.register_fake

@@ -11,6 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import narrow_result, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
@@ -156,8 +157,7 @@ def quantise_scaled_cuda(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         return by_way_of_host(quantise_scaled, [x], whole)
     scales, codes = _rooms(x, whole)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    variant, grid, args = quantise_launch(x, whole, scales, codes, flag)
-    variant.launch(grid, *args)
+    run_on(quantise_launch(x, whole, scales, codes, flag), x)
     if bool(flag):
         raise ValueError(CANNOT)
     return scales, codes
@@ -173,8 +173,7 @@ def dequantise_scaled_cuda(
     if not fits or not c.numel() or not usable():
         return by_way_of_host(dequantise_scaled, [s, c], whole, dtype)
     x = torch.empty_like(c, dtype=dtype)
-    variant, grid, args = dequantise_launch(s, c, whole, x)
-    variant.launch(grid, *args)
+    run_on(dequantise_launch(s, c, whole, x), c)
     return x
 
 

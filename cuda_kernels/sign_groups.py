@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from .bits import pack_into, unpack_into
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import narrow, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
@@ -192,10 +193,8 @@ def quantise_signs_cuda(x: Tensor, three: bool) -> tuple[Tensor, Tensor]:
     if not _fits(x, scales, codes):
         return by_way_of_host(quantise_signs, [x], three)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    for variant, grid, args in (
-        sizes_launch(x, scales, flag), code_launch(x, three, scales, codes),
-    ):  # fmt: skip
-        variant.launch(grid, *args)
+    run_on(sizes_launch(x, scales, flag), x)
+    run_on(code_launch(x, three, scales, codes), x)
     if bool(flag):
         raise ValueError(CANNOT)
     return scales, codes
@@ -210,8 +209,7 @@ def dequantise_signs_cuda(
     x = codes.new_empty(scales.shape[0], group, scales.shape[1], dtype=dtype)
     if not _fits(x, s, c):
         return by_way_of_host(dequantise_signs, [s, c], group, three, dtype)
-    variant, grid, args = widen_launch(s, c, three, x)
-    variant.launch(grid, *args)
+    run_on(widen_launch(s, c, three, x), c)
     return x
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .gpu import ptx
-from .gpu.kernel import Variant, kernel
+from .gpu.kernel import Variant, kernel, run_on
 from .gpu.pieces import movers, piece_bytes
 from .gpu.ptx import i32, u32, u64
 from .gpu.toolchain import usable
@@ -115,8 +115,7 @@ def _(x: Tensor) -> Tensor:
     found = copy_launch(x, out, True) if usable() else None
     if found is None:
         return out.copy_(x)
-    variant, grid, args = found
-    variant.launch(grid, *args)
+    run_on(found, x)
     return out
 
 
@@ -138,8 +137,7 @@ def _(packed: Tensor, into: Tensor) -> None:
     if found is None:
         into.copy_(packed)
         return
-    variant, grid, args = found
-    variant.launch(grid, *args)
+    run_on(found, into)
 
 
 @unpack_op.register_fake

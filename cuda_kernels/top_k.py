@@ -13,6 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import widen
 from .merge import direct
@@ -208,8 +209,7 @@ def _(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
         return top_k_reference(x, k)
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], k, dtype=torch.int64)
     held = None if hint is None else hint.to(x.device, torch.int64).contiguous()
-    variant, grid, args = top_k_launch(x, k, held, out)
-    variant.launch(grid, *args)
+    run_on(top_k_launch(x, k, held, out), x)
     return out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .bits import pack_tiles, packed_width, unpack_tiles
 from .block_runs import power
+from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .hadamard import LANES, load_rows, plan_of, rotation_signs, store_rows, turn, turn_back
 from .halves import narrow, widen
@@ -247,8 +248,7 @@ def quantise_turbo_cuda(x: Tensor, bits: int, seed: int) -> tuple[Tensor, Tensor
         return by_way_of_host(quantise_turbo, [x], bits, seed)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     table = table_on(x.shape[1], seed, tuple(lloyd_max(bits)[1].tolist()), x.device)
-    variant, grid, args = quantise_launch(x, table, bits, norms, codes, flag)
-    variant.launch(grid, *args)
+    run_on(quantise_launch(x, table, bits, norms, codes, flag), x)
     if bool(flag):
         raise ValueError(CANNOT)
     return norms, codes
@@ -264,9 +264,8 @@ def dequantise_turbo_cuda(
     if not _fits(x, c, bits) or norms.dtype != half_of(dtype):
         return by_way_of_host(dequantise_turbo, [n, c], bits, seed, width, dtype)
     table = table_on(width, seed, tuple(lloyd_max(bits)[0].tolist()), c.device)
-    variant, grid, args = dequantise_launch(n, c, table, bits, x)
-    variant.launch(grid, *args)
+    run_on(dequantise_launch(n, c, table, bits, x), c)
     return x
 
 
-# inlines block_runs.py and hadamard.py and halves.py and turbo_gpu.py 60a014b7
+# inlines block_runs.py and hadamard.py and halves.py and turbo_gpu.py ec403056

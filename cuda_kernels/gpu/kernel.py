@@ -64,6 +64,13 @@ class Variant:
         told = " ".join(f"{key}={_short(value)}" for key, value in self.constants.items())
         return f"{self.kernel.name} {told} threads={self.threads}"
 
+    @property
+    def whole_name(self) -> str:
+        """Everything that tells it from other variants: `name` is for people, and shortens."""
+        return (
+            f"{self.kernel.build.__module__} {self.kernel.name} {self.constants!r} {self.threads}"
+        )
+
     def launch(self, grid: int | tuple[int, ...], *args: float) -> None:
         """Start it on torch's current device and stream; compiles at the first call on a device."""
         device = torch.cuda.current_device()
@@ -82,6 +89,13 @@ class Variant:
         from .numba_cuda import compile_to_ptx
 
         return compile_to_ptx(self.body, self.arguments, arch, self.threads)
+
+
+def run_on(launch: Sequence[Any], near: torch.Tensor) -> None:
+    """Start variant, grid and arguments on the device of a tensor, whichever is current."""
+    variant, grid, args = launch
+    with torch.cuda.device_of(near):
+        variant.launch(grid, *args)
 
 
 def kernel(

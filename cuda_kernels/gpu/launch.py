@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ptx.words import TYPES
+from .ptx_cache import compiled
 from .toolchain import CudaToolchainError, require
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def load(variant: Variant, device: int) -> Loaded:
             "call it once before capturing"
         )
     _core().Device(device).set_current()
-    text = variant.to_ptx(torch.cuda.get_device_capability(device))
+    arch = torch.cuda.get_device_capability(device)
+    text = compiled(variant.whole_name, arch, lambda: variant.to_ptx(arch))
     entry = re.search(r"\.visible \.entry (\w+)", text)
     assert entry is not None
     handle = (

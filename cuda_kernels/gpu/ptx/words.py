@@ -1,7 +1,7 @@
 """The words of a CUDA kernel: each is one PTX instruction (or a few), and a Python function that simulates it.
 
 A kernel is a Python function over these words. Called in Python, under `simulator.run`, it is simulated; a back end
-(`numba_cuda.py`, `numba_mlir.py`) compiles it by replacing each word with the template that stands beside it.
+(`numba_cuda.py`) compiles it by replacing each word with the template that stands beside it.
 Nothing in this file needs CUDA, and no kernel needs another way to say PTX.
 
 In kernels write `f32(0.5)`, never `0.5` (a float64); `while` loops over i32, never `range` with a stride; shifts,
