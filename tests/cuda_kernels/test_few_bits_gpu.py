@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-import types
-
 import numpy as np
 import pytest
 import torch
 
+from mutated import mutated
 from plait.cuda_kernels import (
     block_ints,
     block_ints_gpu,
@@ -217,12 +214,7 @@ def test_operators_know_their_shapes() -> None:
     ],
 )  # fmt: skip
 def test_a_mutated_kernel_is_noticed(module, old, new, check, monkeypatch) -> None:
-    source = inspect.getsource(module)
-    assert old in source
-    changed = types.ModuleType(module.__name__ + "_mutated")
-    changed.__package__ = module.__package__
-    sys.modules[changed.__name__] = changed
-    exec(compile(source.replace(old, new), "", "exec"), changed.__dict__)
+    changed = mutated(module, old, new)
     monkeypatch.setitem(globals(), module.__name__.rpartition(".")[2], changed)
     test, *args = check
     with pytest.raises(AssertionError):
