@@ -15,6 +15,11 @@ from torch.futures import Future
 PATIENCE = 100  # turns of yielding the processor before a waiting kernel returns to Python
 
 
+def longest_nap(waited: float) -> float:
+    """Say how long a wait may sleep at once: a millisecond; a twentieth of long waits, for every look has its cost."""
+    return min(1e-2, max(1e-3, waited / 20))
+
+
 class Driver(Protocol):
     """Who moves pending work on."""
 
@@ -76,14 +81,16 @@ class Pending(dist.Work):
             PeerLost: a rank it needs is gone, or did not come within the group's timeout.
             TimeoutError: it is not done after `timeout`; it goes on.
         """
-        nap = 0.0
-        end = time.monotonic() + timeout.total_seconds() if timeout else None
+        nap, since = 0.0, time.monotonic()
+        end = since + timeout.total_seconds() if timeout else None
         while not self._done:
             moved = self._driver.drive(PATIENCE)
             if not self._done:
-                if end is not None and time.monotonic() > end:
+                now = time.monotonic()
+                if end is not None and now > end:
                     raise TimeoutError(f"{self.what} is not done after {timeout}")
-                nap = 0.0 if moved else min(1e-3, nap * 1.3 + 1e-5)
+                since = now if moved else since
+                nap = 0.0 if moved else min(longest_nap(now - since), nap * 1.3 + 1e-5)
                 time.sleep(nap)
         if self._error is not None:
             raise self._error
