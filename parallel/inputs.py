@@ -38,7 +38,9 @@ def refuse_inputs(values: dict[str, Any], vocabulary: int, stages: int) -> None:
     tokens = given_tokens(values)
     assert tokens is not None
     if tokens.numel() == 0:
-        raise PlanError(f"an input of {list(tokens.shape)}", "has no tokens", "give at least one")
+        raise PlanError(
+            f"an input of {list(tokens.shape)}", "has no tokens", "give at least one token"
+        )
     if isinstance(labels, Tensor):
         if labels.numel() != tokens.shape[0] * tokens.shape[1]:
             raise PlanError(
