@@ -265,6 +265,12 @@ class Pipeline(Choice):
         if few and self.schedule == "1f1b":
             because = f"with 1f1b needs at least {self.size} microbatches, not {self.microbatches}"
             return because, f"use microbatches >= {self.size}, or schedule gpipe"
+        rounds = (self.microbatches or self.size) // self.size
+        if self.schedule in {"interleaved", "zero-bubble"} and rounds > 1:
+            rest = (self.microbatches or self.size) % rounds
+            if rest:
+                because = f"with {self.schedule} takes microbatches in rounds of one size, not {self.microbatches}"
+                return because, f"use microbatches={self.size * rounds}"
         return None
 
 

@@ -47,6 +47,8 @@ class ShardParameters:
 
     def apply(self) -> None:
         experts = {e.module.get_parameter(e.name) for e in self.sums if e.over_dp}
+        # of experts that are modules another rank's are empty here; FSDP2 takes nothing empty
+        left = experts | {p for p in self.model.parameters() if not p.numel()}
         layers = sharding_units(self.model)
         units = [*layers, *(ends_of(self.model, layers) if self.staged else [self.model])]
         self._handles += [unit.register_forward_hook(own_outputs) for unit in units]
@@ -55,7 +57,7 @@ class ShardParameters:
             (module, name, p)
             for module in self.model.modules()
             for name, p in module._parameters.items()
-            if p is not None and p not in experts
+            if p is not None and p not in left
         ]
         for p in experts:
             self._handles.append(hook_gradient(p, lambda g: g / self.mesh.size()))
@@ -66,7 +68,7 @@ class ShardParameters:
                 unit,
                 mesh=self.mesh,
                 mp_policy=policy,
-                ignored_params=experts,
+                ignored_params=left,
                 reshard_after_forward=True if self.staged else None,
             )
             made.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum

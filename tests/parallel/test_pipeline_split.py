@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import FAMILIES, tiny
-from plait.parallel import Pipeline, PlanError
+from plait.parallel import Pipeline, Plan, PlanError
 from plait.parallel.labels import item_count
 from plait.parallel.pipeline.microbatches import microbatches
 from plait.parallel.pipeline.split import balanced, split_of
@@ -62,6 +62,13 @@ def test_every_parameter_has_its_stage(family: str, schedule: str) -> None:
 def test_too_few_layers() -> None:
     with pytest.raises(PlanError, match="pp <= 1"):
         split_of(tiny("llama", layers=3), Pipeline(2, schedule="interleaved"))
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
+def test_rounds_of_uneven_size_are_refused(schedule: str) -> None:
+    Plan.parse(f"pp2:{schedule},microbatches=6").validate()
+    with pytest.raises(PlanError, match=r"use microbatches=4"):
+        Plan.parse(f"pp2:{schedule},microbatches=5").validate()
 
 
 def test_microbatches_differ_by_a_row_and_what_fills_up_does_not_count() -> None:
