@@ -234,11 +234,13 @@ class Codec:
         """As of the writer; None where something packs its bytes."""
         return None if self.packers else self.writer.sections(self._layouts(layout)[-1])
 
-    def some_pages(self, data: np.ndarray, layout: PageLayout, index: np.ndarray) -> np.ndarray:
+    def some_pages(
+        self, data: np.ndarray, layout: PageLayout, index: np.ndarray | slice
+    ) -> np.ndarray:
         """Bytes of some of the pages that were coded together, as those alone would be coded with the same head.
 
         Args:
-            data: of pages `[pages, ...]`; layout: of one of them; index: `[n]` which.
+            data: of pages `[pages, ...]`; layout: of one of them; index: `[n]` which, or a slice of them.
 
         Raises:
             CodecError: if they cannot be told apart.
@@ -248,8 +250,8 @@ class Codec:
             raise CodecError(f"{self}: pages that were coded together cannot be decoded apart")
         pages = (data.size - sizes[0]) // sum(sizes[1:])
         ends = sizes[0] + pages * np.cumsum((0, *sizes[1:]))
-        parts = [data[a:b].reshape(pages, -1)[index].ravel() for a, b in pairwise(ends)]
-        return np.concatenate([data[: sizes[0]], *parts])
+        parts = [data[a:b].reshape(pages, -1)[index] for a, b in pairwise(ends)]
+        return np.concatenate([data[: sizes[0]], *(part.reshape(-1) for part in parts)])
 
     def _layouts(self, layout: PageLayout) -> list[PageLayout]:
         layouts = [layout]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...cuda_kernels import merge_states
+from ...cuda_kernels.room import room
 from ..attention import LayerPages, ScoreOptions, attend_pages
 from ..codecs import CodecError, KVCodec, PageLayout, find_kv_codec
 from ..spec import KVSpec
@@ -18,6 +21,8 @@ from ..table import PageTable
 from .budgets import Widths
 from .choose import order
 from .compression import CompressionError
+
+TILE_BYTES = 1 << 25  # of keys and values that stand decoded at once; a tile costs 0.5 ms of Python
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,14 @@ class CodedRun:
         return self.keys.size + self.values.size + self.places.nbytes + self.heads.nbytes
 
 
+class Piece(NamedTuple):
+    """Some pages of a run: from `start` to before `stop`."""
+
+    run: CodedRun
+    start: int
+    stop: int
+
+
 @dataclass
 class CodedLayer:
     """The coded pages of one layer of one sequence.
@@ -246,17 +259,6 @@ class PageCoder:
         where = np.concatenate(places).astype(np.int32).reshape(-1, size)
         return CodedRun(tier, keys, values, heads, where)
 
-    def decode(self, run: CodedRun) -> tuple[Tensor, Tensor]:
-        """Shape: -> `[pages, page_tokens, 1, head_dim]`, `[pages, page_tokens, 1, value_dim]`"""
-        codec, pages = self.tiers.codecs[run.tier], len(run.heads)
-        k, v = (
-            part.decode(data, PageLayout((pages, *layout.shape), layout.dtype))
-            for part, data, layout in zip(
-                (codec.keys, codec.values), (run.keys, run.values), self._layouts, strict=True
-            )
-        )
-        return k, v
-
     def decode_keys(self, layer: CodedLayer, pages: np.ndarray) -> Tensor:
         """Keys of some pages. Shape: pages `[n, 2]`, see `CodedLayer.pages` -> `[n, page_tokens, 1, head_dim]`"""
         return self._some(layer, pages, values=False)
@@ -289,37 +291,91 @@ class PageCoder:
     def attend(
         self, layer: CodedLayer, q: Tensor, lo: np.ndarray, hi: np.ndarray, options: ScoreOptions
     ) -> tuple[Tensor, Tensor] | None:
-        """Attend to all coded pages of one layer of one sequence, which stand decoded for as long as this takes.
+        """Attend to all coded pages of one layer of one sequence, which are decoded a few at a time.
 
         Shape: q `[rows, heads, head_dim]`; lo, hi `[rows]` places in the text -> o `[rows, heads, value_dim]`, lse
         """
-        if not layer.runs:
+        merged, space = None, self._space(layer)
+        for tile in self._tiles(layer):
+            o, lse = self._attend_tile(tile, space, q, lo, hi, options)
+            o = o.to(lse.dtype)
+            if merged is not None:
+                o, lse = merge_states(torch.stack([merged[0], o]), torch.stack([merged[1], lse]))
+            merged = o, lse
+        if merged is None:
             return None
-        both = [self.decode(run) for run in layer.runs]
-        k, v = torch.cat([own[0] for own in both]), torch.cat([own[1] for own in both])
-        heads = np.concatenate([run.heads for run in layer.runs])
-        tiers = np.concatenate([np.full(len(run.heads), run.tier) for run in layer.runs])
-        places = np.concatenate([run.places for run in layer.runs])
+        shape = (self.spec.kv_heads, len(q))
+        return tuple(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2) for x in merged)  # type: ignore[return-value]
+
+    @property
+    def _tile_pages(self) -> int:
+        return max(1, TILE_BYTES // sum(layout.page_bytes for layout in self._layouts))
+
+    def _space(self, layer: CodedLayer) -> list[Tensor]:
+        """Memory for the keys and the values of any tile."""
+        pages = [len(run.heads) for run in layer.runs]
+        most = min(sum(pages), max(self._tile_pages, *pages)) if pages else 0
+        return [room((most, *layout.shape), layout.dtype) for layout in self._layouts]
+
+    def _tiles(self, layer: CodedLayer) -> Iterator[list[Piece]]:
+        """Cut the runs of each tier, in which places ascend, into pieces of so many pages."""
+        most = self._tile_pages
+        for tier, codec in enumerate(self.tiers.codecs):
+            whole = any(
+                part.sections(layout) is None
+                for part, layout in zip((codec.keys, codec.values), self._layouts, strict=True)
+            )
+            tile, left = [], most
+            for run in layer.runs:
+                at, count = 0, len(run.heads) if run.tier == tier else 0
+                if whole and tile and count > left:
+                    yield tile
+                    tile, left = [], most
+                while at < count:
+                    stop = count if whole else min(count, at + left)
+                    tile.append(Piece(run, at, stop))
+                    left -= stop - at
+                    at = stop
+                    if left <= 0:
+                        yield tile
+                        tile, left = [], most
+            if tile:
+                yield tile
+
+    def _decode_tile(self, tile: list[Piece], space: list[Tensor]) -> None:
+        """Fill the first pages of `space`."""
+        codec, at = self.tiers.codecs[tile[0].run.tier], 0
+        for run, start, stop in tile:
+            for part, data, layout, x in zip(
+                (codec.keys, codec.values),
+                (run.keys, run.values),
+                self._layouts,
+                space,
+                strict=True,
+            ):
+                if stop - start < len(run.heads):
+                    data = part.some_pages(data, layout, slice(start, stop))
+                part.decode_into(data, x[at : at + stop - start])
+            at += stop - start
+
+    def _attend_tile(
+        self, tile: list[Piece], space: list[Tensor], q: Tensor, lo: np.ndarray, hi: np.ndarray,
+        options: ScoreOptions,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attend to some pages of one tier. Shape: -> `[kv_heads * rows, group, value_dim]`, lse"""
+        self._decode_tile(tile, space)
+        heads = np.concatenate([run.heads[a:b] for run, a, b in tile])
+        places = np.concatenate([run.places[a:b] for run, a, b in tile])
         kv_heads, rows = self.spec.kv_heads, len(q)
-        asked = q.unflatten(1, (kv_heads, -1)).transpose(0, 1)  # [kv_heads, rows, group, d]
-        parts = []
-        for tier in range(len(self.tiers.codecs)):  # places ascend within a tier only
-            pages = [np.flatnonzero((heads == h) & (tiers == tier)) for h in range(kv_heads)]
-            counts = np.array([len(own) for own in pages]) * self.spec.page_tokens
-            if not counts.any():
-                continue
-            where = [places[own].ravel() for own in pages]
-            first, stop = (
-                torch.from_numpy(np.concatenate([np.searchsorted(own, x) for own in where]))
-                for x in (lo, hi)
-            )
-            table = PageTable(
-                [own.astype(np.int32) for own in pages], counts, self.spec.page_tokens
-            )
-            indptr = np.arange(kv_heads + 1) * rows
-            flat = asked.reshape(kv_heads * rows, *asked.shape[2:])
-            regions = LayerPages(k, v, self.spec.v_dim)
-            parts.append(attend_pages(regions, table, flat, indptr, first, stop, options))
-        o, lse = (torch.stack([part[i] for part in parts]) for i in range(2))
-        merged = merge_states(o.to(lse.dtype), lse)
-        return tuple(x.unflatten(0, (kv_heads, rows)).transpose(0, 1).flatten(1, 2) for x in merged)  # type: ignore[return-value]
+        pages = [np.flatnonzero(heads == head) for head in range(kv_heads)]
+        counts = np.array([len(own) for own in pages]) * self.spec.page_tokens
+        where = [places[own].ravel() for own in pages]
+        first, stop = (
+            torch.from_numpy(np.concatenate([np.searchsorted(own, x) for own in where]))
+            for x in (lo, hi)
+        )
+        table = PageTable([own.astype(np.int32) for own in pages], counts, self.spec.page_tokens)
+        asked = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(0, 1)
+        indptr = np.arange(kv_heads + 1) * rows
+        regions = LayerPages(space[0], space[1], self.spec.v_dim)
+        return attend_pages(regions, table, asked, indptr, first, stop, options)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from plait.kvstore import CompressedStore, KVSpec
 from plait.kvstore.codecs import find_codec
-from plait.kvstore.compress import CompressionError
-from plait.kvstore.compress.coded import PageCoder, Tiers
+from plait.kvstore.compress import CompressionError, coded
+from plait.kvstore.compress.coded import CodedLayer, CodedRun, PageCoder, Tiers
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=8, page_tokens=8)
 
@@ -84,6 +85,36 @@ def test_fewer_bytes_and_nearly_the_same(codec, bits, close) -> None:
     assert said["kept_tokens"] == 400
 
 
+def decoded_keys(coder: PageCoder, run: CodedRun) -> torch.Tensor:
+    at = np.arange(len(run.heads))
+    return coder.decode_keys(CodedLayer([run]), np.stack([0 * at, at], 1))
+
+
+@pytest.mark.parametrize("codec", ["int8", "none@0.2|int8@0.3|int4:group=8", "zstd@0.5|fp8"])
+def test_tiles_of_any_size_give_what_one_gives(codec, monkeypatch) -> None:
+    k, v, q = drawn(120)
+    store = CompressedStore(SPEC, "knorm:budget=0.9", codec=exact(codec, tail=5))
+    seq, _ = fed(store, k, v, q, [90, *[1] * 30])
+    assert len(seq.coded[1].runs) > 2
+    coder = store.keeper.coder
+    assert coder is not None
+    tiles, page = coder._tiles, SPEC.page_tokens * 8 * 8  # bytes of its keys and values
+    bounds = [{}, {"lo": torch.tensor([31]), "hi": torch.tensor([70])}]
+
+    def attended(tile_bytes: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(coded, "TILE_BYTES", tile_bytes)
+        held = [store.attend(seq, 1, q[1, :1], **given) for given in bounds]
+        return [part for both in held for part in both]
+
+    want, count = attended(1 << 40), len(list(tiles(seq.coded[1])))
+    for tile_bytes in (1, 3 * page, 7 * page):
+        for x, y in zip(attended(tile_bytes), want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        assert len(list(tiles(seq.coded[1]))) > count
+    monkeypatch.setattr(PageCoder, "_tiles", lambda self, layer: list(tiles(layer))[1:])
+    assert not torch.allclose(attended(3 * page)[0], want[0], atol=1e-4), "a tile was not missed"
+
+
 @pytest.mark.parametrize("codec", ["int4:group=8", "kivi:bits=2,group=8"])
 def test_streaming_codes_what_one_call_codes(codec) -> None:
     k, v, q = drawn(80)
@@ -95,9 +126,9 @@ def test_streaming_codes_what_one_call_codes(codec) -> None:
         assert coder is not None
         pages: dict[tuple[int, int], torch.Tensor] = {}
         for run in seq.coded[1].runs:
-            for part in coder.decode(run)[:1]:
-                for head, places, page in zip(run.heads, run.places, part, strict=True):
-                    pages[int(head), int(places[0])] = page
+            keys = decoded_keys(coder, run)
+            for head, places, page in zip(run.heads, run.places, keys, strict=True):
+                pages[int(head), int(places[0])] = page
         runs.append(pages)
     assert len(runs[0]) == 2 * ((80 - 11) // 8)
     for other in runs[1:]:
@@ -144,7 +175,7 @@ def test_a_page_of_a_run_is_the_codecs_own() -> None:
     )
     assert run is not None
     want = codec.decode(codec.encode(k.view(3, 8, 1, 8)), codec_layout(k.view(3, 8, 1, 8)))
-    assert torch.equal(coder.decode(run)[0], want)
+    assert torch.equal(decoded_keys(coder, run), want)
     assert run.heads.tolist() == [0, 0, 1]
 
 
