@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from contest import heading
@@ -86,13 +87,13 @@ def top_ks(tokens: int, rounds: int) -> None:
         report(f"top {k} of {tokens}", race(calls, rounds), "plait, warm")
 
 
-def fill(store: KVStore | CompressedStore, k: torch.Tensor) -> object:
+def fill(store: KVStore | CompressedStore, k: torch.Tensor, heads: int = HEADS) -> object:
     """A sequence with one layer of keys; a compressed store chooses by the last queries."""
     seq = store.open()
     step = store.reserve([seq], [len(k)])
     store.append(step, 0, k, k)
     if isinstance(store, CompressedStore):
-        store.finish(step, 0, torch.randn(1, HEADS, WIDTH).to(k.dtype).expand(len(k), -1, -1))
+        store.finish(step, 0, torch.randn(1, heads, WIDTH).to(k.dtype).expand(len(k), -1, -1))
     store.commit(step)
     return seq
 
@@ -124,6 +125,32 @@ def decode_steps(tokens: int, rounds: int) -> None:
     )
 
 
+def coded_steps(tokens: int, rounds: int) -> None:
+    """One layer of the following decode steps over coded pages; some tokens are coded meanwhile."""
+    spec = KVSpec(layers=1, kv_heads=2, head_dim=WIDTH, page_tokens=16, dtype=torch.bfloat16)
+    k = torch.randn(tokens, 2, WIDTH).bfloat16()
+    for codec in (None, "int4", "kivi:bits=4,group=16", "int8"):
+        calls: Calls = {}
+        for selector in (None, "quest:budget=512,dense=0", "rocket:budget=256"):
+            store = CompressedStore(spec, "knorm:budget=1.0", codec=codec, selector=selector)
+            calls[selector or "no selector"] = steps_of(store, fill(store, k, heads=8))
+        times = race(calls, 4 * rounds)
+        report(f"one layer at {tokens}, codec {codec}", times, "quest:budget=512,dense=0")
+
+
+def steps_of(store: CompressedStore, seq: Any) -> Callable[[], object]:
+    """Decode a token: append, attend, commit."""
+    k, q = torch.randn(1, 2, WIDTH).bfloat16(), torch.randn(1, 8, WIDTH).bfloat16()
+
+    def decode() -> None:
+        step = store.reserve([seq], [1])
+        store.append(step, 0, k, k)
+        store.attend(seq, 0, q, step=step)
+        store.commit(step)
+
+    return decode
+
+
 def votes(tokens: int, rounds: int, threads: int, kvpress: Path | None) -> None:
     """SnapKV's score of one layer."""
     k, q = torch.randn(1, KV_HEADS, tokens, WIDTH), torch.randn(1, HEADS, 64, WIDTH)
@@ -153,6 +180,7 @@ def main() -> None:
     top_ks(options.context, options.rounds)
     votes(options.prompt, options.rounds, options.threads, options.kvpress)
     decode_steps(options.context, options.rounds)
+    coded_steps(options.prompt, options.rounds)
 
 
 if __name__ == "__main__":
