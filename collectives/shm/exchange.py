@@ -231,4 +231,4 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py a94e2975
+# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py 894871cf

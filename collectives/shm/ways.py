@@ -132,7 +132,7 @@ def end(state):
     word = state[WAY_WORDS] + COST + state[WAY]
     cost, known = (cycles() - state[CAME] + state[FILLING]) * 1024 // state[SIZE], state[word]
     if 0 < known < cost:
-        cost = known + (min(cost, 4 * known) - known) // 4 + 1
+        cost = known + (min(cost, 2 * known) - known) // 8 + 1
     state[word] = max(1, cost)
 
 
