@@ -52,6 +52,8 @@ FOUR = [
     case("cp4:ring,ulysses=2 ep4", "qwen3_moe"),
     case("kvp2 dp2 ep4", "mixtral", **AUX),
     case("kvp2 tp2 ep4 etp1", "qwen2_moe"),
+    case("pp2:gpipe,microbatches=1 tp2:sp ep2", "qwen3_moe", **AUX),  # one microbatch: one balance
+    case("pp2:gpipe,microbatches=1 kvp2 ep2", "mixtral", **AUX),
 ]
 SIX = [
     case("pp3 tp2 ep2", "mixtral", layers=3),
