@@ -20,7 +20,7 @@ from .gpu import ptx
 from .gpu.kernel import Variant, kernel
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .merge import LN2, LOG2E
-from .paged_decode import HIGHS, LOWS, NOTHING, ROWS, TILE, WARPS
+from .paged_decode import HIGHS, LOWS, NOTHING, ROWS, TILE, WARPS, softmax_step, span_of
 
 
 @kernel(
@@ -34,7 +34,7 @@ def decode_latents(heads, head_dim, value_dim, page_tokens, capped, threads):
     each = -(-chunks // WARPS)  # chunks of 32 dims of a warp: w, w + 4, ...
     q_words, outs, cells = 8 * each, 32 * sets, ROWS * TILE * WARPS
     token_bytes = head_dim * 2
-    inverse = (1 << 32) // heads + 1
+    inverse, weights_of = (1 << 32) // heads + 1, softmax_step(sets)
 
     @device_function
     def query_of(row):
@@ -89,17 +89,7 @@ def decode_latents(heads, head_dim, value_dim, page_tokens, capped, threads):
         first_row = i32(ptx.ld4(q_indptr + sequence * u64(4)))
         count = i32(i32(ptx.ld4(q_indptr + sequence * u64(4) + u64(4))) - first_row)
         pages = kv_indices + u64(ptx.ld4(kv_indptr + sequence * u64(4))) * u64(4)
-        low, high = i32(0x7FFFFFFF), i32(0)
-        r = i32(0)
-        while r < count:  # the tokens that any row sees
-            at = u64(u32(i32(first_row + r))) * u64(4)
-            if i32(ptx.ld4(hi + at)) > i32(ptx.ld4(lo + at)):
-                low, high = min(low, i32(ptx.ld4(lo + at))), max(high, i32(ptx.ld4(hi + at)))
-            r = i32(r + i32(1))
-        length = i32(max(i32(high - low), i32(0)) + (i32(1) << split_shift) - i32(1)) >> split_shift
-        length = i32(i32(length + i32(TILE - 1)) & i32(-TILE))
-        begin = i32(low + split * length)
-        stop = min(high, i32(begin + length))
+        begin, stop = span_of(lo, hi, first_row, count, split, split_shift)
         done, whole_rows = i32(ptx.block() * i32(ROWS)), i32(count * i32(heads))
         while done < whole_rows:  # blocks of x share out the rows
             a = ptx.local(q_words, u32)
@@ -168,18 +158,7 @@ def decode_latents(heads, head_dim, value_dim, page_tokens, capped, threads):
                         t = i32(token + column)
                         s[j] = score if t >= first[half] and t < min(last[half], stop) else NOTHING
                         largest = s[j] if s[j] > largest or s[j] != s[j] else largest
-                    largest = max(largest, ptx.shuffle_xor(largest, i32(1)))
-                    largest = max(largest, ptx.shuffle_xor(largest, i32(2)))
-                    keep = ptx.exp2(f32(top[half] - largest))
-                    top[half], total[half] = largest, f32(total[half] * keep)
-                    for i in range(8 * sets):
-                        acc[4 * i + 2 * half] *= keep
-                        acc[4 * i + 2 * half + 1] *= keep
-                    for i in range(4):
-                        j = 4 * (i // 2) + 2 * half + i % 2
-                        seen = s[j] != NOTHING
-                        s[j] = ptx.exp2(f32(s[j] - largest)) if seen else f32(0)
-                        total[half] += s[j]
+                    weights_of(s, half, largest, top, total, acc)
                 p0, p1 = ptx.bf16x2(s[0], s[1]), ptx.bf16x2(s[2], s[3])
                 p2, p3 = ptx.bf16x2(s[4], s[5]), ptx.bf16x2(s[6], s[7])
                 near = i32(token + c * i32(2))

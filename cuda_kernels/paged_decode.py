@@ -47,6 +47,43 @@ def _table() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+@device_function
+def span_of(lo, hi, first_row, count, split, split_shift):
+    """A split's tokens, whole tiles of what any row of the sequence sees: the first, and the one after the last."""
+    low, high, r = i32(0x7FFFFFFF), i32(0), i32(0)
+    while r < count:
+        at = u64(u32(i32(first_row + r))) * u64(4)
+        if i32(ptx.ld4(hi + at)) > i32(ptx.ld4(lo + at)):
+            low, high = min(low, i32(ptx.ld4(lo + at))), max(high, i32(ptx.ld4(hi + at)))
+        r = i32(r + i32(1))
+    length = i32(max(i32(high - low), i32(0)) + (i32(1) << split_shift) - i32(1)) >> split_shift
+    length = i32(i32(length + i32(TILE - 1)) & i32(-TILE))
+    begin = i32(low + split * length)
+    return begin, min(high, i32(begin + length))
+
+
+def softmax_step(sets: int) -> Any:
+    """Give the online softmax of a tile for one of a lane's two rows, with 64 * `sets` dims of output."""
+
+    @device_function
+    def weights_of(s, half, largest, top, total, acc):
+        """Make weights of scores, and what came before smaller if the largest score grew."""
+        largest = max(largest, ptx.shuffle_xor(largest, i32(1)))
+        largest = max(largest, ptx.shuffle_xor(largest, i32(2)))
+        keep = ptx.exp2(f32(top[half] - largest))
+        top[half], total[half] = largest, f32(total[half] * keep)
+        for i in range(8 * sets):
+            acc[4 * i + 2 * half] *= keep
+            acc[4 * i + 2 * half + 1] *= keep
+        for i in range(4):
+            j = 4 * (i // 2) + 2 * half + i % 2
+            seen = s[j] != NOTHING
+            s[j] = ptx.exp2(f32(s[j] - largest)) if seen else f32(0)
+            total[half] += s[j]
+
+    return weights_of
+
+
 @kernel(threads=32 * WARPS, table=_table())
 def decode_pages(
     group, kv_heads, head_dim, page_tokens, capped, threads, k_form=PLAIN, v_form=PLAIN
@@ -73,6 +110,7 @@ def decode_pages(
     )
     second = v_each - 1  # the piece of the second 64 dims
     inverse = (1 << 32) // group + 1  # group 1 is not divided by
+    weights_of = softmax_step(sets)
 
     @device_function
     def query_of(row):
@@ -140,17 +178,7 @@ def decode_pages(
         first_row = i32(ptx.ld4(q_indptr + sequence * u64(4)))
         count = i32(i32(ptx.ld4(q_indptr + sequence * u64(4) + u64(4))) - first_row)
         pages = kv_indices + u64(ptx.ld4(kv_indptr + sequence * u64(4))) * u64(4)
-        low, high = i32(0x7FFFFFFF), i32(0)
-        r = i32(0)
-        while r < count:  # the tokens that any row sees
-            at = u64(u32(i32(first_row + r))) * u64(4)
-            if i32(ptx.ld4(hi + at)) > i32(ptx.ld4(lo + at)):
-                low, high = min(low, i32(ptx.ld4(lo + at))), max(high, i32(ptx.ld4(hi + at)))
-            r = i32(r + i32(1))
-        length = i32(max(i32(high - low), i32(0)) + (i32(1) << split_shift) - i32(1)) >> split_shift
-        length = i32(i32(length + i32(TILE - 1)) & i32(-TILE))
-        begin = i32(low + split * length)
-        stop = min(high, i32(begin + length))
+        begin, stop = span_of(lo, hi, first_row, count, split, split_shift)
         done, whole_rows = i32(0), i32(count * i32(group))
         while done < whole_rows:
             a = ptx.local(q_words, u32)
@@ -222,19 +250,10 @@ def decode_pages(
                         score = f32(score * LOG2E)
                         s[j] = score if t >= first[half] and t < min(last[half], stop) else NOTHING
                         largest = s[j] if s[j] > largest or s[j] != s[j] else largest
-                    largest = max(largest, ptx.shuffle_xor(largest, i32(1)))
-                    largest = max(largest, ptx.shuffle_xor(largest, i32(2)))
-                    keep = ptx.exp2(f32(top[half] - largest))
-                    top[half], total[half] = largest, f32(total[half] * keep)
-                    for i in range(8 * sets):
-                        acc[4 * i + 2 * half] *= keep
-                        acc[4 * i + 2 * half + 1] *= keep
+                    weights_of(s, half, largest, top, total, acc)
                     for i in range(4):
-                        j = 4 * (i // 2) + 2 * half + i % 2
-                        seen = s[j] != NOTHING
-                        s[j] = ptx.exp2(f32(s[j] - largest)) if seen else f32(0)
-                        total[half] += s[j]
                         if v_whole:
+                            j = 4 * (i // 2) + 2 * half + i % 2
                             s[j] = f32(s[j] * v_by[i])
                 p0, p1 = ptx.bf16x2(s[0], s[1]), ptx.bf16x2(s[2], s[3])
                 p2, p3 = ptx.bf16x2(s[4], s[5]), ptx.bf16x2(s[6], s[7])
