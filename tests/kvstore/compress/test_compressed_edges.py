@@ -6,24 +6,11 @@ import threading
 
 import pytest
 import torch
+from conversation import fed, id_table
 
 from plait.kvstore import CompressedStore, KVSpec
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=7, page_tokens=8)  # an odd width
-TABLE = torch.randn(3, 2, 64, 4, 7, generator=torch.Generator().manual_seed(9))
-
-
-def fed(store: CompressedStore, seq, ids: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    outs, start = [], seq.tokens
-    for size in sizes:
-        k, v, q = (x[:, ids[start : start + size]] for x in TABLE)
-        step = store.reserve([seq], [size])
-        for layer in range(2):
-            store.append(step, layer, k[layer, :, :2], v[layer, :, :2])
-            outs.append(store.attend(seq, layer, q[layer], step=step)[0])
-        store.commit(step)
-        start += size
-    return outs
 
 
 @pytest.mark.parametrize("budget", [1, 0.0001, 1.0, 10**9])
@@ -45,7 +32,7 @@ def test_odd_widths_and_extreme_budgets(budget, codec) -> None:
 def test_keys_that_are_no_numbers_are_refused_and_nothing_stays(scorer, bad) -> None:
     store = CompressedStore(SPEC, f"{scorer}{',' if ':' in scorer else ':'}budget=8")
     seq = store.open()
-    k, v, q = (x[:, :40].clone() for x in TABLE)
+    k, v, q = (x[:, :40].clone() for x in id_table(SPEC))
     k[0, 9] = bad
     step = store.reserve([seq], [40])
     store.append(step, 0, k[0, :, :2], v[0, :, :2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conversation import fed
 
 from plait.kvstore import CompressedStore, KVSpec, PoolExhausted, StepError
 from plait.kvstore.compress.depot import CHUNK_BYTES, Depot
@@ -12,22 +13,6 @@ from plait.kvstore.compress.prefixes import STRIDE
 from plait.kvstore.tiers import FailTier, MemoryTier
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=8, page_tokens=8, dtype=torch.bfloat16)
-TABLE = torch.randn(3, 2, 64, 4, 8, generator=torch.Generator().manual_seed(9)).bfloat16()
-
-
-def fed(store: CompressedStore, seq, ids: list[int], sizes: list[int]) -> list[torch.Tensor]:
-    """Feed ids in steps of these sizes; keys depend on the ids alone."""
-    outs, start = [], seq.tokens
-    for size in sizes:
-        rest = torch.tensor(ids[start : start + size])
-        k, v, q = (x[:, rest] for x in TABLE)
-        step = store.reserve([seq], [size])
-        for layer in range(2):
-            store.append(step, layer, k[layer, :, :2], v[layer, :, :2])
-            outs.append(store.attend(seq, layer, q[layer], step=step)[0])
-        store.commit(step)
-        start += size
-    return outs
 
 
 IDS = torch.randint(0, 64, (700,), generator=torch.Generator().manual_seed(1)).tolist()
