@@ -275,6 +275,7 @@ class PipelinedModule(PipelinedModel):
     def infer(self, values: dict[str, Any], device: torch.device) -> Any:
         """One pass of the whole batch; every stage gets the outputs."""
         _, output, layout = self.through(values, self.lesson_of(values, device), device)
+        self._layouts.pop(key_of(values), None)  # lengths are many where text is generated
         source = self.members[self.last]
         found = share_tensors(
             tensors_of(output), layout, layout.tensors(), source, self.group, device
