@@ -48,7 +48,7 @@ class Launch:
         ):
             if not 0 <= index < size:
                 raise LaunchError(
-                    f"{self.launcher} gives {name} {index} of {size}; it must be 0 to {size - 1}. "
+                    f"{self.launcher} gives {name} {index} of {size}; it must be 0 to {max(size, 1) - 1}. "
                     "Look for a variable left over from another job, and unset it"
                 )
 
@@ -219,7 +219,10 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 def _meeting_point(env: Mapping[str, str]) -> dict:
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         return {}
-    return {"address": env["MASTER_ADDR"], "port": _number(env, "MASTER_PORT")}
+    port = _number(env, "MASTER_PORT")
+    if not 0 <= port < 1 << 16:
+        raise LaunchError(f"MASTER_PORT={port} is no port; set it to one, 1 to 65535, or unset it")
+    return {"address": env["MASTER_ADDR"], "port": port}
 
 
 def _tasks_per_node(text: str) -> list[int]:

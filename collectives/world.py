@@ -6,6 +6,7 @@ import atexit
 import datetime
 import importlib
 import itertools
+import math
 import os
 import socket
 import sys
@@ -81,9 +82,14 @@ def init(
     Collective: every rank; opens the default process group.
 
     Raises:
+        ValueError: a timeout that is none.
         LaunchError: launchers disagree, or a rank is missing; the same on every rank.
         BackendUnavailable: the backend is not there; says what to install.
     """
+    if not 0 < timeout_s < math.inf:
+        raise ValueError(
+            f"timeout_s={timeout_s} is no time to wait; give a number of seconds above 0, e.g. 300"
+        )
     launch = Launch.detect(environ)
     if dist.is_initialized():
         return _adopt(launch, backend)
@@ -130,7 +136,7 @@ def _open(launch: Launch, backend: str, store: Any, timeout_s: float, *, chosen:
     )
     if chosen and dist.group.WORLD is not None:
         dist.group.WORLD._set_group_desc(f"{CHOSEN}: {backend}")
-    atexit.register(_close_at_exit)
+    atexit.register(_close_at_exit, os.getpid())
 
 
 def _adopt(launch: Launch, backend: str | None) -> World:
@@ -230,7 +236,9 @@ def _set_threads(launch: Launch, cards: list[dict[str, Any]]) -> int:
     return torch.get_num_threads()
 
 
-def _close_at_exit() -> None:
+def _close_at_exit(process: int) -> None:
+    if os.getpid() != process:  # a fork of a rank is none
+        return
     # After an error other ranks may be stuck in a collective, and NCCL would wait for them: then just go.
     if dist.is_initialized() and not hasattr(sys, "last_type"):
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..errors import CallMismatch, PeerLost
-from ..python_group import PythonGroup
+from ..python_group import PythonGroup, by_rank, listed
 from ..shown_call import Moved, ShownCall, is_on, mismatch, room_of
 from ..trace import listening, tell_traces
 from ..work import Finished, Several
@@ -47,10 +47,10 @@ class GlooGroup(PythonGroup):
     def __init__(
         self, store: Any, rank: int, names: Sequence[int], timeout: timedelta, name: str
     ) -> None:
-        super().__init__(rank, len(names))  # type: ignore[call-arg]
+        super().__init__(rank, len(names))
         self._name, self._description = name, ""
         self.timeout_s = timeout.total_seconds()
-        self.lost: PeerLost | None = None
+        self.lost: Exception | None = None
         self.members = Members(store, rank, names, timeout, name)
         try:
             self._gloo: Any = dist.ProcessGroupGloo(store, rank, len(names), timeout)
@@ -224,6 +224,10 @@ class GlooGroup(PythonGroup):
         self.members.say_farewell(reason)
         self._end_all()
 
+    def orphan(self, error: RuntimeError) -> None:
+        self.lost = error
+        lookout().orphan(self, self._gloo)
+
     def shutdown(self) -> None:
         """Leave the group."""
         lookout().groups.discard(self)
@@ -234,18 +238,24 @@ class GlooGroup(PythonGroup):
     # ---- collectives, as torch names them
 
     def allreduce(self, tensors: Any, opts: Any = _SUM) -> dist.Work:
-        xs = _listed(tensors)
+        xs = listed(tensors)
+        check_dense(xs)
         return self._run("all_reduce", lambda: self._gloo.allreduce(xs, opts), xs, opts)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any) -> dist.Work:
+        check_dense(tensors)
         return self._run(
             "all_reduce", lambda: self._gloo.allreduce_coalesced(tensors, opts), tensors, opts
         )
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
+        self.check_rank(opts.rootRank)
+        check_dense(tensors)
         return self._run("reduce", lambda: self._gloo.reduce(tensors, opts), tensors, opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
+        self.check_rank(opts.rootRank)
+        check_dense(tensors)
         return self._run("broadcast", lambda: self._gloo.broadcast(tensors, opts), tensors, opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = _GATHER) -> dist.Work:
@@ -273,9 +283,11 @@ class GlooGroup(PythonGroup):
         return Several([self.all_gather_single(out, x, opts) for out, x in pairs], outputs)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
+        self.check_rank(opts.rootRank)
         return self._run("gather", lambda: self._gloo.gather(outputs, inputs, opts), inputs, opts)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
+        self.check_rank(opts.rootRank)
         return self._run(
             "scatter", lambda: self._gloo.scatter(outputs, inputs, opts), outputs, opts
         )
@@ -301,6 +313,7 @@ class GlooGroup(PythonGroup):
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = _EXCHANGE) -> dist.Work:
         moved = [x.numel() for x in inputs], [x.numel() for x in outputs]
+        self.check_own(*moved)
         return self._run(
             "all_to_all", lambda: self._gloo.alltoall(outputs, inputs, opts), inputs, opts, moved
         )
@@ -313,7 +326,16 @@ class GlooGroup(PythonGroup):
         input_splits: list[int],
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
-        moved = self._by_rank(input, input_splits), self._by_rank(output, output_splits)
+        for x in (output, input):
+            if not x.is_contiguous():
+                raise _strided(x)
+        if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
+            input = input.clone()  # gloo sends from it after it has received
+        moved = (
+            by_rank(input, input_splits, self.size()),
+            by_rank(output, output_splits, self.size()),
+        )
+        self.check_own(*moved)
 
         def start() -> Any:
             return self._gloo.alltoall_base(output, input, output_splits, input_splits, opts)
@@ -334,9 +356,11 @@ class GlooGroup(PythonGroup):
     # ---- point to point
 
     def send(self, tensors: Any, to: int, tag: int = 0) -> dist.Work:
+        self.check_rank(to)
         return self._message("send", lambda: self._gloo.send(tensors, to, tag), tensors[0], to)
 
     def recv(self, tensors: Any, source: int, tag: int = 0) -> dist.Work:
+        self.check_rank(source)
         start = lambda: self._gloo.recv(tensors, source, tag)  # noqa: E731
         return self._message("recv", start, tensors[0], source)
 
@@ -351,11 +375,23 @@ class GlooGroup(PythonGroup):
     def _end_coalescing(self, device: torch.device) -> dist.Work:
         return Several(list(self._under_way.values()), [])
 
-    def _by_rank(self, x: Tensor, rows: Sequence[int]) -> list[int]:
-        """Count the elements of each rank's rows of dim 0."""
-        row = x.numel() // max(1, x.shape[0] if x.dim() else 1)
-        return [n * row for n in rows] or [x.numel() // self.size()] * self.size()
+
+def check_dense(tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors with holes between their elements: gloo takes memory from the first element on, and says nothing.
+
+    Raises:
+        ValueError: such a tensor.
+    """
+    for x in tensors:
+        if x.layout is not torch.strided or x.is_contiguous():
+            continue
+        # what torch makes like a tensor has its strides only where those leave no holes
+        if torch.empty_like(x, device="meta").stride() != x.stride():
+            raise _strided(x)
 
 
-def _listed(tensors: Any) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _strided(x: Tensor) -> ValueError:
+    return ValueError(
+        f"gloo cannot send a tensor of shape {tuple(x.shape)} and strides {x.stride()} in this call; give it as "
+        ".contiguous(), or use backend 'shm' or 'mpi', which take any strides"
+    )

@@ -22,6 +22,7 @@ class Lookout:
     def __init__(self) -> None:
         self.groups: weakref.WeakSet[GlooGroup] = weakref.WeakSet()
         self._told = ""
+        self._kept: list[object] = []
         Thread(target=self._run, name="plait-gloo", daemon=True).start()
         atexit.register(self._end)
 
@@ -39,6 +40,11 @@ class Lookout:
             groups[0].members.say_where(where)
         for group in groups:
             group.give_up_the_stopped()
+
+    def orphan(self, group: GlooGroup, gloo: object) -> None:
+        """In a fork: forget a group, but keep gloo's, whose end would wait for threads that are not here."""
+        self.groups.discard(group)
+        self._kept.append(gloo)
 
     def _end(self) -> None:
         """Where this process ends with an error, say so: others may wait for it."""

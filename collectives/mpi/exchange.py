@@ -281,7 +281,7 @@ def all_to_all_single(
 
 
 def _by_rows(t: Tensor, rows: Sequence[int], size: int) -> list[Any]:
-    length = t.shape[0]
+    length = t.shape[0] if t.dim() else 1
     row = t.nbytes // max(1, length)
     counts, places = _runs_of(tuple(rows) or (length // size,) * size, row)
     return [memory(t)[0], counts, places, MPI.BYTE]
@@ -345,6 +345,9 @@ def receive(peers: Peers, t: Tensor, source: int, tag: int) -> Steps:
 
 def together(many: Sequence[Steps]) -> Steps:
     """Start several operations at once, and finish them in order."""
+    if len(many) == 1:
+        yield from many[0]
+        return
     started = [(steps, next(steps, None)) for steps in many]
     for steps, requests in started:
         while requests is not None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from ..python_group import PythonGroup, by_rank, elements, listed
 from ..shown_call import Moved, ShownCall, is_on
 from ..trace import listening, tell_traces
 from ..work import Finished, Several
@@ -22,7 +23,7 @@ from . import check, exchange, failure
 from .exchange import Peers, Steps, complete
 from .operation import About, Operation, OperationWork
 from .progress import Engine
-from .reduction import reduction
+from .reduction import one_dtype, reduction
 from .rollcall import Answer
 
 _SCATTER = dist.ReduceScatterOptions()
@@ -40,7 +41,7 @@ def engine() -> Engine:
     return Engine()
 
 
-class MPIGroup(dist.ProcessGroup):
+class MPIGroup(PythonGroup):
     """A group of ranks; c10d finds its methods by name, those of torch 2.11 and those of torch 2.13.
 
     A call with `asyncOp=False` runs to its end in the calling thread; any other returns a `Work`
@@ -55,14 +56,15 @@ class MPIGroup(dist.ProcessGroup):
 
     def __init__(self, ranks: Sequence[int], timeout: timedelta, name: str, backend: str) -> None:
         self.engine = engine()
+        self.engine.check_process()
         self.ranks = list(ranks)
         self._rank = self.ranks.index(self.engine.world.rank)
-        super().__init__(self._rank, len(self.ranks))  # pyright: ignore[reportCallIssue]
+        super().__init__(self._rank, len(self.ranks))
         self.timeout_s = timeout.total_seconds()
         self.calls = 0
         self.lost: Exception | None = None
         self.cuda = self.engine.wire.cuda
-        self._name, self._backend = name, backend
+        self._name, self._backend, self._description = name, backend, ""
         self._last: About = ("", None, None)
         self._open: bool | weakref.ref[Operation] = False  # is the last call still under way?
         self._finished = Finished()
@@ -100,12 +102,6 @@ class MPIGroup(dist.ProcessGroup):
         self.engine.groups[name] = self
 
     @property
-    def group_name(self) -> str:  # type: ignore[override]
-        return self._name
-
-    pg_name = group_name
-
-    @property
     def _device_types(self) -> list[torch.device]:  # type: ignore[override]
         return [torch.device("cpu"), torch.device("cuda")]
 
@@ -117,15 +113,23 @@ class MPIGroup(dist.ProcessGroup):
 
     _set_default_timeout = set_timeout
 
+    def orphan(self, error: RuntimeError) -> None:
+        self.lost = error
+
     def shutdown(self) -> None:
         """Free the communicators.
 
         Collective: all members; MPI waits for what is under way. Nothing is freed after a loss.
         """
-        if self.lost is None and self.peers.comm != MPI.COMM_NULL and not MPI.Is_finalized():
+        if self.lost is None and not MPI.Is_finalized():
+            self.abort()
             with self.engine.turn:
                 self.peers.comm.Free()
                 self.peers.inner.Free()
+
+    def abort(self) -> None:
+        """Refuse every further call; frees nothing, so it waits for nobody."""
+        self.lost = self.lost or RuntimeError(f"{self} is closed")
 
     # ---- running
 
@@ -214,7 +218,7 @@ class MPIGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         opts = dist.AllreduceOptions() if opts is None else opts
-        (t,) = tensors = _listed(tensors)
+        (t,) = tensors = listed(tensors)
         by = reduction(opts.reduceOp.op.value, t.dtype)
         return self._run("all_reduce", tensors, exchange.all_reduce(self.peers, t, by), opts)
 
@@ -224,26 +228,26 @@ class MPIGroup(dist.ProcessGroup):
         return self._run("all_reduce_coalesced", list(tensors), exchange.together(steps), opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
-        (t,) = _listed(tensors)
+        (t,) = listed(tensors)
+        self.check_rank(opts.rootRank)
         by = reduction(opts.reduceOp.op.value, t.dtype)
         return self._run("reduce", [t], exchange.reduce(self.peers, t, by, opts.rootRank), opts)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = _SCATTER) -> dist.Work:
-        outputs = _listed(outputs)
+        outputs = listed(outputs)
         lists = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]
         op = opts.reduceOp.op.value
         for out, parts in zip(outputs, lists, strict=True):
-            if len(parts) != self.size():
-                raise self._misfit(f"reduce_scatter of {len(parts)} tensors")
-            if parts[self._rank].numel() != out.numel():
-                own = _shape(parts[self._rank])
-                raise self._misfit(f"reduce_scatter of {own} into {_shape(out)}")
+            if len(parts) != self.size() or parts[self._rank].numel() != out.numel():
+                shapes = [_shape(t) for t in parts]
+                raise self._misfit(f"reduce_scatter of {shapes} into {_shape(out)}")
+            one_dtype(out, parts)
         steps = [
             exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
         ]
         brought = [t for parts in lists for t in parts]
-        return self._run("reduce_scatter", outputs, _together(steps), opts, brought=brought)
+        return self._run("reduce_scatter", outputs, exchange.together(steps), opts, brought=brought)
 
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = _SCATTER) -> dist.Work:
         steps = self._reduce_scatter_steps(out, t, opts.reduceOp.op.value)
@@ -256,25 +260,31 @@ class MPIGroup(dist.ProcessGroup):
     ) -> dist.Work:
         op, pairs = opts.reduceOp.op.value, zip(outputs, inputs, strict=True)
         steps = [self._reduce_scatter_steps(*pair, op) for pair in pairs]
-        return self._run("reduce_scatter", list(outputs), _together(steps), opts, brought=inputs)
+        return self._run(
+            "reduce_scatter", list(outputs), exchange.together(steps), opts, brought=inputs
+        )
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
 
     def _reduce_scatter_steps(self, out: Tensor, t: Tensor, op: int) -> Steps:
         if t.numel() != out.numel() * self.size():
             raise self._misfit(f"reduce_scatter_tensor of {_shape(t)} into {_shape(out)}")
+        one_dtype(out, [t])
         by = reduction(op, out.dtype)
         return exchange.reduce_scatter_single(self.peers, out, t, by)
 
     # ---- moving
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
-        tensors = _listed(tensors)
-        steps = _together([exchange.broadcast(self.peers, t, opts.rootRank) for t in tensors])
+        tensors = listed(tensors)
+        self.check_rank(opts.rootRank)
+        steps = exchange.together(
+            [exchange.broadcast(self.peers, t, opts.rootRank) for t in tensors]
+        )
         return self._run("broadcast", tensors, steps, opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
-        inputs = _listed(inputs)
+        inputs = listed(inputs)
         for outs, t in zip(outputs, inputs, strict=True):
             if len(outs) != self.size() or outs[self._rank].numel() != t.numel():
                 raise self._misfit(f"all_gather of {_shape(t)} into {[_shape(o) for o in outs]}")
@@ -282,9 +292,9 @@ class MPIGroup(dist.ProcessGroup):
             exchange.all_gather(self.peers, o, t) for o, t in zip(outputs, inputs, strict=True)
         ]
         flat = [out for outs in outputs for out in outs]
-        gathered = [_elements(o) for o in zip(*outputs, strict=True)]
-        moved = [_elements(inputs)] * self.size(), gathered
-        return self._run("all_gather", flat, _together(steps), opts, None, inputs, moved)
+        gathered = [elements(o) for o in zip(*outputs, strict=True)]
+        moved = [elements(inputs)] * self.size(), gathered
+        return self._run("all_gather", flat, exchange.together(steps), opts, None, inputs, moved)
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         # c10d lists these by rank, then by tensor
@@ -302,7 +312,7 @@ class MPIGroup(dist.ProcessGroup):
             if out.numel() != t.numel() * self.size() or out.dtype != t.dtype:
                 raise self._misfit(f"all_gather_into_tensor of {_shape(t)} into {_shape(out)}")
         pairs = zip(outputs, inputs, strict=True)
-        steps = _together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
+        steps = exchange.together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
         return self._run("all_gather_into_tensor", list(outputs), steps, opts, None, inputs)
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore[reportAssignmentType]
@@ -311,14 +321,17 @@ class MPIGroup(dist.ProcessGroup):
         self, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
     ) -> dist.Work:
         for x, runs, what in ((t, send, "input"), (out, receive, "output")):
-            rows, ranks = x.shape[0] if x.dim() else 0, len(self.ranks)
+            rows, ranks = x.shape[0] if x.dim() else 1, len(self.ranks)
             if (sum(runs) != rows or len(runs) != ranks) if runs else rows % ranks:
                 how = list(runs) or "of equal size"
                 raise self._misfit(f"all_to_all of {rows} {what} rows in runs {how}")
+        if out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
+            t = t.clone()  # MPI may receive before it sends
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
         if not (send or receive or is_on()):  # equal runs are of interest to nobody else
             return self._run("all_to_all_single", [out], steps, opts, None, [t])
-        moved = _by_rank(t, send, self.size()), _by_rank(out, receive, self.size())
+        moved = by_rank(t, send, self.size()), by_rank(out, receive, self.size())
+        self.check_own(*moved)
         return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
 
     alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]
@@ -326,14 +339,14 @@ class MPIGroup(dist.ProcessGroup):
     def alltoall(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> dist.Work:
-        if not len(outputs) == len(inputs) == self.size():
-            raise self._misfit(f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
-        steps = exchange.all_to_all(self.peers, outputs, inputs)
         moved = [t.numel() for t in inputs], [t.numel() for t in outputs]
+        self.check_own(*moved)
+        steps = exchange.all_to_all(self.peers, outputs, inputs)
         return self._run("all_to_all", list(outputs), steps, opts, None, inputs, moved)
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
-        (t,), outs = _listed(inputs), outputs[0] if outputs else []
+        (t,), outs = listed(inputs), outputs[0] if outputs else []
+        self.check_rank(opts.rootRank)
         if self._rank == opts.rootRank and len(outs) != self.size():
             raise self._misfit(f"gather into {len(outs)} tensors")
         steps = exchange.gather(self.peers, outs, t, opts.rootRank)
@@ -342,7 +355,8 @@ class MPIGroup(dist.ProcessGroup):
         return self._run("gather", list(outs) or [t], steps, opts, None, [t], moved)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
-        (out,), parts = _listed(outputs), inputs[0] if inputs else []
+        (out,), parts = listed(outputs), inputs[0] if inputs else []
+        self.check_rank(opts.rootRank)
         if self._rank == opts.rootRank and len(parts) != self.size():
             raise self._misfit(f"scatter of {len(parts)} tensors")
         steps = exchange.scatter(self.peers, out, parts, opts.rootRank)
@@ -356,15 +370,20 @@ class MPIGroup(dist.ProcessGroup):
     # ---- point to point
 
     def send(self, tensors: Any, to: int, tag: int) -> dist.Work:
-        (t,) = _listed(tensors)
+        (t,) = listed(tensors)
+        self.check_rank(to)
         return self._run("send", [t], exchange.send(self.peers, t, to, tag), peer=to)
 
     def recv(self, tensors: Any, source: int, tag: int) -> dist.Work:
-        (t,) = _listed(tensors)
+        self.check_rank(source)
+        return self._receive(tensors, source, tag)
+
+    def _receive(self, tensors: Any, source: int, tag: int) -> dist.Work:
+        (t,) = listed(tensors)
         return self._run("recv", [t], exchange.receive(self.peers, t, source, tag), peer=source)
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
-        return self.recv(tensors, MPI.ANY_SOURCE, tag)
+        return self._receive(tensors, MPI.ANY_SOURCE, tag)
 
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalescing = []
@@ -377,23 +396,5 @@ class MPIGroup(dist.ProcessGroup):
         return ValueError(f"{asked} does not fit {self} of {self.size()} ranks")
 
 
-def _listed(tensors: Any) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _elements(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() for t in tensors)
-
-
-def _by_rank(t: Tensor, rows: Sequence[int], size: int) -> list[int]:
-    """Count the elements of each rank's rows of dim 0."""
-    row = t.numel() // max(1, t.shape[0])
-    return [n * row for n in rows] or [t.numel() // size] * size
-
-
 def _shape(t: Tensor) -> list[int]:
     return list(t.shape)
-
-
-def _together(steps: list[Steps]) -> Steps:
-    return steps[0] if len(steps) == 1 else exchange.together(steps)

@@ -130,14 +130,17 @@ class Operation:
         """Return when it has ended.
 
         Raises:
-            PeerLost: a rank did not come in time; names it.
+            PeerLost: a rank did not come within the group's timeout; names it.
+            TimeoutError: it is not done after `timeout_s`; it goes on.
         """
-        patience = self.group.timeout_s if timeout_s is None else timeout_s
+        patience = self.group.timeout_s
         start = time.monotonic()
         busy_until = start + BUSY_S + sum(t.nbytes for t in self._tensors) / SLOW_BYTES_PER_S
         look = start + STOPPED_S
         while not self.poll():
             now = time.monotonic()
+            if timeout_s is not None and now > start + timeout_s:
+                raise TimeoutError(f"{self} is not done after {timeout_s:g} s")
             if now < busy_until:
                 os.sched_yield()
                 continue

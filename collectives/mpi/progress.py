@@ -68,7 +68,16 @@ class Engine:
         self._work, self._stop = Event(), Event()
         self._thread = Thread(target=self._run, name="plait-mpi-progress", daemon=True)
         self._thread.start()
+        self._process = os.getpid()
         atexit.register(self._end)
+
+    def check_process(self) -> None:
+        """Refuse to work in a fork of the process that started MPI, where no thread moves anything on."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"MPI was started by process {self._process}, of which this one is a fork: it is no rank, and cannot "
+                "open groups. Open them in the rank itself, or start processes by 'spawn'"
+            )
 
     def adopt(self, operation: Operation) -> None:
         """Move this operation on until it has ended, and keep its tensors alive until then."""
@@ -165,7 +174,9 @@ class Engine:
         A fault-tolerant mpirun cannot be told to abort either: two ranks that ask for it at once leave Open MPI's
         hanging. It ends by itself when all ranks are gone.
         """
-        lost = (group.lost for group in self.groups.values() if group.lost is not None)
+        if os.getpid() != self._process:
+            return
+        lost = (g.lost for g in self.groups.values() if isinstance(g.lost, PeerLost))
         failed = getattr(sys, "last_value", None) or next(lost, None)
         if failed is not None:  # who still waits for this rank gives up now, and says why
             self.rollcall.leave(f"{type(failed).__name__}: {failed}")

@@ -84,3 +84,9 @@ def reduction(op: int, dtype: torch.dtype) -> Reduction:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in able))
         raise TypeError(f"{name} of {dtype} is not defined; cast to one of {names}")
     return Reduction(name, _OPS[name], dtype in _HALVES)
+
+
+def one_dtype(out: Tensor, parts: Sequence[Tensor]) -> None:
+    """Refuse to reduce tensors into one of another dtype."""
+    if odd := [t.dtype for t in parts if t.dtype != out.dtype]:
+        raise ValueError(f"reduce_scatter of {odd[0]} into {out.dtype}; use one dtype")

@@ -53,6 +53,10 @@ class Wire:
             t = t.detach()
         if t.is_cpu and (t.is_contiguous() or (strided and self._walks(t))):
             return t
+        if t.layout is not torch.strided or not (t.is_cpu or t.is_cuda):
+            raise ValueError(
+                f"mpi cannot send a tensor of layout {t.layout} on device {t.device}; give it dense, on a CPU or CUDA"
+            )
         if t.is_cuda and self.cuda == "direct":
             twin = t if t.is_contiguous() else pack(t) if read else t.new_empty(t.shape)
         else:

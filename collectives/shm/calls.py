@@ -43,8 +43,9 @@ def operator(dtype: torch.dtype, op: Any) -> int:
     number = OPS.get(op.op if isinstance(op, dist.ReduceOp) else op)
     if dtype not in LOOKS or number is None:
         known = ", ".join(str(d).removeprefix("torch.") for d in LOOKS)
+        name = dist.ReduceOp.RedOpType(op.op.value).name if isinstance(op, dist.ReduceOp) else op
         raise ValueError(
-            f"shm cannot reduce {dtype} by {op}; it reduces {known} (and complex sums) by "
+            f"shm cannot reduce {dtype} by {name}; it reduces {known} (and complex sums) by "
             f"{', '.join(_OP_NAMES)}: convert the tensor, or use such an operator"
         )
     if number >= BAND and dtype.is_floating_point:
@@ -98,6 +99,10 @@ def even_table(ranks: int, count: int, step: int) -> Any:
 
 def view_of(x: Tensor) -> Any:
     """Describe a tensor of any strides to a kernel; of no more than MAX_DIMS dims after merging."""
+    if not x.is_cpu:
+        raise ValueError(
+            f"shm: a tensor on device {x.device} cannot be sent; give it as .cpu(), or use another backend"
+        )
     item = x.itemsize
     try:
         address = x.data_ptr()
@@ -141,7 +146,7 @@ def views_of(tensors: list[Tensor]) -> Any:
     """Describe several tensors of one dtype, a row for each."""
     if len(tensors) == 1:
         (x,) = tensors
-        if x.layout is torch.strided and x.is_contiguous():
+        if x.layout is torch.strided and x.is_cpu and x.is_contiguous():
             return dense_row(x.data_ptr(), x.itemsize)
         return view_of(x).reshape(1, VIEW_WORDS)
     return np.stack([view_of(x) for x in tensors])

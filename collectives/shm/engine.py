@@ -180,7 +180,7 @@ class Engine:
         def advance(patience: int) -> bool:
             status = kernel(state, *arguments, code, patience)
             if status == MISMATCH:
-                raise self._mismatch(code, count)
+                raise self._mismatch(code, count, arguments[3] if kernel is exchange else None)
             return status == DONE
 
         work = Pending(
@@ -193,13 +193,21 @@ class Engine:
         )
         return self.progress.add(self.progress.collectives, work)
 
-    def _mismatch(self, code: int, count: int) -> CallMismatch:
+    def _mismatch(self, code: int, count: int, received: Any) -> CallMismatch:
+        """Say which rank is in another call, or (`received`: what is expected of each) sends another number."""
         other = int(self.state[STUCK])
         line = (2 * other + int(self.state[STEP]) % 2) * line_bytes(self.members.ranks) // 8
         header = self.members.segment.words[line : line + SENT]
         theirs = describe(int(header[CODE]), int(header[COUNT]))
         own = (self.members.rank, describe(code, count))
-        return CallMismatch(self._differing(own, (other, theirs)))
+        said = self._differing(own, (other, theirs))
+        if received is not None and header[CODE] == code:
+            own_name, name = map(self.members.called, (self.members.rank, other))
+            said += (
+                f"; rank {own_name} has room for {received[other, 1]} elements of rank {name}, "
+                "which sends it another number"
+            )
+        return CallMismatch(said)
 
     def reduction(
         self, kind: str, dtype: torch.dtype, op: Any, root: int = -1
@@ -279,7 +287,7 @@ class Engine:
     ) -> tuple[Kernel, tuple[Any, ...], int, int] | None:
         """Look up what `run` takes for equal runs of two dense tensors; None where they are not such, or do not fit."""
         try:
-            if output.is_contiguous() and input.is_contiguous():
+            if output.is_contiguous() and input.is_contiguous() and output.is_cpu and input.is_cpu:
                 return even_exchange(
                     kind, self.members.ranks, output.data_ptr(), input.data_ptr(),
                     output.shape, input.shape, output.dtype, input.dtype,

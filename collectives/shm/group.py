@@ -38,7 +38,7 @@ class ShmGroup(PythonGroup):
     """
 
     def __init__(self, members: Members, timeout_s: float, spins: int) -> None:
-        super().__init__(members.rank, members.ranks)  # type: ignore[call-arg]
+        super().__init__(members.rank, members.ranks)
         self._members = members
         self._name = self._description = ""
         self.engine = Engine(self, members, timeout_s, spins)
@@ -85,11 +85,13 @@ class ShmGroup(PythonGroup):
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
+        self.check_rank(opts.rootRank)
         return self.engine.reduce(x, opts.reduceOp, opts.rootRank, "reduce", not opts.asyncOp)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
         root, n = opts.rootRank, x.numel()
+        self.check_rank(root)
         sent, received = self._table(), self._table()
         if self.rank() == root:
             sent = self._table(n)
@@ -141,7 +143,10 @@ class ShmGroup(PythonGroup):
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> dist.Work:
         (x,), root = inputs, opts.rootRank
+        self.check_rank(root)
         found = outputs[0] if self.rank() == root else []
+        if self.rank() == root and len(found) != self.size():
+            raise misfit(self, f"gather into {len(found)} tensors")
         received = self._lengths(found) if found else self._table()
         return self.engine.exchange(
             "gather", [x], self._table(x.numel()), found, received, not opts.asyncOp, root, shared=True
@@ -149,7 +154,10 @@ class ShmGroup(PythonGroup):
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
         (out,), root = outputs, opts.rootRank
+        self.check_rank(root)
         parts = inputs[0] if self.rank() == root else []
+        if self.rank() == root and len(parts) != self.size():
+            raise misfit(self, f"scatter of {len(parts)} tensors")
         received = self._from(root, out.numel())
         sent = self._lengths(parts) if parts else self._table()
         receives = [out] * self.size()  # a view for each rank: all of one tensor
@@ -161,6 +169,8 @@ class ShmGroup(PythonGroup):
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = _SCATTER
     ) -> dist.Work:
         (out,), (parts,) = outputs, inputs
+        if odd := [x.dtype for x in parts if x.dtype != out.dtype]:
+            raise ValueError(f"shm: reduce_scatter of {odd[0]} into {out.dtype}; use one dtype")
         if len(parts) != self.size() or any(x.numel() != out.numel() for x in parts):
             raise misfit(self, f"{_shapes(*parts)} reduced and scattered into {_shapes(out)}")
         return self._reduce_scatter(parts, np.zeros(self.size(), np.int64), out, opts)
@@ -169,6 +179,10 @@ class ShmGroup(PythonGroup):
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
     ) -> dist.Work:
         n = output.numel()
+        if input.dtype != output.dtype:
+            raise ValueError(
+                f"shm: reduce_scatter of {input.dtype} into {output.dtype}; use one dtype"
+            )
         if input.numel() != n * self.size():
             raise misfit(self, f"{_shapes(input)} reduced and scattered into {_shapes(output)}")
         return self._reduce_scatter([input], np.arange(self.size()) * n, output, opts)
@@ -198,9 +212,8 @@ class ShmGroup(PythonGroup):
     def alltoall(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = _EXCHANGE
     ) -> dist.Work:
-        if not len(outputs) == len(inputs) == self.size():
-            raise misfit(self, f"all_to_all of {len(inputs)} tensors into {len(outputs)}")
         sent, received = self._lengths(inputs), self._lengths(outputs)
+        self.check_own(sent[:, 1], received[:, 1])
         return self.engine.exchange("all_to_all", inputs, sent, outputs, received, not opts.asyncOp)
 
     def all_to_all_single(
@@ -216,6 +229,7 @@ class ShmGroup(PythonGroup):
             if known is not None:
                 return self.engine.run(*known, [output], not opts.asyncOp, [input])
         sent, received = self._split(input, input_splits), self._split(output, output_splits)
+        self.check_own(sent[:, 1], received[:, 1])
         return self.engine.exchange(
             "all_to_all", [input], sent, [output], received, not opts.asyncOp
         )
@@ -234,11 +248,13 @@ class ShmGroup(PythonGroup):
     # ---- point to point
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> dist.Work:
+        self.check_rank(to)
         if listening():
             tell_traces(self, "send", tensors, 0.0)
         return self._mailbox.send(tensors[0], to, tag)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> dist.Work:
+        self.check_rank(source)
         if listening():
             tell_traces(self, "recv", tensors, 0.0)
         return self._mailbox.receive(tensors[0], source, tag)
@@ -262,6 +278,9 @@ class ShmGroup(PythonGroup):
 
     def set_timeout(self, timeout: timedelta) -> None:
         self.engine.progress.timeout_s = timeout.total_seconds()
+
+    def orphan(self, error: RuntimeError) -> None:
+        self.engine.progress.orphan(error)
 
     def shutdown(self) -> None:
         """Leave the group: a rank that still waits for this one is told at once."""
@@ -292,7 +311,7 @@ class ShmGroup(PythonGroup):
                 raise misfit(self, f"{length} rows exchanged without split sizes")
             count = x.numel() // n
             return even_table(n, count, count)
-        if len(rows) != n or sum(rows) != length:
+        if len(rows) != n or sum(rows) != length or min(rows) < 0:
             raise misfit(self, f"{_shapes(x)} with split sizes {list(rows)}")
         counts = np.array(rows) * (x.numel() // max(1, length))
         return np.stack([np.cumsum(counts) - counts, counts], 1)

@@ -63,6 +63,7 @@ class Mailbox:
         what = f"{describe(code, count)}, tag {tag}, to rank {self._members.called(to)}"
         line = self._sends.setdefault(to, deque())
         with self._progress.lock:
+            self._progress.check_open()
             if not line and advance(0):
                 return Finished([x])
             work = Pending(self._progress, what, advance, lambda: [to], [x])
@@ -89,6 +90,7 @@ class Mailbox:
         what = f"receive of {describe(code_of(SEND, x.dtype), x.numel())}, tag {tag}, from {place}"
         work = Pending(self._progress, what.replace("send of ", ""), advance, lambda: sources, [x])
         with self._progress.lock:
+            self._progress.check_open()
             self._post(letter)
             self._progress.add(deque(), work)
         self._progress.wake()

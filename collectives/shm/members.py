@@ -21,6 +21,9 @@ from .single_copy import can_read
 
 # What a rank notes for the others, in order; a word that only it writes.
 ABSENT, MAPPED, OPEN, CLOSED, FAILED = range(5)
+COMPILE_S = (
+    600.0  # what rank 0 may take, beyond the timeout, to compile kernels that are in no cache yet
+)
 _FAILED_BASE = 1 << 8  # FAILED notes are this plus the rank that was lost, or plus 255
 
 
@@ -59,7 +62,8 @@ class Members:
         """Wait until all ranks have mapped the segment. Rank 0 prepares first, alone; then the others do."""
         self.note(MAPPED)
         if self.rank:
-            self._await(0, OPEN)
+            self._await(0, MAPPED)
+            self._await(0, OPEN, COMPILE_S)
             prepare()
         else:
             for r in range(1, self.ranks):
@@ -131,17 +135,21 @@ class Members:
                 raise PeerLost(f"{self._who(rank)} ended while group {self.name} opened")
         return processes
 
-    def _await(self, rank: int, level: int) -> None:
-        while self.note_of(rank) < level:
-            if why := self.lost(rank):
+    def _await(self, rank: int, level: int, beyond_s: float = 0.0) -> None:
+        while not level <= self.note_of(rank) < _FAILED_BASE:
+            late = time.monotonic() - self._deadline
+            why = self.lost(rank)
+            if not why and late > 0 and (late > beyond_s or self.stopped(rank)):
+                why = self.slow(rank)
+            if why:
+                self.note_failure(rank)
                 raise PeerLost(f"group {self.name} cannot open: {why}")
-            if time.monotonic() > self._deadline:
-                raise PeerLost(f"group {self.name} cannot open: {self.slow(rank)}")
             time.sleep(2e-4)
 
     def note(self, value: int) -> None:
-        """Leave a note for the others."""
-        self.segment.words[self.layout.note(self.rank) // 8] = value
+        """Leave a note for the others; a fork of the rank's process may not."""
+        if os.getpid() == self.cards[self.rank]["pid"]:
+            self.segment.words[self.layout.note(self.rank) // 8] = value
 
     def note_of(self, rank: int) -> int:
         """Read the note of a rank."""

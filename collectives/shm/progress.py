@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 
 from ..errors import PeerLost
 from .members import Members
@@ -31,8 +32,9 @@ class Progress:
         self.collectives: deque[Pending] = deque()
         self.lines: list[deque[Pending]] = [self.collectives]
         self.broken: Exception | None = None
+        self._ended: deque[Pending] = deque()  # whose futures are not resolved yet
         self._awake = threading.Event()
-        self._closed = False
+        self.closed = False
         self._thread: threading.Thread | None = None
 
     def add(self, line: deque[Pending], work: Pending) -> Pending:
@@ -41,6 +43,11 @@ class Progress:
             self.lines.append(line)
         line.append(work)
         return work
+
+    def check_open(self) -> None:
+        """Refuse messages of a group that is closed; collectives look at `broken`."""
+        if self.closed and self.broken is not None:
+            raise self.broken
 
     def wake(self) -> None:
         """Have the thread do what is pending while the caller does other things."""
@@ -57,7 +64,14 @@ class Progress:
             moved = self._move(patience)
             if not moved:
                 self._watch()
+        self._tell()
         return moved
+
+    def _tell(self) -> None:
+        """Resolve futures, without the lock: their callbacks may call collectives."""
+        with suppress(IndexError):  # another thread told the last one
+            while self._ended:
+                self._ended.popleft().tell()
 
     def _move(self, patience: int) -> bool:
         moved = False
@@ -74,8 +88,7 @@ class Progress:
             if not work.advance(patience):
                 work.since = work.since or time.monotonic()
                 return False
-            line.popleft()
-            work.finish()
+            self._end_first(line)
         except Exception as error:  # whoever waits for the work gets it
             self.fail(line, error)
         return True
@@ -87,9 +100,14 @@ class Progress:
             peers = line[0].peers() if isinstance(error, PeerLost) else []
             self.members.note_failure(peers[0] if peers else None)
             while line:
-                line.popleft().finish(error)
+                self._end_first(line, error)
         else:
-            line.popleft().finish(error)
+            self._end_first(line, error)
+
+    def _end_first(self, line: deque[Pending], error: Exception | None = None) -> None:
+        work = line.popleft()
+        work.finish(error)
+        self._ended.append(work)
 
     def _watch(self) -> None:
         """Look after the peers of work that does not move."""
@@ -112,7 +130,7 @@ class Progress:
         if limit > STOPPED_S < waited and all(members.stopped(rank) for rank in peers):
             limit = STOPPED_S
         if waited > limit:
-            reasons = (members.slow(rank) for rank in peers)
+            reasons = [members.slow(rank) for rank in peers] or ["this rank sent itself nothing"]
             return PeerLost(self._say(work, reasons) + f" within {limit:g} s")
         return None
 
@@ -121,7 +139,7 @@ class Progress:
 
     def rest(self, events: threading.Event) -> float | None:
         """One turn of the thread: seconds to sleep, or None when it should end."""
-        if self._closed:
+        if self.closed:
             return None
         events.clear()
         moved = self.drive(0)
@@ -132,12 +150,21 @@ class Progress:
     def close(self) -> None:
         """End what is pending, and the thread."""
         with self.lock:
-            self._closed = True
-            self.broken = RuntimeError(f"group {self.members.name} is closed")
-            for line in self.lines:
-                while line:
-                    line.popleft().finish(self.broken)
+            if not self.closed:
+                self._end(RuntimeError(f"group {self.members.name} is closed"))
+        self._tell()
         self._awake.set()
+
+    def orphan(self, error: RuntimeError) -> None:
+        """End everything in a fork of the rank's process, which has no thread, and perhaps a lock that it held."""
+        self.lock = threading.Lock()
+        self._end(error)
+
+    def _end(self, error: RuntimeError) -> None:
+        self.closed, self.broken = True, error
+        for line in self.lines:
+            while line:
+                self._end_first(line, error)
 
 
 def _attend(of: weakref.ref[Progress], awake: threading.Event) -> None:

@@ -61,16 +61,21 @@ class Pending(dist.Work):
         self._done = False
         self._error: Exception | None = None
         self._future: Future | None = None
+        self._asked: Future | None = None  # the same, while it is not resolved
 
     def finish(self, error: Exception | None = None) -> None:
-        """End it; called once, by whoever drives."""
+        """End it; called once, by whoever drives, who then calls `tell` without a lock."""
         self._error = error
         with self._ending:
             self._done = True
-            future = self._future
             self._alive = None
             # a receive's advance knows its work: a circle that would keep the tensor until Python looks for circles
             self.advance = _is_done
+
+    def tell(self) -> None:
+        """Resolve the future that somebody asked for before the end; what hangs on it may call collectives."""
+        with self._ending:
+            future, self._asked = self._asked, None
         if future is not None:
             self._resolve(future)
 
@@ -121,10 +126,11 @@ class Pending(dist.Work):
     def get_future(self) -> Future:
         """Make a future of the outputs; the group's own thread resolves it if nobody waits."""
         with self._ending:
-            future, done = self._future or Future(), self._done
-            fresh = self._future is None
-            self._future = future
-        if done and fresh:
+            fresh, done = self._future is None, self._done
+            future = self._future = self._future or Future()
+            if fresh and not done:
+                self._asked = future
+        if fresh and done:
             self._resolve(future)
         return future
 

@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from conformance import CHECKS, GLOO, Abilities, run_all
 from conformance_exchanges import EXCHANGES
+from conformance_refusals import REFUSALS
 from conformance_users import USERS
 from plait.collectives import gloo, shm
 from world import current_rank, run_world
 
 RANKS = 4
-ALL = (*CHECKS, *EXCHANGES, *USERS)
+ALL = (*CHECKS, *EXCHANGES, *REFUSALS, *USERS)
 
 
 def on_gloo(folder: str) -> list[str]:

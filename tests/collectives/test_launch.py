@@ -154,6 +154,7 @@ def test_launchers_that_disagree_are_named(environ: dict[str, str], parts: list[
         ({"RANK": "-1", "WORLD_SIZE": "4"}, "rank -1 of 4"),
         (MPICH | {"MPI_LOCALRANKID": "2"}, "local rank 2 of 2"),
         (BY_HAND | {"MASTER_ADDR": "x", "MASTER_PORT": "y"}, "MASTER_PORT='y'"),
+        (BY_HAND | {"MASTER_ADDR": "x", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2x2"}, "2x2"),
     ],
 )

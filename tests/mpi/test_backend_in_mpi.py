@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conformance import CHECKS, Abilities, Check
 from conformance_exchanges import EXCHANGES
+from conformance_refusals import REFUSALS
 from exactness import far
 from models import tiny, tokens
 from plait.collectives import CallMismatch, Trace
@@ -59,7 +60,9 @@ def folder(world: World, tmp_path: Path) -> Path:
     return Path(shared[0])
 
 
-@pytest.mark.parametrize("check", [*CHECKS, *EXCHANGES], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check", [*CHECKS, *EXCHANGES, *REFUSALS], ids=lambda check: check.__name__
+)
 def test_conformance(world: World, check: Check) -> None:
     check(Abilities())
     dist.barrier()

@@ -1,0 +1,159 @@
+"""What every backend must refuse, on every rank before anything is sent, and go on afterwards; see conformance.py."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import signal
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conformance import Abilities, Check, rank, size
+
+
+def goes_on() -> None:
+    """The default group works as before."""
+    x = torch.full((3,), 1.0 + rank())
+    dist.all_reduce(x)
+    assert x.tolist() == [size() * (size() + 1) / 2] * 3
+
+
+def ranks_that_are_not_there(can: Abilities) -> None:
+    x = torch.ones(3)
+    calls: list[Callable[[int], object]] = [
+        lambda r: dist.broadcast(x, r),
+        lambda r: dist.reduce(x, r),
+        lambda r: dist.send(x, r),
+        lambda r: dist.recv(x, r),
+        lambda r: dist.gather(x, None, dst=r),
+        lambda r: dist.scatter(x, None, src=r),
+    ]
+    for call in calls:
+        for wrong in (-1, size(), 99):
+            with pytest.raises((ValueError, RuntimeError), match=rf"rank|{wrong}"):
+                call(wrong)
+    goes_on()
+
+
+def exchanges_that_cannot_be(can: Abilities) -> None:
+    n = size()
+    even, own, backwards = [1] * n, [1] * n, [1] * n
+    own[rank()], own[(rank() + 1) % n] = 2, 0
+    backwards[0], backwards[1] = -1, 3
+    for sent, received in ((own, even), (even, own), (backwards, backwards), (even[1:], even)):
+        with pytest.raises((ValueError, RuntimeError)):
+            dist.all_to_all_single(torch.zeros(n), torch.ones(n), received, sent)
+    with pytest.raises((ValueError, RuntimeError)):
+        dist.all_to_all([torch.zeros(1)] * (n - 1), [torch.ones(1)] * (n - 1))
+    goes_on()
+
+
+def tensors_of_no_use(can: Abilities) -> None:
+    n, meta = size(), torch.ones(3, device="meta")
+    for call in (
+        lambda: dist.all_reduce(meta),
+        lambda: dist.broadcast(meta, 0),
+        lambda: dist.reduce_scatter_tensor(torch.zeros(2, dtype=torch.float64), torch.ones(2 * n)),
+        lambda: dist.all_gather_into_tensor(torch.zeros(2 * n + 1), torch.ones(2)),
+        lambda: dist.all_gather([torch.zeros(2)] * (n - 1), torch.ones(2)),
+        lambda: dist.reduce_scatter(torch.zeros(2), [torch.ones(2)] * (n - 1)),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            call()
+    goes_on()
+
+
+def strides_are_kept_or_refused(can: Abilities) -> None:
+    """Never taken for dense memory: gloo alone would sum the wrong elements."""
+
+    def summed(x: Tensor) -> Tensor:
+        dist.all_reduce(x)
+        return x
+
+    def sent(x: Tensor) -> Tensor:
+        dist.broadcast(x, 1)
+        return x
+
+    def exchanged(x: Tensor) -> Tensor:
+        dist.all_to_all_single(x, torch.full(x.shape, float(rank())))
+        return x
+
+    rows = torch.arange(float(size()))[:, None].expand(size(), 2)
+    for call, wanted in ((summed, rows.sum(0)[0]), (sent, torch.tensor(1.0)), (exchanged, rows)):
+        whole = torch.full((2, 2 * size()), float(rank()))
+        view = whole[:, ::2].t()
+        if can.strided:
+            assert torch.equal(call(view), wanted.expand(size(), 2))
+            assert (whole[:, 1::2] == rank()).all()
+        else:
+            with pytest.raises(ValueError, match="contiguous"):
+                call(view)
+    dense = torch.full((2, 3), float(rank())).t()  # no holes: sums need no more
+    assert torch.equal(summed(dense), torch.full((3, 2), float(sum(range(size())))))
+    goes_on()
+
+
+def exchanges_in_place(can: Abilities) -> None:
+    for length in (1, 30_000):
+        x = torch.arange(float(size() * length)) + 1000 * rank()
+        wanted = torch.empty_like(x)
+        dist.all_to_all_single(wanted, x.clone())
+        dist.all_to_all_single(x, x)
+        assert torch.equal(x, wanted)
+
+
+def what_follows_a_call_may_call(can: Abilities) -> None:
+    """A future's callback is run by whoever ends the work, who must not hold what the callback needs."""
+    for asynchronous in (False, True):
+
+        def again(done: torch.futures.Future, again_async: bool = asynchronous) -> Tensor:
+            (x,) = done.value()
+            work = dist.all_reduce(x, async_op=again_async)
+            if work is not None:
+                work.wait()
+            return x
+
+        future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
+        assert future.then(again).wait().tolist() == [size() ** 2] * 3
+    goes_on()
+
+
+def a_fork_is_no_rank(can: Abilities) -> None:
+    """As a DataLoader's worker: it may not send, and its end is not the rank's."""
+    dist.barrier()
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.alarm(60)  # a hang here is an end by SIGALRM
+        said = []
+        for call in (goes_on, lambda: dist.isend(torch.ones(2), (rank() + 1) % size())):
+            try:
+                call()
+            except RuntimeError as error:
+                said.append(str(error))
+        os.write(writing, "\n".join(said).encode())
+        dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        os._exit(7)
+    os.close(writing)
+    with os.fdopen(reading) as words:
+        said = words.read().splitlines()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert len(said) == 2
+    assert all(re.search("of which this one is a fork: it is no rank", line) for line in said)
+    goes_on()
+
+
+REFUSALS: Sequence[Check] = (
+    ranks_that_are_not_there,
+    exchanges_that_cannot_be,
+    tensors_of_no_use,
+    strides_are_kept_or_refused,
+    exchanges_in_place,
+    what_follows_a_call_may_call,
+    a_fork_is_no_rank,
+)
