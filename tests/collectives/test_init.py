@@ -125,7 +125,12 @@ def test_a_process_group_of_the_caller_is_taken_as_it_is() -> None:
         assert "of 2, but env started rank 0 of 1" in answer
 
 
-def all_but(missing: list[int], size: int) -> tuple[str, float]:
+def all_but(missing: list[int], size: int, folder: str) -> tuple[str, float]:
+    started_up = dist.FileStore(
+        f"{folder}/started", size
+    )  # none is late because the machine is busy
+    started_up.set(str(current_rank()), "")
+    started_up.wait([str(rank) for rank in range(size)])
     started = time.monotonic()
     if current_rank() in missing:
         return "away", 0.0
@@ -133,8 +138,10 @@ def all_but(missing: list[int], size: int) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("missing", [[1], [0], [1, 3], [0, 2]])
-def test_missing_ranks_are_named_on_every_rank_in_bounded_time(missing: list[int]) -> None:
-    answers = run_world(all_but, 4, missing, 4, backend=None)
+def test_missing_ranks_are_named_on_every_rank_in_bounded_time(
+    missing: list[int], tmp_path: Path
+) -> None:
+    answers = run_world(all_but, 4, missing, 4, str(tmp_path), backend=None)
     names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {missing[0]}, {missing[1]}"
     for rank, (answer, seconds) in enumerate(answers):
         if rank in missing:
