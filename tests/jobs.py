@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,3 +108,20 @@ def run_job(command: Sequence[str], folder: Path, **env: str) -> Ended:
 def report(rank: int, answer: Any) -> None:
     """Answer from inside a job; standard output would be interleaved."""
     (Path(os.environ["TEST_REPORTS"]) / f"{rank}.json").write_text(json.dumps(answer))
+
+
+def still_running(folder: Path, seconds: float = 10) -> list[int]:
+    """Processes of a job with this folder that have not ended some time after it, stopped ones too."""
+    until = time.monotonic() + seconds
+    while found := [process for process in Path("/proc").glob("[0-9]*") if _is_of(process, folder)]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    return [int(process.name) for process in found]
+
+
+def _is_of(process: Path, folder: Path) -> bool:
+    try:
+        return f"TEST_REPORTS={folder}\0".encode() in (process / "environ").read_bytes()
+    except OSError:  # it has ended, or is another user's
+        return False

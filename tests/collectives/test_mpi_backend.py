@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from jobs import Ended, find_mpirun, finish, mpirun, pytest_on, run_job, start, torchrun
+from jobs import (
+    Ended,
+    find_mpirun,
+    finish,
+    mpirun,
+    pytest_on,
+    run_job,
+    start,
+    still_running,
+    torchrun,
+)
 from plait.collectives import BackendUnavailable
 from plait.collectives.mpi import register
 
@@ -28,14 +38,22 @@ def under_pytest(folder: Path, *options: str, **env: str) -> Ended:
 
 
 def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
+    """Run a job that loses a rank; nothing is left of it: no process, no segment, no folder of MPI's."""
     started = time.monotonic()
+    place = folder / "mpi"
+    place.mkdir()
     ended = run_job(
         [*mpirun(ranks, *options), str(LOST), how],
         folder,
         PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE.parents[1]}",
         OMP_NUM_THREADS="1",
+        TMPDIR=str(place),
+        OMPI_MCA_btl_sm_backing_directory=str(place),
     )
     assert time.monotonic() - started < 90
+    assert not still_running(folder)
+    meetings = place / f"plait-{os.getuid()}"  # the user's, for all jobs: it stays, and is empty
+    assert [path for path in place.rglob("*") if path != meetings] == []
     # a fault-tolerant mpirun whose other ranks end in order counts that as success
     assert ended.code != 0 or "ulfm" in options
     return ended

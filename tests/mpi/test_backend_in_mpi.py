@@ -223,7 +223,7 @@ def debug() -> Iterator[None]:
 def mistaken(first: bool) -> dict[str, tuple[Callable[[], Any], str]]:
     """Calls in which rank 0 does one thing and the others another, and what is to be said of them."""
     ones = torch.ones(8)
-    uneven = [1, 1, 1, 5] if first else [2, 2, 2, 2]
+    uneven = [2, 1, 1, 4] if first else [2, 2, 2, 2]
     return {
         "length": (
             lambda: dist.all_reduce(torch.ones(4 if first else 5)),
@@ -243,7 +243,7 @@ def mistaken(first: bool) -> dict[str, tuple[Callable[[], Any], str]]:
         ),
         "counts": (
             lambda: dist.all_to_all_single(ones.clone(), ones, [2] * 4, uneven),
-            "sent [1, 1, 1, 5], received [2, 2, 2, 2]), rank 1 in all_to_all_single of float32",
+            "sent [2, 1, 1, 4], received [2, 2, 2, 2]), rank 1 in all_to_all_single of float32",
         ),
     }
 
