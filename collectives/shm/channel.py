@@ -31,10 +31,8 @@ def _differs(ring, room, patience):
 def push(state, ring, view, cursor, count, tag, code, patience):
     """Put the rest of a message into the ring, as far as there is room; cursor[0] elements are in it already."""
     item = view[2]
-    state[WAY], state[NOTED] = (
-        PAST,
-        0,
-    )  # cheapest for cells; a collective that waits meanwhile is not timed
+    state[WAY] = PAST  # cheapest for cells
+    state[NOTED] = 0  # a collective that waits meanwhile is not timed
     while _differs(ring, 1, patience):
         sent = load(ring)
         cell = sent % DEPTH

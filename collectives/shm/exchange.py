@@ -37,10 +37,8 @@ from .steps import (
 from .stores import settle, show
 from .ways import compare, end, filled
 
-FIRST_TURN, NEXT_TURN = (
-    512 << 10,
-    256 << 10,
-)  # bytes for a rank in the first step of a call, and in the next
+# bytes for a rank in the first step of a call, and in the next
+FIRST_TURN, NEXT_TURN = 512 << 10, 256 << 10
 
 
 @njit(nogil=True, cache=True)
@@ -231,4 +229,4 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py 894871cf
+# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py a78d5c18

@@ -235,4 +235,4 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and ways.py 96bcad9c
+# inlines memory.py and steps.py and stores.py and ways.py 150b894f

@@ -38,10 +38,9 @@ CLASSES = 12  # of sizes, each twice the one before; the last one has no end
 # words of a class: how often it was chosen in, what all ranks hold to be cheapest, cycles for a KB by each way
 CALLS, BEST, COST = range(3)
 CLASS_WORDS = COST + 3
-TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count;
-LONG = (
-    2 << 20
-)  # from so many bytes half of these, for one call of many steps goes through both sets of slots
+TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count
+# from so many bytes half of these, for one call of many steps goes through both sets of slots
+LONG = 2 << 20
 RETRY = 512  # calls from one trial to the next
 BITS = 21  # of a header's word for what a way costs
 
