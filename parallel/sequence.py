@@ -69,6 +69,8 @@ def sequence_edits(
         for name, parameter in module._parameters.items()
         if parameter is not None and (id(module), name) not in handled
     ]
+    if ranks.plan.ep.size * ranks.plan.etp > 1:  # what the ranks exchange ties them together
+        return edits
     packed = [module for layer in own for module in layer.modules() if is_packed(module)]
     return [*edits, *(AddHook(partial(m.register_forward_hook, take_part)) for m in packed)]
 
@@ -78,7 +80,8 @@ def take_part(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     if not isinstance(output, Tensor) or output.numel():
         return None
     routed = (x for x in args if isinstance(x, Tensor) and x.is_floating_point())
-    return output + sum(x.sum() for x in (*module.parameters(), *routed))
+    # in place of the output, not beside it: zero-bubble differentiates what two ways lead to twice
+    return output.detach() + sum(x.sum() for x in (*module.parameters(), *routed))
 
 
 def outputs_edit(model: Any, ranks: ModelRanks) -> Edit:
