@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..errors import PlanError
 from ..labels import ignored_label, item_count
 from ..ranks import ModelRanks
 from .microbatches import Microbatch, microbatches
-from .passage import Passage
+from .passage import Passage, place_of
 from .routers import LOGITS, hooked, widths
 from .run import PipelinedModel
 from .split import Split
@@ -42,7 +41,6 @@ class PipelinedDecoder(PipelinedModel):
         self.layers = list(model.get_submodule(split.layers))  # before some of them leave
         self._widths: list[list[int]] | None = None
         self._logits: list[Tensor] = []
-        self._views: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model over all stages."""
@@ -143,38 +141,21 @@ class PipelinedDecoder(PipelinedModel):
                 values.pop(name, None)
             return self.model.base_model(**values)
 
-    @contextmanager
-    def only(self, chunk: int) -> Iterator[None]:
-        """Let the model see no layers but a chunk's, while its own forward runs."""
-        places = self._views.get(chunk)
-        if places is None:
-            places = self._views[chunk] = self._view(chunk)
-        before = [(parent, name, parent._modules[name]) for parent, name, _ in places]
-        try:
-            for parent, name, module in places:
-                parent._modules[name] = module
-            yield
-        finally:
-            for parent, name, module in before:
-                parent._modules[name] = module
-
-    def _view(self, chunk: int) -> list[tuple[nn.Module, str, nn.Module]]:
-        """What to put where while a chunk runs: nothing where a stage has one chunk, for its tree is right already."""
+    def stand_ins(self, chunk: int) -> list[tuple[nn.Module, str, nn.Module]]:
+        """The chunk's own layers; nothing where a stage has one chunk, for its tree is right already."""
         if self.choice.chunks_per_stage == 1:
             return []
         start, stop = self.split.bounds[chunk : chunk + 2]
-        path, _, name = self.split.layers.rpartition(".")
-        parent = self.model.get_submodule(path)
+        parent, name = place_of(self.model, self.split.layers)
         layers = [
             layer if start <= i < stop else Passage(layer)
-            for i, layer in enumerate(parent._modules[name])
+            for i, layer in enumerate(getattr(parent, name))
         ]
-        places: list[tuple[nn.Module, str, nn.Module]] = [(parent, name, nn.ModuleList(layers))]
-        for end in self.split.last if chunk < self.split.chunks - 1 else ():
-            owner, _, own = end.rpartition(".")
-            module = self.model.get_submodule(end)
-            places.append((self.model.get_submodule(owner), own, Passage(module)))
-        return places
+        ends = self.split.last if chunk < self.split.chunks - 1 else ()
+        return [
+            (parent, name, nn.ModuleList(layers)),
+            *((*place_of(self.model, p), Passage(self.model.get_submodule(p))) for p in ends),
+        ]
 
     @property
     def context(self) -> ContextState | None:

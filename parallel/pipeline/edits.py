@@ -15,8 +15,8 @@ from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
 from ..ranks import ModelRanks
 from .decoder import PipelinedDecoder
-from .module import Absent, PipelinedModule, place_of
-from .passage import Depart, Passage
+from .module import Absent, PipelinedModule
+from .passage import Depart, Passage, place_of
 from .split import Split
 
 

@@ -18,6 +18,7 @@ from ..errors import PlanError
 from ..ranks import ModelRanks
 from .lesson import Lesson, Places
 from .microbatches import Microbatch, microbatches
+from .passage import place_of
 from .rule import Stages
 from .run import PipelinedModel
 from .split import Split
@@ -74,7 +75,6 @@ class PipelinedModule(PipelinedModel):
         self._lessons: dict[Any, Lesson] = {}
         self._layouts: dict[Any, dict[str, Layout]] = {}
         self._passing: Passing | None = None
-        self._away: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model over all stages."""
@@ -156,25 +156,14 @@ class PipelinedModule(PipelinedModel):
         finally:
             self._passing = None
 
-    @contextmanager
-    def only(self, chunk: int) -> Iterator[None]:
-        """Put this stage's boxes of other chunks away while a chunk runs."""
-        if chunk not in self._away:
-            others = (c for c in self.split.chunks_of(self.stage) if c != chunk)
-            self._away[chunk] = [
-                (*place_of(self.model, path), Absent(self, path, self.model.get_submodule(path)))
-                for c in others
-                for path in self.split.paths_of(c)
-            ]
-        away = self._away[chunk]
-        before = [(parent, name, parent._modules[name]) for parent, name, _ in away]
-        try:
-            for parent, name, module in away:
-                parent._modules[name] = module
-            yield
-        finally:
-            for parent, name, module in before:
-                parent._modules[name] = module
+    def stand_ins(self, chunk: int) -> list[tuple[nn.Module, str, nn.Module]]:
+        """Nothing but what they returned, in the places of this stage's boxes of other chunks."""
+        others = (c for c in self.split.chunks_of(self.stage) if c != chunk)
+        return [
+            (*place_of(self.model, path), Absent(self, path, self.model.get_submodule(path)))
+            for c in others
+            for path in self.split.paths_of(c)
+        ]
 
     # --- all chunks after one another -------------------------------------------------------------
 
@@ -391,9 +380,3 @@ def key_of(values: dict[str, Any]) -> tuple[Any, ...]:
         (k, torch.get_autocast_dtype(k)) for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)
     )
     return str(spec), cast, *(Meta.of(x) if isinstance(x, Tensor) else repr(x) for x in leaves)
-
-
-def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The parent of a module and its name there."""
-    parent, _, name = path.rpartition(".")
-    return model.get_submodule(parent), name

@@ -40,6 +40,12 @@ class Passage(nn.Module):
         return hidden_states
 
 
+def place_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The parent of a module or parameter, and its name there."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
 @dataclass
 class Depart:
     """Take a module that another stage runs out of the model; its memory is free once the edits are committed."""
@@ -77,7 +83,7 @@ def fetch(model: nn.Module, split: Split, ranks: ModelRanks) -> None:
     """
     group, members = ranks.groups.group("pp"), ranks.groups.ranks("pp")
     for names in split.names:
-        places = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in names]
+        places = [place_of(model, name) for name in names]
         held = [module._parameters[name] for module, name in places]
         mine = next((p for p in held if p is not None and p.device.type != "meta"), None)
         if mine is None:

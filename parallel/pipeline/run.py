@@ -51,6 +51,7 @@ class PipelinedModel:
         self._rows: list[Tensor] = []
         self._schedule: tuple[Any, Any] = (None, None)
         self._cast: Any = nullcontext
+        self._stand_ins: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
 
     # --- what a kind of model says ----------------------------------------------------------------
 
@@ -65,6 +66,25 @@ class PipelinedModel:
     def run_chunk(self, chunk: int, received: list[Tensor], piece: Microbatch) -> list[Tensor]:
         """Run a chunk: from what arrives to what leaves, or of the last one its loss and further numbers to be told."""
         raise NotImplementedError
+
+    def stand_ins(self, chunk: int) -> list[tuple[nn.Module, str, nn.Module]]:
+        """What to put where while a chunk runs: parents, names there, and modules."""
+        raise NotImplementedError
+
+    @contextmanager
+    def only(self, chunk: int) -> Iterator[None]:
+        """Let the model see no modules of other chunks than this, while its own forward runs."""
+        if chunk not in self._stand_ins:
+            self._stand_ins[chunk] = self.stand_ins(chunk)
+        places = self._stand_ins[chunk]
+        before = [(parent, name, parent._modules[name]) for parent, name, _ in places]
+        try:
+            for parent, name, module in places:
+                parent._modules[name] = module
+            yield
+        finally:
+            for parent, name, module in before:
+                parent._modules[name] = module
 
     # --- the z-loss -------------------------------------------------------------------------------
 
