@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 
 class LaunchError(RuntimeError):
     """The ranks could not become one world: a launcher contradicts another, or a rank is missing."""
@@ -21,3 +23,14 @@ class CallMismatch(RuntimeError):
 
 class PeerMemoryError(RuntimeError):
     """Ranks cannot map each other's memory; every rank of the group gets it, with the same words."""
+
+
+def anew(error: Exception) -> Exception:
+    """Make the same error without the frames of those it was raised for before.
+
+    A group keeps the error that ended it and raises it at every later call. Raised itself, it would gather a traceback
+    at each call, and keep what those frames hold: their tensors, and the group. Where it was raised is in its cause.
+    """
+    again = copy.copy(error)
+    again.__cause__ = error if error.__traceback__ is not None else error.__cause__
+    return again

@@ -109,16 +109,9 @@ def with_victim(folder: str, backend: str, end: str, calls: int) -> list[tuple[s
     if current_rank() == 0 and (victim := os.fork()) == 0:
         live_and_end(folder, backend, end, calls)
     groups = open_groups(folder, backend, current_rank(), calls)
-    chosen = list(zip(CALLS.items(), groups, strict=False))
-    seen = []
-    for (call, what), group in chosen:
-        begin = time.monotonic()
-        with pytest.raises(PeerLost) as lost:
-            call(group)
-        seen.append((str(lost.value), time.monotonic() - begin))
-        assert (what if backend == "shm" else what.split()[0]) in str(lost.value)
-        with pytest.raises((PeerLost, RuntimeError)):
-            call(group)  # and again, at once
+    # no group has a name here: a future's error keeps the frames it went through
+    each = list(CALLS)[:calls]
+    seen = [lost_in(call, CALLS[call], groups.pop(0), backend) for call in each]
     store = dist.distributed_c10d._get_default_store()
     store.set(f"seen/{current_rank()}", "")
     if victim:
@@ -127,12 +120,31 @@ def with_victim(folder: str, backend: str, end: str, calls: int) -> list[tuple[s
         os.kill(victim, signal.SIGKILL)
         os.waitpid(victim, 0)
     dist.destroy_process_group()
-    del groups, chosen, group, lost  # whose traceback knows the last group
     # torch keeps two groups: a future's error the frames that waited for it, DTensor's caches their meshes
-    kept = [call for call in list(CALLS)[:calls] if call in (by_future, gathered_dtensor)]
+    kept = [call for call in each if call in (by_future, gathered_dtensor)]
     left = left_open(before, most=2 * len(kept))
     assert not left, left
     return seen
+
+
+def lost_in(call: Callable[[Any], None], what: str, group: Any, backend: str) -> tuple[str, float]:
+    """Say what a call in a group that has lost a rank raised, and after how many seconds."""
+    begin = time.monotonic()
+    with pytest.raises(PeerLost) as lost:
+        call(group)
+    seconds, said = time.monotonic() - begin, str(lost.value)
+    del lost  # whose traceback knows this frame, and so the group
+    assert (what if backend == "shm" else what.split()[0]) in said
+    depths = [depth_of_error(call, group) for _ in range(3)]  # and again, at once
+    assert depths[1] == depths[2], f"an error that is raised again grows: {depths}"
+    return said, seconds
+
+
+def depth_of_error(call: Callable[[Any], None], group: Any) -> int:
+    """Count the frames of the traceback that a call in a lost group gives."""
+    with pytest.raises((PeerLost, RuntimeError)) as again:
+        call(group)
+    return len(again.traceback)
 
 
 def open_files() -> Counter[str]:
@@ -141,8 +153,13 @@ def open_files() -> Counter[str]:
     for file in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own
             found[str(file.readlink()).split("[")[0].split(":")[0]] += 1
-    found["maps"] = Path("/proc/self/maps").read_text().count("memfd:plait")
+    found["maps"] = shared_maps()
     return found
+
+
+def shared_maps() -> int:
+    """Segments of ours that this process has mapped."""
+    return Path("/proc/self/maps").read_text().count("memfd:plait")
 
 
 def left_open(before: Counter[str], most: int, seconds: float = 10) -> dict[str, int]:

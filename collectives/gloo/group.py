@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from ..errors import CallMismatch, PeerLost
+from ..errors import CallMismatch, PeerLost, anew
 from ..python_group import PythonGroup, by_rank, listed
 from ..shown_call import Moved, ShownCall, is_on, mismatch, room_of
 from ..trace import listening, tell_traces
@@ -130,7 +130,7 @@ class GlooGroup(PythonGroup):
 
     def _start(self, call: Call, start: Callable[[], Any]) -> Call:
         if self.lost is not None:
-            raise self.lost
+            raise anew(self.lost)
         self._under_way[id(call)] = call
         try:
             call.inner = start()
@@ -166,7 +166,7 @@ class GlooGroup(PythonGroup):
                 late = "imed out" in text
                 self._lose(call, late, self.timeout_s)
         assert self.lost is not None
-        return self.lost
+        return anew(self.lost)
 
     def _lose(self, call: Call, late: bool, patience_s: float) -> None:
         peers = self.members.others if call.peer is None or call.peer < 0 else [call.peer]

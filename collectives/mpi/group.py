@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from ..errors import anew
 from ..python_group import PythonGroup, by_rank, elements, listed
 from ..shown_call import Moved, ShownCall, is_on
 from ..trace import listening, tell_traces
@@ -145,7 +146,7 @@ class MPIGroup(PythonGroup):
     ) -> dist.Work:
         """Start or do a call that fills `tensors`; `brought` is what this rank gives, where that is not the same."""
         if self.lost is not None:
-            raise self.lost
+            raise anew(self.lost)
         brought = tensors if brought is None else brought
         begin = time.perf_counter() if listening() else None
         if peer is None and is_on():
@@ -288,9 +289,8 @@ class MPIGroup(PythonGroup):
         for outs, t in zip(outputs, inputs, strict=True):
             if len(outs) != self.size() or outs[self._rank].numel() != t.numel():
                 raise self._misfit(f"all_gather of {_shape(t)} into {[_shape(o) for o in outs]}")
-        steps = [
-            exchange.all_gather(self.peers, o, t) for o, t in zip(outputs, inputs, strict=True)
-        ]
+        pairs = zip(outputs, inputs, strict=True)
+        steps = [exchange.all_gather(self.peers, o, t) for o, t in pairs]
         flat = [out for outs in outputs for out in outs]
         gathered = [elements(o) for o in zip(*outputs, strict=True)]
         moved = [elements(inputs)] * self.size(), gathered

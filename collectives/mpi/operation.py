@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from ..errors import anew
 from . import failure
 from .exchange import Steps, complete
 
@@ -151,7 +152,7 @@ class Operation:
             if late or self.group.engine.rollcall.left:
                 self.group.engine.give_up(self, late, min(patience, now - start))
         if self.error is not None:
-            raise self.error
+            raise anew(self.error)
 
     def future(self) -> torch.futures.Future:
         """Make the future, which whoever completes the operation sets."""

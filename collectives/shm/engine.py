@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CallMismatch
+from ..errors import CallMismatch, anew
 from ..shown_call import is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
@@ -113,7 +113,7 @@ class Engine:
         progress = self.progress
         with progress.lock:
             if progress.broken is not None:
-                raise progress.broken
+                raise anew(progress.broken)
             status = WAITING
             if not progress.collectives:
                 status = kernel(self.state, *arguments, code, PATIENCE if wait else 0)

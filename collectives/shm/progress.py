@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 
-from ..errors import PeerLost
+from ..errors import PeerLost, anew
 from .members import Members
 from .work import Pending
 
@@ -47,7 +47,7 @@ class Progress:
     def check_open(self) -> None:
         """Refuse messages of a group that is closed; collectives look at `broken`."""
         if self.closed and self.broken is not None:
-            raise self.broken
+            raise anew(self.broken)
 
     def wake(self) -> None:
         """Have the thread do what is pending while the caller does other things."""

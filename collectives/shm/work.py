@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from ..errors import anew
+
 PATIENCE = 100  # turns of yielding the processor before a waiting kernel returns to Python
 
 
@@ -98,7 +100,7 @@ class Pending(dist.Work):
                 nap = 0.0 if moved else min(longest_nap(now - since), nap * 1.3 + 1e-5)
                 time.sleep(nap)
         if self._error is not None:
-            raise self._error
+            raise anew(self._error)
         return True
 
     def is_completed(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lost_ranks import CALLS, PATIENCE_S, RANKS, with_victim
+from lost_ranks import CALLS, PATIENCE_S, RANKS, shared_maps, with_victim
 from plait.collectives import BackendUnavailable, PeerLost, processes, shm
 from plait.collectives.shm import members
 from world import current_rank, run_world
@@ -96,10 +96,6 @@ def opens_and_closes(folder: str) -> list[int]:
         gc.collect()
         counts += [opened, shared_maps()]
     return [*counts, len(list(Path("/proc/self/fd").iterdir()))]
-
-
-def shared_maps() -> int:
-    return Path("/proc/self/maps").read_text().count("memfd:plait")
 
 
 def test_nothing_is_left(tmp_path: Path) -> None:
