@@ -66,6 +66,14 @@ def all_to_all(group: Any) -> None:
     dist.all_to_all([torch.ones(5) for _ in range(RANKS)], ones, group=group)
 
 
+def gather_into(group: Any) -> None:
+    dist.all_gather_single(torch.empty(RANKS * 5), torch.ones(5), group=group)
+
+
+def exchange_evenly(group: Any) -> None:
+    dist.all_to_all_single(torch.empty(RANKS * 5), torch.ones(RANKS * 5), group=group)
+
+
 def broadcast(group: Any) -> None:
     dist.broadcast(torch.ones(5), VICTIM, group=group)
 
@@ -99,6 +107,8 @@ CALLS: dict[Callable[[Any], None], str] = {
     barrier: "barrier",
     receive: "receive of 5 float32, tag 0, from rank 3",
     large_send: "send of 1000000 float32, tag 0, to rank 3",
+    gather_into: "all_gather of 5 float32",
+    exchange_evenly: "all_to_all of 20 float32",
     gathered_dtensor: "all_gather of 5 float32",
 }
 

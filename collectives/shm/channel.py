@@ -75,4 +75,4 @@ def pull(ring, view, cursor, count, patience):
     return WAITING
 
 
-# inlines memory.py and steps.py and stores.py cd668b56
+# inlines memory.py and steps.py and stores.py 8f68eb78

@@ -6,7 +6,6 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..work import Finished
 from .calls import (
     KINDS,
     code_of,
-    dense_row,
+    dense_view,
     describe,
     even_table,
     operator,
@@ -29,7 +28,7 @@ from .calls import (
     view_of,
     views_of,
 )
-from .exchange import exchange
+from .exchange import exchange, exchange_evenly
 from .fold import SCRATCH_BYTES, SUM, fold_address
 from .members import Members
 from .progress import Progress
@@ -65,6 +64,7 @@ from .work import PATIENCE, Pending
 
 KIND = {name: number for number, name in enumerate(KINDS)}
 Kernel = Callable[..., int]
+MOST_EVEN = 4096  # calls of even runs that are remembered
 
 
 class Engine:
@@ -89,6 +89,7 @@ class Engine:
         state[FIRST_INPUT + members.ranks :] = [card["pid"] for card in members.cards]
         state[LINE_BYTES] = line_bytes(members.ranks)
         state[SINGLE] = BY_COST if members.readable else NEVER
+        self._even: dict[Any, tuple[Any, int, int] | None] = {}
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self._finished = Finished()
         self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
@@ -180,7 +181,7 @@ class Engine:
         def advance(patience: int) -> bool:
             status = kernel(state, *arguments, code, patience)
             if status == MISMATCH:
-                raise self._mismatch(code, count, arguments[3] if kernel is exchange else None)
+                raise self._mismatch(code, count, self._expected(kernel, arguments))
             return status == DONE
 
         work = Pending(
@@ -192,6 +193,12 @@ class Engine:
             alive=inputs,
         )
         return self.progress.add(self.progress.collectives, work)
+
+    def _expected(self, kernel: Kernel, arguments: Any) -> Any:
+        """Find what an exchange expects of each rank: first element and number."""
+        if kernel is exchange_evenly:
+            return arguments[0][-2 * self.members.ranks :].reshape(-1, 2)
+        return arguments[3] if kernel is exchange else None
 
     def _mismatch(self, code: int, count: int, received: Any) -> CallMismatch:
         """Say which rank is in another call, or (`received`: what is expected of each) sends another number."""
@@ -282,19 +289,49 @@ class Engine:
         kept = sent[self.members.rank, 1] / max(count, 1) if kind == "all_to_all" else None
         return self.run(exchange, arguments, code, count, receives, wait, sends, kept)
 
-    def known(
-        self, kind: str, output: Tensor, input: Tensor
-    ) -> tuple[Kernel, tuple[Any, ...], int, int] | None:
-        """Look up what `run` takes for equal runs of two dense tensors; None where they are not such, or do not fit."""
+    def exchange_evenly(
+        self, kind: str, output: Tensor, input: Tensor, wait: bool
+    ) -> dist.Work | None:
+        """Move equal runs of two dense tensors; None, with nothing done, where they are not such, or do not fit."""
         try:
-            if output.is_contiguous() and input.is_contiguous() and output.is_cpu and input.is_cpu:
-                return even_exchange(
-                    kind, self.members.ranks, output.data_ptr(), input.data_ptr(),
-                    output.shape, input.shape, output.dtype, input.dtype,
-                )  # fmt: skip
+            known = self._even[
+                kind, output.data_ptr(), input.data_ptr(), output.shape, input.shape, output.dtype, input.dtype
+            ]  # fmt: skip
+        except KeyError:
+            known = self._note_even(kind, output, input)
         except RuntimeError:  # they have no memory of their own
-            pass
-        return None
+            return None
+        if known is None or not (output.is_contiguous() and input.is_contiguous()):
+            return None
+        words, code, count = known
+        progress, work = self.progress, None
+        if (
+            wait and not self._shows_calls and not listening()
+        ):  # most calls: what `run` does, in less time
+            with progress.lock:
+                if not progress.collectives and progress.broken is None:
+                    if exchange_evenly(self.state, words, code, PATIENCE) == DONE:
+                        return self._finished
+                    work = self._pend(exchange_evenly, (words,), code, count, [output], [input])
+        if work is None:
+            return self.run(exchange_evenly, (words,), code, count, [output], wait, [input])
+        work.wait()
+        return work
+
+    def _note_even(self, kind: str, output: Tensor, input: Tensor) -> tuple[Any, int, int] | None:
+        """Write such a call down at the addresses of its tensors; most calls come again."""
+        if not (output.is_cpu and input.is_cpu):
+            return None
+        if len(self._even) == MOST_EVEN:
+            self._even.clear()
+        to, of = output.data_ptr(), input.data_ptr()
+        found = even_words(
+            kind, self.members.ranks, to, of, output.shape, input.shape, output.dtype, input.dtype
+        )
+        if to and of:  # tensors without memory, on any device, are at 0
+            key = kind, to, of, output.shape, input.shape, output.dtype, input.dtype
+            self._even[key] = found
+        return found
 
     def close(self) -> None:
         """End what is pending, and leave the group."""
@@ -303,12 +340,11 @@ class Engine:
         self._symmetric.clear()
 
 
-@lru_cache(maxsize=4096)
-def even_exchange(
+def even_words(
     kind: str, ranks: int, to: int, of: int, into: torch.Size, shape: torch.Size,
     dtype: torch.dtype, sent: torch.dtype,
-) -> tuple[Kernel, tuple[Any, ...], int, int] | None:  # fmt: skip
-    """Make what `run` takes for equal runs of dense tensors at these addresses; most calls come again."""
+) -> tuple[Any, int, int] | None:  # fmt: skip
+    """Write down what `exchange_evenly` takes, with the call's code and elements; None where the tensors do not fit."""
     count, shared, item = shape.numel(), kind == "all_gather", dtype.itemsize
     step = count if shared else count // ranks
     whole = shape[:1].numel() % ranks == 0 and into[:1].numel() % ranks == 0
@@ -316,5 +352,6 @@ def even_exchange(
         return None
     received = even_table(ranks, step, step)
     table = even_table(ranks, count, 0) if shared else received
-    arguments = (dense_row(of, item), table, dense_row(to, item), received, shared, True, item)
-    return exchange, arguments, code_of(KIND[kind], dtype), count
+    views = dense_view(of, item), dense_view(to, item)
+    words = np.concatenate([(shared, item), *views, table.ravel(), received.ravel()])
+    return words, code_of(KIND[kind], dtype), count

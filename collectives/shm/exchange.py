@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from numba import carray, njit
 
-from .memory import at, put, store, take
+from .memory import VIEW_WORDS, at, put, store, take
 from .single_copy import CARELESS, choose_copies, offer, read_there
 from .steps import (
     CODE,
     COUNT,
     DONE,
+    KEPT,
     LARGEST,
     MISMATCH,
     OFFERED,
@@ -24,6 +25,7 @@ from .steps import (
     STEP,
     STUCK,
     WAITING,
+    WAY,
     WORLD,
     all_came,
     has_come,
@@ -34,11 +36,14 @@ from .steps import (
     slot_of,
     tell,
 )
-from .stores import settle, show
+from .stores import BEYOND, PAST, copy_past_and_home, settle, show
 from .ways import compare, end, filled
 
 # bytes for a rank in the first step of a call, and in the next
 FIRST_TURN, NEXT_TURN = 512 << 10, 256 << 10
+# words of an exchange of even runs: two views, and the tables behind them
+SHARED, ITEM, SENDS, RECEIVES = 0, 1, 2, 2 + VIEW_WORDS
+TABLE = RECEIVES + VIEW_WORDS
 
 
 @njit(nogil=True, cache=True)
@@ -89,14 +94,29 @@ def copy_own(state, sends, sent, receives, received, item):
 
 
 @njit(nogil=True, cache=True)
-def fill(state, sends, sent, shared, piece, item):
-    """Copy this step's elements for each other rank into the own slot."""
+def keeps(state, sends, sent, receives, received, shared, item):
+    """Say whether what a rank shows is kept by it too, and can be copied to both places while it is read once."""
+    rank = state[RANK]
+    out, count = receives[rank if receives.shape[0] > 1 else 0], sent[rank, 1]
+    if not shared or state[WAY] != PAST or sends[0, 1] or out[1] or received[rank, 1] != count:
+        return False
+    here, there = sends[0, 0] + sent[rank, 0] * item, out[0] + received[rank, 0] * item
+    return whole_of(received, item) < BEYOND and abs(here - there) >= count * item
+
+
+@njit(nogil=True, cache=True)
+def fill(state, sends, sent, receives, received, shared, piece, item):
+    """Copy this step's elements for each other rank into the own slot; and home, if the call `keeps` them."""
     rank, world, done = state[RANK], state[WORLD], state[PLACE]
     slot = slot_of(state, rank, state[STEP])
     room = turn_of(state, piece, item)
     if shared:
         n = min(room, sent[rank, 1] - done)
-        if n > 0:
+        if n > 0 and state[KEPT]:
+            out = receives[rank if receives.shape[0] > 1 else 0]
+            here, there = sent[rank, 0] + done, received[rank, 0] + done
+            copy_past_and_home(slot, out[0] + there * item, sends[0, 0] + here * item, n * item)
+        elif n > 0:
             show(state, sends[0], sent[rank, 0] + done, n, slot)
         return
     for to in range(world):
@@ -160,13 +180,15 @@ def give_out(state, sends, sent, receives, received, shared, meet, piece, item, 
         tell(state, SENT + r, sent[r, 1])
     slot = slot_of(state, rank, step)
     if state[PLACE] == 0:
-        state[OFFERS] = 0
+        state[OFFERS] = state[KEPT] = 0
         if choose_copies(state, largest * item, meet):
             offer(state, sends, sent, receives, received, shared, item, slot)
+        if not state[OFFERS]:
+            state[KEPT] = keeps(state, sends, sent, receives, received, shared, item)
     if state[OFFERS]:
         largest = 0  # the others say how many steps their elements need
     else:
-        fill(state, sends, sent, shared, piece, item)
+        fill(state, sends, sent, receives, received, shared, piece, item)
     filled(state)
     tell(state, OFFERED, state[OFFERS])
     publish(state, code, sent[rank, 1], largest)
@@ -189,7 +211,7 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             if not may_fill(state, patience):
                 return WAITING
             give_out(state, sends, sent, receives, received, shared, meet, piece, item, code)
-            if done == 0:  # while the others come
+            if done == 0 and not state[KEPT]:  # while the others come
                 copy_own(state, sends, sent, receives, received, item)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -229,4 +251,16 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py a78d5c18
+@njit(nogil=True, cache=True)
+def exchange_evenly(state, words, code, patience):
+    """Do an `exchange` whose arguments `words_of` has written down: one array costs less to pass than four."""
+    world, first = state[WORLD], words.ctypes.data
+    sends = carray(at(first + 8 * SENDS, words), (1, VIEW_WORDS))
+    receives = carray(at(first + 8 * RECEIVES, words), (1, VIEW_WORDS))
+    sent = carray(at(first + 8 * TABLE, words), (world, 2))
+    received = carray(at(first + 8 * TABLE + 16 * world, words), (world, 2))
+    shared, item = words[SHARED], words[ITEM]
+    return exchange(state, sends, sent, receives, received, shared, 1, item, code, patience)
+
+
+# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py d8afc800

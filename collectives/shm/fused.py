@@ -264,4 +264,4 @@ def run(
     return normed if scales is None else Quantised(normed, scales), total
 
 
-# inlines memory.py and steps.py and stores.py and ways.py and norms.py 43ac542f
+# inlines memory.py and steps.py and stores.py and ways.py and norms.py 30e887e0

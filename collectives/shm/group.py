@@ -116,9 +116,9 @@ class ShmGroup(PythonGroup):
         )  # fmt: skip
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
-        known = self.engine.known("all_gather", output, input)
-        if known is not None:
-            return self.engine.run(*known, [output], not opts.asyncOp, [input])
+        work = self.engine.exchange_evenly("all_gather", output, input, not opts.asyncOp)
+        if work is not None:
+            return work
         n = input.numel()
         if output.numel() != n * self.size():
             raise misfit(self, f"{_shapes(input)} gathered into {_shapes(output)}")
@@ -225,9 +225,9 @@ class ShmGroup(PythonGroup):
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
         if not output_splits and not input_splits:
-            known = self.engine.known("all_to_all", output, input)
-            if known is not None:
-                return self.engine.run(*known, [output], not opts.asyncOp, [input])
+            work = self.engine.exchange_evenly("all_to_all", output, input, not opts.asyncOp)
+            if work is not None:
+                return work
         sent, received = self._split(input, input_splits), self._split(output, output_splits)
         self.check_own(sent[:, 1], received[:, 1])
         return self.engine.exchange(

@@ -235,4 +235,4 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return DONE
 
 
-# inlines memory.py and steps.py and stores.py and ways.py 150b894f
+# inlines memory.py and steps.py and stores.py and ways.py cea8d57c

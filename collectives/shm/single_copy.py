@@ -113,4 +113,4 @@ def may_be_read(state, sends, sent, receives, received, shared, item):
     return low < high and readable(state, low, high - 1)
 
 
-# inlines memory.py and steps.py and stores.py and ways.py 150b894f
+# inlines memory.py and steps.py and stores.py and ways.py cea8d57c

@@ -31,19 +31,40 @@ def cycles(typingctx):
     return types.int64(), build
 
 
+def _vector(builder, address):
+    return builder.inttoptr(address, ir.VectorType(ir.IntType(32), VECTOR // 4).as_pointer())
+
+
+def _store_past(builder, value, to):
+    stored = builder.store(value, _vector(builder, to), align=VECTOR)
+    one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+    stored.set_metadata("nontemporal", one)
+
+
 @intrinsic
 def copy_past(typingctx, to, of):
     """Copy a vector to an address that is a multiple of its size, past the cache."""
 
     def build(context, builder, signature, args):
-        vector = ir.VectorType(ir.IntType(32), VECTOR // 4).as_pointer()
-        value = builder.load(builder.inttoptr(args[1], vector), align=1)
-        stored = builder.store(value, builder.inttoptr(args[0], vector), align=VECTOR)
-        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        stored.set_metadata("nontemporal", one)
+        to, of = args
+        _store_past(builder, builder.load(_vector(builder, of), align=1), to)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), build
+
+
+@intrinsic
+def copy_twice(typingctx, past, home, of):
+    """Copy a vector as `copy_past`, and home in the ordinary way."""
+
+    def build(context, builder, signature, args):
+        past, home, of = args
+        value = builder.load(_vector(builder, of), align=1)
+        _store_past(builder, value, past)
+        builder.store(value, _vector(builder, home), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), build
 
 
 @intrinsic
@@ -69,6 +90,20 @@ def copy_all_past(to, of, count):
     for at in range(head, end, VECTOR):
         copy_past(to + at, of + at)
     memmove(to + end, of + end, count - end)
+    fence()
+
+
+@njit(nogil=True, cache=True)
+def copy_past_and_home(past, home, of, count):
+    """Copy bytes to two places, to the first past the cache, and read them once."""
+    head = min(-past % VECTOR, count) if X86 else count
+    end = head + (count - head) // VECTOR * VECTOR
+    memmove(past, of, head)
+    memmove(home, of, head)
+    for at in range(head, end, VECTOR):
+        copy_twice(past + at, home + at, of + at)
+    memmove(past + end, of + end, count - end)
+    memmove(home + end, of + end, count - end)
     fence()
 
 
@@ -102,4 +137,4 @@ def settle(view, first, count, dense, whole):
         put(view, first, count, dense)
 
 
-# inlines memory.py and steps.py 3e32761e
+# inlines memory.py and steps.py bb9ecce8

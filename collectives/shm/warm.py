@@ -6,7 +6,7 @@ import torch
 from numba import types
 
 from .channel import look, pull, push
-from .exchange import exchange
+from .exchange import exchange, exchange_evenly
 from .fold import SUM, fold_address
 from .fused import all_reduce_norm
 from .reductions import all_reduce, all_reduce_symmetric, reduce_scatter
@@ -23,6 +23,7 @@ _SIGNATURES = (
     (all_reduce_norm, (_ROW, _ROW, _ROW, _WORD, _WORD, _REALS, _WORD, _WORD)),
     (reduce_scatter, (_ROW, _TABLE, _ROW, _ROW, *[_WORD] * 5)),
     (exchange, (_ROW, *[_TABLE] * 4, *[_WORD] * 5)),
+    (exchange_evenly, (_ROW, _ROW, _WORD, _WORD)),
     (push, (_ROW, _WORD, _ROW, _ROW, *[_WORD] * 4)),
     (pull, (_WORD, _ROW, _ROW, *[_WORD] * 2)),
     (look, (_WORD, _ROW, _WORD)),

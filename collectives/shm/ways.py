@@ -135,4 +135,4 @@ def end(state):
     state[word] = max(1, cost)
 
 
-# inlines memory.py and steps.py and stores.py cd668b56
+# inlines memory.py and steps.py and stores.py 8f68eb78

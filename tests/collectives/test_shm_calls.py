@@ -149,6 +149,10 @@ def same_places(folder: str) -> None:
             assert (back[:, 0] == torch.cat([half, half + 1]) + 10 * number).all()
             across = memory.view(dtype)[: rows * 4].view(4, rows).t().fill_(rank)  # strided
             dist.all_gather_single(out[:, :4].contiguous().view(2 * rows, 4), across)
+    square, out = torch.arange(9.0).view(3, 3), torch.empty(6, 3)
+    for x in (square, square.t(), square.t_(), square.t_()):  # one address and shape, other strides
+        dist.all_gather_single(out, x)
+        assert torch.equal(out, torch.cat([x, x]))
     odd = torch.ones(3, 2)
     with pytest.raises(ValueError, match="3 rows exchanged without split sizes"):
         dist.all_to_all_single(torch.empty(2, 3), odd)

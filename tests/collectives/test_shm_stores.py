@@ -25,3 +25,17 @@ def test_every_byte_arrives_and_no_other(way: int, count: int) -> None:
         assert (target[64 + to : 64 + to + count] == source[of : of + count]).all()
         assert (target[: 64 + to] == 7).all()
         assert (target[64 + to + count :] == 7).all()
+
+
+@pytest.mark.parametrize("count", [1, 33, 4097, 200_001])
+def test_every_byte_arrives_in_both_places(count: int) -> None:
+    draw = np.random.default_rng(count)
+    for past, home, of in ((0, 0, 0), (5, 3, 0), (32, 1, 17), (63, 64, 1)):
+        source = draw.integers(0, 256, count + 64, np.uint8)
+        targets = np.full((2, count + 192), 7, np.uint8)
+        places = [row.ctypes.data + 64 + to for row, to in zip(targets, (past, home), strict=True)]
+        stores.copy_past_and_home(*places, source.ctypes.data + of, count)
+        for row, to in zip(targets, (past, home), strict=True):
+            assert (row[64 + to : 64 + to + count] == source[of : of + count]).all()
+            assert (row[: 64 + to] == 7).all()
+            assert (row[64 + to + count :] == 7).all()
