@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from queue import Empty
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from . import deputy
+
 # What gloo says when a connection ended or was waited for in vain; its other errors are about the call itself.
 LOST = re.compile(r"gloo/transport|pair closure|imed out|onnection (closed|reset)")
+TURN_S = 0.25  # of waiting in C++, where Python sees no signal (Ctrl-C)
+TURN_IS_OVER = "Operation timed out!"  # torch, of a wait that ends while the call goes on
 
 
 class Owner(Protocol):
@@ -25,6 +31,10 @@ class Owner(Protocol):
 
     def forget(self, call: Call) -> None:
         """Take note that a call has ended."""
+        ...
+
+    def leave_open(self, call: Call) -> None:
+        """Take note that nobody waits for a call any more, which goes on."""
         ...
 
 
@@ -52,6 +62,7 @@ class Call(dist.Work):
         self._count = sum(x.numel() for x in brought)
         self._dtype = brought[0].dtype if brought else None
         self.inner: Any = None
+        self._said: deputy.Said | None = None  # of the one wait for a message
 
     def __str__(self) -> str:
         if self._dtype is None:
@@ -67,14 +78,48 @@ class Call(dist.Work):
             PeerLost: a rank it needs is gone, or did not come within the group's timeout.
             TimeoutError: it is not done after `timeout`; it goes on.
         """
+        limit_s = timeout.total_seconds() if timeout else math.inf  # 0 is how C++ says "no timeout"
         try:
-            self.inner.wait() if timeout is None else self.inner.wait(timeout)
+            (self._in_turns if self.peer is None else self._by_deputy)(limit_s)
         except RuntimeError as error:
-            if timeout is not None and not self.inner.is_completed():
-                raise TimeoutError(f"{self} is not done after {timeout}") from None
             raise self._owner.explain(self, error) from error
+        except BaseException:
+            self._owner.leave_open(self)
+            raise
         self._owner.forget(self)
         return True
+
+    def _in_turns(self, limit_s: float) -> None:
+        """Wait for a collective, and let Python see signals in between."""
+        end = time.monotonic() + limit_s
+        while not self._ends_in(min(limit_s, TURN_S)):
+            limit_s = end - time.monotonic()
+            if limit_s <= 0:
+                raise self._late()
+
+    def _ends_in(self, seconds: float) -> bool:
+        try:
+            return self.inner.wait(timedelta(seconds=max(seconds, 1e-3)))  # 0 would be for ever
+        except RuntimeError as error:
+            if not str(error).startswith(TURN_IS_OVER):
+                raise
+        return self.inner.is_completed() and self.inner.wait()
+
+    def _by_deputy(self, limit_s: float) -> None:
+        """Wait for a message: gloo closes all connections when a wait for one ends early, so it cannot be in turns."""
+        self._said = self._said or deputy.ask(self.inner.wait)
+        try:
+            error = self._said.get(timeout=None if limit_s == math.inf else limit_s)
+        except Empty:
+            raise self._late() from None
+        self._said.put(error)  # for who waits again
+        if error is not None:
+            raise error
+
+    def _late(self) -> TimeoutError:
+        return TimeoutError(
+            f"{self} is not done after {time.monotonic() - self.since:.3g} s; it goes on"
+        )
 
     def synchronize(self) -> None:
         self.wait()

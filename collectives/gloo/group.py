@@ -23,6 +23,7 @@ from ..work import Finished, Several
 from .call import LOST, Call
 from .lookout import lookout
 from .members import Members
+from .strides import check_dense, strided
 
 STOPPED_S = 30.0  # a process that is stopped (SIGSTOP) is given up after this, whatever the timeout
 SLOW_S = 1.0  # a call that takes longer is told to the others, who may be elsewhere
@@ -60,6 +61,7 @@ class GlooGroup(PythonGroup):
         self._calls = 0
         # weak: who drops the work of a message waits for it no more
         self._under_way: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
+        self._left_open: list[Call] = []  # that nobody waits for since an interruption
         self._ending = Lock()
         self._lost_call: Call | None = None
         self._lost_at = 0.0
@@ -191,6 +193,15 @@ class GlooGroup(PythonGroup):
         """Take note that a call has ended."""
         self._under_way.pop(id(call), None)
 
+    def leave_open(self, call: Call) -> None:
+        """Take note that nobody waits for a call any more, which goes on."""
+        self._left_open.append(call)
+
+    def has_left_open(self) -> bool:
+        """Say whether such a call goes on still."""
+        self._left_open = [call for call in self._left_open if not call.is_completed()]
+        return bool(self._left_open)
+
     def slow_calls(self) -> list[Call]:
         """Give the collectives that take long."""
         for call in list(self._under_way.values()):
@@ -231,6 +242,8 @@ class GlooGroup(PythonGroup):
     def shutdown(self) -> None:
         """Leave the group."""
         lookout().groups.discard(self)
+        if self.has_left_open():
+            self._end_all()  # or the process could not end before its timeout
         self.members.close()
 
     abort = shutdown
@@ -328,7 +341,7 @@ class GlooGroup(PythonGroup):
     ) -> dist.Work:
         for x in (output, input):
             if not x.is_contiguous():
-                raise _strided(x)
+                raise strided(x)
         if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
             input = input.clone()  # gloo sends from it after it has received
         moved = (
@@ -374,24 +387,3 @@ class GlooGroup(PythonGroup):
 
     def _end_coalescing(self, device: torch.device) -> dist.Work:
         return Several(list(self._under_way.values()), [])
-
-
-def check_dense(tensors: Sequence[Tensor]) -> None:
-    """Refuse tensors with holes between their elements: gloo takes memory from the first element on, and says nothing.
-
-    Raises:
-        ValueError: such a tensor.
-    """
-    for x in tensors:
-        if x.layout is not torch.strided or x.is_contiguous():
-            continue
-        # what torch makes like a tensor has its strides only where those leave no holes
-        if torch.empty_like(x, device="meta").stride() != x.stride():
-            raise _strided(x)
-
-
-def _strided(x: Tensor) -> ValueError:
-    return ValueError(
-        f"gloo cannot send a tensor of shape {tuple(x.shape)} and strides {x.stride()} in this call; give it as "
-        ".contiguous(), or use backend 'shm' or 'mpi', which take any strides"
-    )

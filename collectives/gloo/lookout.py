@@ -49,9 +49,10 @@ class Lookout:
     def _end(self) -> None:
         """Where this process ends with an error, say so: others may wait for it."""
         error = getattr(sys, "last_value", None)
-        if error is not None:
-            for group in list(self.groups):
-                group.leave(f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ") if error else ""
+        for group in list(self.groups):
+            if error is not None or group.has_left_open():
+                group.leave(reason)
 
 
 @cache

@@ -18,7 +18,7 @@ from . import failure
 from .exchange import Steps, complete
 
 if TYPE_CHECKING:
-    from .group import MPIGroup
+    from .member import Member
 
 About = tuple[str, torch.Size | None, torch.dtype | None]
 
@@ -40,7 +40,7 @@ class Operation:
 
     def __init__(
         self,
-        group: MPIGroup,
+        group: Member,
         about: About,
         tensors: list[Tensor],
         steps: Steps,

@@ -26,7 +26,7 @@ from .rollcall import PATIENCE_S, Answer, RollCall
 from .wire import Wire
 
 if TYPE_CHECKING:
-    from .group import MPIGroup
+    from .member import Member
 
 IDLE_S = 0.1  # between looks at the roll call when nothing is under way
 NAP_S = 100e-6
@@ -59,7 +59,7 @@ class Engine:
         self.wire = Wire()
         self.world = MPI.COMM_WORLD.Dup()
         self.meeting = MPI.COMM_WORLD.Dup()
-        self.groups: weakref.WeakValueDictionary[str, MPIGroup] = weakref.WeakValueDictionary()
+        self.groups: weakref.WeakValueDictionary[str, Member] = weakref.WeakValueDictionary()
         self.abandoned: list[Any] = []
         self.bereaved = False  # a fault-tolerant MPI has told of a death
         own = self.turn if self.serial else RLock()
@@ -179,7 +179,8 @@ class Engine:
         lost = (g.lost for g in self.groups.values() if isinstance(g.lost, PeerLost))
         failed = getattr(sys, "last_value", None) or next(lost, None)
         if failed is not None:  # who still waits for this rank gives up now, and says why
-            self.rollcall.leave(f"{type(failed).__name__}: {failed}")
+            self.rollcall.leave(f"{type(failed).__name__}: {failed}".removesuffix(": "))
+            self.abandoned.extend(self._under_way)
         self._stop.set()
         self._work.set()
         self._thread.join(1.0)
