@@ -93,4 +93,4 @@ def attention_mass(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
     return call(q.detach(), k.detach(), seen, scale)
 
 
-# inlines exp.py 38cbe064
+# inlines exp.py cfd32c10

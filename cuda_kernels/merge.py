@@ -16,16 +16,15 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .exp import exp_rows
+from .exp import exp_each, log_rows
 from .gpu import ptx
 from .gpu.kernel import Variant, kernel, run_on
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
-from .halves import narrow, widen
 from .numbers import LOOKS, bits_of
 from .room import room
-from .weighted import EIGHT, weighted1, weighted2, weighted4
+from .weighted import LINE, RUN, SHORT_RUN, blend_one, blend_past, blend_run, blend_short, fence
 from .workers import run_rows
 
 NEG_INF = float("-inf")
@@ -34,6 +33,10 @@ LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
 LOWEST = f32(-3.0e38)  # finite: an all-empty row must not become inf - inf
 ELEMENTS_A_THREAD = 1 << 17  # of the partials: a thread's start costs about 30 us
 TILE = 64  # places whose weights are made at once
+BEYOND = (
+    8 << 20
+)  # bytes of a result that is stored past the cache: an ordinary store reads the line first
+GONE = -1.0  # the weight of an empty shard, whose numbers are not looked at
 WIDE = (torch.float32, torch.float64)
 
 
@@ -79,99 +82,86 @@ def direct(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
-@njit(nogil=True, cache=True)  # no fast math: -inf and NaN mean something here
-def _weigh(lse, sink, first, stop, weights, tops):
-    """Give places `[first, stop)` weights `[places, shards]`, which divide already, and in `tops` the merged lse."""
-    shards, logits, zero = lse.shape[0], sink.shape[0], lse.dtype.type(0)
-    for t in range(stop - first):
-        top = sink[(first + t) % logits] if logits else lse.dtype.type(-np.inf)
-        for s in range(shards):
-            held = lse[s, first + t]
-            top = held if held > top or held != held else top
-        for s in range(shards):
-            weights[t, s] = lse[s, first + t] - top
-        tops[t] = top
-    exp_rows(weights.reshape(-1), shards * (stop - first), zero)
-    for t in range(stop - first):
-        top = tops[t]
-        if top == -np.inf:
-            continue
-        total = np.exp(sink[(first + t) % logits] - top) if logits else zero
-        for s in range(shards):
-            if not (top < np.inf):  # infinite or NaN: to be seen
-                weights[t, s] = np.nan
-            total += weights[t, s]
-        for s in range(shards):
-            weights[t, s] /= total
-        tops[t] = top + np.log(total)
+@njit(nogil=True, cache=True, error_model="numpy")  # no fast math: -inf and NaN mean something
+def _weigh(lse, first, sink, place, weights, tops):
+    """Give a tile of places weights `[shards, TILE]`, GONE of an empty shard, and in `tops` the merged lse.
 
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _blend(o, p, live, at, w, wide):
-    """Add the `live` shards `at` of a place by their weights `w`; o `[shards, places, width]`."""
-    _, places, width = o.shape
-    item, to, wide_item = o.itemsize, wide.ctypes.data, wide.itemsize
-    first = o.ctypes.data + p * width * item
-    apart = places * width * item
-    s = 0
-    while s < live:
-        more, a = s > 0, first + at[s] * apart
-        count = 4 if live - s >= 4 else 2 if live - s >= 2 else 1
-        if count == 4:
-            b, c, d = (
-                first + at[s + 1] * apart,
-                first + at[s + 2] * apart,
-                first + at[s + 3] * apart,
-            )
-            for x in range(0, width - EIGHT + 1, EIGHT):
-                y = x * item
-                weighted4(
-                    to + x * wide_item, more, o, a + y, w[s], b + y, w[s + 1],
-                    c + y, w[s + 2], d + y, w[s + 3],
-                )  # fmt: skip
-        elif count == 2:
-            b = first + at[s + 1] * apart
-            for x in range(0, width - EIGHT + 1, EIGHT):
-                y = x * item
-                weighted2(to + x * wide_item, more, o, a + y, w[s], b + y, w[s + 1])
-        else:
-            for x in range(0, width - EIGHT + 1, EIGHT):
-                weighted1(to + x * wide_item, more, o, a + x * item, w[s])
-        for x in range(width // EIGHT * EIGHT, width):
-            for i in range(s, s + count):
-                part = w[i] * widen(o[at[i], p, x])
-                wide[x] = part if i == 0 else wide[x] + part
-        s += count
-    if live == 0:
-        wide[:] = 0
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _merge(o, lse, sink, out, out_lse, sums, first, stop):
-    """Places first..stop: weights tile by tile, as vector code, then one pass over the partials.
-
-    `sums` is `out`, or one row where that is not wide enough to add in.
+    The tile is at `first` in lse; `place`, its number among all places, says the sinks.
+    Every loop is over all places of a tile: vector code, without a rest that might round in another way.
     """
-    shards, width = lse.shape[0], o.shape[2]
-    weights, tops = np.empty((TILE, shards), lse.dtype), np.empty(TILE, lse.dtype)
-    at, w = np.empty(shards, np.int64), np.empty(shards, lse.dtype)
-    apart = sums.shape[0] == 1
+    kind, shards, logits = lse.dtype.type, lse.shape[0], sink.shape[0]
+    zero, one, nan, least, gone = kind(0), kind(1), kind(np.nan), kind(-np.inf), kind(GONE)
+    base, total = np.empty(TILE, lse.dtype), np.zeros(TILE, lse.dtype)
+    for t in range(TILE):
+        tops[t] = sink[(place + t) % logits] if logits else least
+    for s in range(shards):
+        held = lse[s, first : first + TILE]
+        for t in range(TILE):
+            tops[t] = held[t] if (held[t] > tops[t]) | (held[t] != held[t]) else tops[t]
+    for t in range(TILE):
+        base[t] = zero if tops[t] == least else tops[t]
+    if logits:
+        for t in range(TILE):
+            total[t] = sink[(place + t) % logits] - base[t]
+        exp_each(total, TILE, zero)
+    for s in range(shards):
+        row, held = weights[s], lse[s, first : first + TILE]
+        for t in range(TILE):
+            row[t] = held[t] - base[t]
+        exp_each(row, TILE, zero)
+        for t in range(TILE):
+            total[t] += row[t]
+            row[t] = gone if held[t] == least else row[t]
+    for t in range(TILE):
+        seen = tops[t] < np.inf  # else infinite or NaN: to be seen
+        total[t] = (total[t] if tops[t] > least else one) if seen else nan
+        base[t] = one / total[t]
+    for s in range(shards):
+        row = weights[s]
+        for t in range(TILE):
+            row[t] *= base[t]
+    log_rows(total, TILE)
+    for t in range(TILE):
+        tops[t] += total[t]
+
+
+@njit(nogil=True, cache=True)
+def _merge(o, lse, sink, out, out_lse, first, stop):
+    """Places first..stop: weights tile by tile, as vector code, then one pass over the partials."""
+    shards, places, width = o.shape
+    weights, tops = np.empty((shards, TILE), lse.dtype), np.empty(TILE, lse.dtype)
+    item, step = o.itemsize, weights.strides[0]
+    apart = places * width * item
+    runs = width - width % RUN
+    shorts = runs + (width - runs) // SHORT_RUN * SHORT_RUN
+    past = out.nbytes >= BEYOND and runs == width and out.ctypes.data % LINE == 0
     for start in range(first, stop, TILE):
-        end = min(start + TILE, stop)
-        _weigh(lse, sink, start, end, weights, tops)
-        for p in range(start, end):
-            out_lse[p] = tops[p - start]
-            live = np.int64(0)  # a literal is a type of its own: _blend would be compiled for both
-            for s in range(shards):
-                if lse[s, p] != -np.inf:
-                    at[live], w[live] = s, weights[p - start, s]
-                    live += 1
-            wide = sums[0 if apart else p]
-            _blend(o, p, live, at, w, wide)
-            if apart:
-                row = out[p]
-                for x in range(width):
-                    row[x] = narrow(wide[x], row)
+        count = min(TILE, stop - start)
+        if count == TILE:
+            _weigh(lse, start, sink, start, weights, tops)
+        else:
+            rest = np.full((shards, TILE), -np.inf, lse.dtype)
+            rest[:, :count] = lse[:, start:stop]
+            _weigh(rest, 0, sink, start, weights, tops)
+        out_lse[start : start + count] = tops[:count]
+        for t in range(count):
+            w = weights.ctypes.data + t * weights.itemsize
+            of = o.ctypes.data + (start + t) * width * item
+            to = out.ctypes.data + (start + t) * width * item
+            for x in range(0, runs, RUN):
+                y = x * item
+                if past:
+                    blend_past(to + y, of + y, apart, shards, w, step, o, lse)
+                else:
+                    blend_run(to + y, of + y, apart, shards, w, step, o, lse)
+            for x in range(runs, shorts, SHORT_RUN):
+                y = x * item
+                blend_short(to + y, of + y, apart, shards, w, step, o, lse)
+            for x in range(shorts, width):
+                y = x * item
+                blend_one(to + y, of + y, apart, shards, w, step, o, lse)
+    if past:
+        fence()
 
 
 def merge_plain(
@@ -195,8 +185,7 @@ def merge_plain(
     out, out_lse = bits_of(merged.view(places, width)), merged_lse.view(-1).numpy()
 
     def part(first: int, stop: int) -> None:
-        sums = out if o.dtype == lse.dtype else np.empty((1, width), held.dtype)
-        _merge(flat, held, sinks, out, out_lse, sums, first, stop)
+        _merge(flat, held, sinks, out, out_lse, first, stop)
 
     run_rows(part, places, ELEMENTS_A_THREAD // max(1, o.shape[0] * width))
     return merged, merged_lse
@@ -360,4 +349,4 @@ def merge_states(
 __all__ = ["direct", "merge_plain", "merge_states", "merge_states_reference"]
 
 
-# inlines exp.py and halves.py and weighted.py f8427365
+# inlines exp.py and halves.py and weighted.py 3be51dc8

@@ -391,4 +391,4 @@ def paged_attention(
     )  # fmt: skip
 
 
-# inlines exp.py and halves.py 10766078
+# inlines exp.py and halves.py 57faa81f

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.cuda_kernels import merge_states
+from plait.cuda_kernels import merge, merge_states
 from plait.cuda_kernels.merge import merge_states_reference
 
 INF = math.inf
@@ -184,6 +184,39 @@ def test_infinite_values_of_a_shard_stay_in_their_places() -> None:
         assert want.isinf().sum() == 2
         lse[1] = INF
         assert merge_states(o, lse)[0].isnan().all()
+
+
+def test_a_result_past_the_cache_is_the_same() -> None:
+    """It is stored in another way, with a fence at the end; so are rows of 96 not, whose end is not a line's."""
+    for width, shards in ((128, 2), (96, 3)):
+        places = merge.BEYOND // (4 * width) + 77
+        o, lse = torch.randn(shards, places, 1, width), torch.randn(shards, places, 1) * 5
+        lse[0, 5], lse[:, 9], o[0, 5] = -INF, -INF, math.nan
+        got, got_lse = merge_states(o, lse)
+        assert got.nbytes >= merge.BEYOND
+        want, want_lse = merge_states_reference(o, lse)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_lse, want_lse, rtol=1e-5, atol=1e-5)
+        few = slice(64, 64 + 300)
+        assert torch.equal(merge_states(o[:, few], lse[:, few])[0], got[few])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads cut the places anywhere, tiles of weights and all."""
+    o, lse = torch.randn(5, 37, 7, 80).to(dtype), torch.randn(5, 37, 7) * 5
+    sink = torch.randn(7)
+    lse[torch.rand(lse.shape) < 0.2] = -INF
+    whole = merge_states(o, lse, sink)
+    monkeypatch.setattr(merge, "ELEMENTS_A_THREAD", 1)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for part, other in zip(merge_states(o, lse, sink), whole, strict=True):
+                assert torch.equal(part, other)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- the CUDA kernel, simulated
