@@ -140,11 +140,13 @@ def _merge(o, lse, sink, out, out_lse, first, stop):
         if count == TILE:
             _weigh(lse, start, sink, start, weights, tops)
         else:
-            rest = np.full((shards, TILE), -np.inf, lse.dtype)
-            rest[:, :count] = lse[:, start:stop]
+            rest = np.empty((shards, TILE), lse.dtype)
+            for s in range(shards):
+                for t in range(TILE):
+                    rest[s, t] = lse[s, start + t] if t < count else -np.inf
             _weigh(rest, 0, sink, start, weights, tops)
-        out_lse[start : start + count] = tops[:count]
         for t in range(count):
+            out_lse[start + t] = tops[t]
             w = weights.ctypes.data + t * weights.itemsize
             of = o.ctypes.data + (start + t) * width * item
             to = out.ctypes.data + (start + t) * width * item
