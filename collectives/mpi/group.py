@@ -11,7 +11,6 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..python_group import by_rank, elements, listed
-from ..shown_call import is_on
 from ..work import Several
 from . import exchange
 from .exchange import Steps
@@ -110,7 +109,9 @@ class MPIGroup(Member):
         return self.allgather([list(outs) for outs in zip(*outputs, strict=True)], inputs, opts)
 
     def all_gather_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
-        return self.all_gather_single_coalesced([out], [t], opts)
+        self._check_gather(out, t)
+        steps = exchange.all_gather_single(self.peers, out, t)
+        return self._run("all_gather_into_tensor", [out], steps, opts, None, [t])
 
     _allgather_base = all_gather_single  # pyright: ignore[reportAssignmentType]
 
@@ -118,11 +119,14 @@ class MPIGroup(Member):
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> dist.Work:
         for out, t in zip(outputs, inputs, strict=True):
-            if out.numel() != t.numel() * self.size() or out.dtype != t.dtype:
-                raise self._misfit(f"all_gather_into_tensor of {_shape(t)} into {_shape(out)}")
+            self._check_gather(out, t)
         pairs = zip(outputs, inputs, strict=True)
         steps = exchange.together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
         return self._run("all_gather_into_tensor", list(outputs), steps, opts, None, inputs)
+
+    def _check_gather(self, out: Tensor, t: Tensor) -> None:
+        if out.numel() != t.numel() * self.size() or out.dtype != t.dtype:
+            raise self._misfit(f"all_gather_into_tensor of {_shape(t)} into {_shape(out)}")
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore[reportAssignmentType]
 
@@ -137,7 +141,7 @@ class MPIGroup(Member):
         if out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
             t = t.clone()  # MPI may receive before it sends
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
-        if not (send or receive or is_on()):  # equal runs are of interest to nobody else
+        if not (send or receive or self.shows_calls):  # equal runs are of interest to nobody else
             return self._run("all_to_all_single", [out], steps, opts, None, [t])
         moved = by_rank(t, send, self.size()), by_rank(out, receive, self.size())
         self.check_own(*moved)

@@ -66,6 +66,7 @@ class Member(PythonGroup):
         self._name, self._backend, self._description = name, backend, ""
         self._last: About = ("", None, None)
         self._open: bool | weakref.ref[Operation] = False  # is the last call still under way?
+        self.shows_calls = is_on()
         self._finished = Finished()
         self._coalescing: list[dist.Work] | None = None
         self.engine.groups[name] = self
@@ -145,34 +146,33 @@ class Member(PythonGroup):
         """Start or do a call that fills `tensors`; `brought` is what this rank gives, where that is not the same."""
         if self.lost is not None:
             raise anew(self.lost)
-        brought = tensors if brought is None else brought
         begin = time.perf_counter() if listening() else None
-        if peer is None and is_on():
+        if self.shows_calls and peer is None:
             call = ShownCall.of(name, tensors, opts, *moved)
             compare = check.compare(self.peers, self.ranks, call, str(self))
             self._run_here((f"{call}, before it,", None, None), [], compare)
-        work = self._run_call(name, tensors, steps, opts, peer)
-        if begin is not None:
-            under_way = None if work is self._finished else work
-            kind, seconds = _TRACED.get(name, name), time.perf_counter() - begin
-            apart = kind == "all_to_all" and any(moved[0])
-            kept = moved[0][self._rank] / sum(moved[0]) if apart else None
-            tell_traces(self, kind, brought, seconds, under_way, kept)
-        return work
-
-    def _run_call(
-        self, name: str, tensors: list[Tensor], steps: Steps, opts: Any, peer: int | None
-    ) -> dist.Work:
         about: About = (name, tensors[0].shape, tensors[0].dtype) if tensors else (name, None, None)
         if peer is None:
             self.calls += 1
             self._last = about
         if opts is None or opts.asyncOp or self._coalescing is not None:
-            return self._run_aside(Operation(self, about, tensors, steps, peer))
-        self._open = True
-        self._run_here(about, tensors, steps)
-        self._open = False
-        return self._finished
+            work = self._run_aside(Operation(self, about, tensors, steps, peer))
+        else:
+            self._open = True
+            self._run_here(about, tensors, steps)
+            self._open = False
+            work = self._finished
+        if begin is not None:
+            self._tell(name, tensors if brought is None else brought, begin, work, moved[0])
+        return work
+
+    def _tell(
+        self, name: str, brought: Sequence[Tensor], begin: float, work: dist.Work, sent: list[int]
+    ) -> None:
+        under_way = None if work is self._finished else work
+        kind, seconds = _TRACED.get(name, name), time.perf_counter() - begin
+        kept = sent[self._rank] / sum(sent) if kind == "all_to_all" and any(sent) else None
+        tell_traces(self, kind, brought, seconds, under_way, kept)
 
     def _run_aside(self, operation: Operation) -> dist.Work:
         if operation.peer is None:

@@ -6,14 +6,13 @@ The pages of fresh memory cost more than the messages themselves, up to some MB.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from threading import Lock
 
 import torch
 from torch import Tensor
 
 from .wire import Message, memory
 
-KEPT_BYTES = 16 << 20
+KEPT = 16  # rooms
 
 Key = tuple[int, torch.Size, torch.dtype, torch.device]
 
@@ -29,39 +28,27 @@ class Room:
     key: Key
     pieces: tuple[Tensor, ...]
     messages: list[Message]
-    n_bytes: int
 
 
 class Scratch:
-    """Rooms of one group.
+    """Rooms of one group; of 1 MiB at most, for what is larger comes in segments.
 
-    State: rooms that nobody uses now, up to `KEPT_BYTES` in all.
+    State: rooms that nobody uses now. A dictionary's own steps are whole between threads.
     """
 
     def __init__(self) -> None:
         self._free: dict[Key, Room] = {}
-        self._bytes = 0
-        self._lock = Lock()
 
     def take(self, ranks: int, like: Tensor) -> Room:
         """Get room for tensors like this one from so many ranks."""
         key = (ranks, like.shape, like.dtype, like.device)
-        with self._lock:
-            room = self._free.pop(key, None)
-            if room is not None:
-                self._bytes -= room.n_bytes
-                return room
-        return _build(key)
+        return self._free.pop(key, None) or _build(key)
 
     def give_back(self, room: Room) -> None:
         """Keep a room for the next call."""
-        with self._lock:
-            if self._bytes + room.n_bytes > KEPT_BYTES:
-                self._free.clear()
-                self._bytes = 0
-            if room.n_bytes <= KEPT_BYTES and room.key not in self._free:
-                self._free[room.key] = room
-                self._bytes += room.n_bytes
+        if len(self._free) >= KEPT:
+            self._free.clear()
+        self._free[room.key] = room
 
 
 def _build(key: Key) -> Room:
@@ -69,4 +56,4 @@ def _build(key: Key) -> Room:
     with torch.inference_mode(False):
         whole = torch.empty((ranks, *shape), dtype=dtype, device=device)
     pieces = whole.unbind()
-    return Room(key, pieces, [memory(p) for p in pieces], whole.nbytes)
+    return Room(key, pieces, [memory(p) for p in pieces])

@@ -215,8 +215,11 @@ def test_a_trace_sees_the_calls(world: World) -> None:
 
 @pytest.fixture
 def debug() -> Iterator[None]:
+    world: Any = dist.group.WORLD  # made without it
     dist.set_debug_level(dist.DebugLevel.DETAIL)
+    world.shows_calls = True
     yield
+    world.shows_calls = False
     dist.set_debug_level(dist.DebugLevel.OFF)
 
 
