@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .add_norm_gpu import add_norm_cuda, serves
 from .gpu.toolchain import usable
+from .kernel_cache import njit
 from .merge import direct
 from .room import room
 from .workers import run_rows
@@ -47,7 +47,7 @@ FAST = {"reassoc", "contract", "nsz"}
 LOW, HALF = np.uint32(16), np.uint32(0xFFFF0000)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _rows_float32(x, residual, weight, eps, normed, total, start, stop):
     """Rows start..stop, each through a slice of its own: with two indices the loops do not become vector code."""
     width = x.shape[1]
@@ -63,29 +63,29 @@ def _rows_float32(x, residual, weight, eps, normed, total, start, stop):
             out[i] = new[i] * scale * weight[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _low(pair):
     return np.uint32(pair << LOW).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _high(pair):
     return np.uint32(pair & HALF).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _to_even(value):
     """Bits whose upper half is the nearest bfloat16. A NaN of ours has zeros below, as bfloat16 has: it stays one."""
     bits = np.float32(value).view(np.uint32)
     return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> LOW) & np.uint32(1)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pair(low, high):
     return np.uint32((_to_even(low) >> LOW) | (_to_even(high) & HALF))
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST)
 def _rows_bfloat16(x, residual, weight, eps, normed, total, start, stop):
     """The same on pairs of bfloat16 in a word, rounded where torch rounds; half the work is that rounding."""
     width = x.shape[1]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .exp import exp_rows
+from .kernel_cache import njit
 from .merge import direct
 from .workers import run_shares
 
@@ -25,7 +25,7 @@ def attention_mass_reference(q: Tensor, k: Tensor, seen: Tensor, scale: float) -
     return logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _add_rows(logits, seen, out, first, stop):
     """Add the softmax of rows `[first, stop)` to `out`; logits become their exponentials."""
     for r in range(first, stop):
@@ -91,6 +91,3 @@ def attention_mass(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
         )
     call = _mass_cpu if direct(q) else torch.ops.plait.attention_mass
     return call(q.detach(), k.detach(), seen, scale)
-
-
-# inlines exp.py cfd32c10

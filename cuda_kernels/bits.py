@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from .kernel_cache import njit
 from .workers import run_rows
 
 TILE = 1 << 18  # codes: they fit the second cache, and calls are few
@@ -36,7 +36,7 @@ def pack_codes_reference(codes: Tensor, bits: int) -> Tensor:
     return (flat.unflatten(1, (-1, 8)).long() * powers).sum(-1).to(torch.uint8).reshape(rows, -1)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pack_words(words, out):
     """Whole bytes: a word holds the codes of one, a byte each."""
     for i in range(words.size):
@@ -51,7 +51,7 @@ def _pack_words(words, out):
             out[i] = np.uint8((w | w >> np.uint64(28)) & np.uint64(255))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _unpack_words(data, words):
     for i in range(words.size):
         if words.itemsize == 2:
@@ -67,7 +67,7 @@ def _unpack_words(data, words):
             words[i] = (w | w << np.uint64(7)) & np.uint64(0x0101010101010101)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pack_eights(words, bits, out):
     """Eight codes, a byte each, to as many bytes as they have bits: pairs come together, then fours, then all."""
     a, b, c = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
@@ -86,7 +86,7 @@ def _pack_eights(words, bits, out):
             w >>= np.uint64(8)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _unpack_eights(data, bits, words):
     a, b, c = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
     first = np.uint64((1 << 4 * bits) - 1)
@@ -101,7 +101,7 @@ def _unpack_eights(data, bits, words):
         words[i] = (w & low) | ((w & ~low) << a)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pack_any(codes, bits, out):
     """Any width and number of bits."""
     rows, width = codes.shape
@@ -119,7 +119,7 @@ def _pack_any(codes, bits, out):
             out[r, at] = np.uint8(held & np.uint64(255))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _unpack_any(data, bits, codes):
     rows, width = codes.shape
     mask = np.uint64((1 << bits) - 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .bits import packed_width
@@ -28,6 +27,7 @@ from .block_runs import (
 from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .minifloats import MINIFLOATS, float16_of, rounding_of
 from .numbers import bits_of
 
@@ -45,7 +45,7 @@ def lift_of(rule: str, mantissa_bits: int) -> int:
     return 1 << (22 - mantissa_bits) if rule == "even" else LIFTS[rule]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _mx_scales(worst, lift, top, scales, factors):
     """Choose exponents, and what to multiply by; give how many blocks hold a NaN."""
     odd = 0
@@ -59,7 +59,7 @@ def _mx_scales(worst, lift, top, scales, factors):
     return odd
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_mx(x, lift, top, form, scales, codes):
     """Shape: x, codes `[blocks * 32]`, scales `[blocks]` uint8: the exponent with bias 127."""
     wide, steps = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
@@ -76,14 +76,14 @@ def _quantise_mx(x, lift, top, form, scales, codes):
         round_run(wide[:n], steps, form, codes[a:b])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _mx_factors(scales, factors):
     for b in range(scales.size):
         value = power(np.int32(scales[b]))
         factors[b] = np.float32(np.nan) if scales[b] == NAN_SCALE else value
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_mx(codes, form, scales, x):
     steps, factors = np.empty(RUN, np.float32), np.empty(RUN // MX_BLOCK, np.float32)
     for a in range(0, x.size, RUN):
@@ -191,6 +191,3 @@ def rooms(x: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     scales = x.new_empty(rows, -(-width // block), dtype=torch.uint8)
     return scales, x.new_empty(rows, packed_width(width, bits), dtype=torch.uint8)
-
-
-# inlines block_runs.py and halves.py and minifloats.py 9e752e89

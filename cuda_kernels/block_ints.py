@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .block_floats import fits, rooms
@@ -26,13 +25,14 @@ from .block_runs import (
 from .gpu.kernel import run_on
 from .halves import narrow_result
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .numbers import bits_of
 
 NAN_SCALE = 255
 INFINITE = np.int32(0x7F800000)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _fields(worst, scales):
     """Give exponent fields of blocks: 255 if one is NaN, infinities count as 254; and how many are NaN."""
     odd = 0
@@ -44,7 +44,7 @@ def _fields(worst, scales):
     return odd
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def fields_of(x, size, wide, worst, scales):
     """Widen blocks and find their exponent fields; blocks with a NaN become zeros. Shape: worst, scales `[blocks]`"""
     widen_all(x, wide)
@@ -53,14 +53,14 @@ def fields_of(x, size, wide, worst, scales):
         clear_blocks(worst, size, wide)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _round_signed(wide, steps, top, mask, codes):
     for i in range(wide.size):
         whole = min(max(np.rint(wide[i] * steps[i]), -top), top)
         codes[i] = np.uint8(np.int32(whole) & mask)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_blocks(x, size, bits, scales, codes):
     """Shape: x, codes `[blocks * size]`, scales `[blocks]`: exponent of the largest element, bias 127."""
     many = max(1, RUN // size)
@@ -78,14 +78,14 @@ def _quantise_blocks(x, size, bits, scales, codes):
         _round_signed(wide[: b - a], steps, top, mask, codes[a:b])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _widen_signed(codes, half, steps, x):
     for i in range(codes.size):
         whole = np.int32(np.int32(np.int32(codes[i]) ^ half) - half)
         x[i] = narrow_result(np.float32(whole) * steps[i], x)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_blocks(codes, size, bits, scales, x):
     many, half = max(1, RUN // size), np.int32(1 << (bits - 1))
     steps, factors = np.empty(many * size, np.float32), np.empty(many, np.float32)
@@ -192,6 +192,3 @@ def dequantise_blocks_cuda(
         return by_way_of_host(dequantise_blocks, [s, c], bits, size, width, dtype)
     run_on(dequantise_blocks_launch(s, c, bits, size, x), c)
     return x
-
-
-# inlines block_runs.py and halves.py 8a0a9733

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from .bits import pack_tiles, unpack_tiles
 from .halves import narrow_result, widen
+from .kernel_cache import njit
 from .minifloats import round_to, widen_code
 
 RUN = 2048  # elements done together, about: their float32 stay in the first cache
@@ -61,14 +61,14 @@ def unpack_blocks(
     unpack_tiles(tile_of, target.shape, bits, codes)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def widen_all(run, wide):
     """Widen a run."""
     for i in range(run.size):
         wide[i] = widen(run[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def worst_of_blocks(wide, size, worst):
     """Find the bits of each block's largest magnitude, NaN above all.
 
@@ -82,7 +82,7 @@ def worst_of_blocks(wide, size, worst):
         worst[b] = top
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def spread(values, size, steps):
     """Write what a block has at each of its elements."""
     for b in range(values.size):
@@ -91,7 +91,7 @@ def spread(values, size, steps):
             block[i] = value
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def round_run(wide, steps, form, codes):
     """Code numbers times what their blocks have; `form` is of `rounding_of`."""
     lowest, largest, lift, unit, sign = form
@@ -99,7 +99,7 @@ def round_run(wide, steps, form, codes):
         codes[i] = round_to(wide[i] * steps[i], lowest, largest, lift, unit, sign)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def widen_codes(codes, steps, form, x):
     """Undo it with the inverse factors; `form` is of `float16_of`."""
     lift, size_bits, sign_lift, top, bias = form
@@ -109,7 +109,7 @@ def widen_codes(codes, steps, form, x):
         )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def clear_blocks(worst, size, wide):
     """Make zeros of the blocks that hold a NaN."""
     for b in range(worst.size):
@@ -117,12 +117,9 @@ def clear_blocks(worst, size, wide):
             wide[b * size : (b + 1) * size] = 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def power(field):
     """2 ** (field - 127) for a field of 0 to 254; 0 is the subnormal 2 ** -127."""
     bits = np.int32(np.int32(field) << np.int32(23))
     bits = np.int32(bits if field > 0 else np.int32(0x00400000))
     return np.int32(bits).view(np.float32)
-
-
-# inlines halves.py and minifloats.py 1d6c2c56

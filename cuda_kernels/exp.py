@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
+
+from .kernel_cache import njit
 
 LOG2E = np.float32(1.4426950408889634)
 LN2_HI = np.float32(0.693359375)
@@ -38,7 +40,7 @@ def _exp_each(s, n, top):
     return double
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def exp_rows(s, n, top):
     """Do what `exp_each` does and return the sum."""
     exp_each(s, n, top)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .gpu import ptx
@@ -16,6 +15,7 @@ from .gpu.ptx import f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
 from .halves import narrow, widen
+from .kernel_cache import njit
 from .numbers import bits_of
 from .workers import run_rows
 
@@ -35,7 +35,7 @@ def cuda_serves(rows: Tensor, *scales: Tensor) -> bool:
     return fits and aligned and all(s.dtype == torch.float32 for s in scales)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@njit(nogil=True, fastmath={"reassoc", "contract"})
 def _combine_backward(grad, rows, order, weights, top_k, of_rows, of_weights, start, stop):
     """Gradients of a range of rows, and of the weight of each row's pair: one for each row, summed by the caller."""
     width = rows.shape[1]
@@ -138,6 +138,3 @@ def _(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tenso
 @unpermute_rows_gradients_op.register_fake
 def _(grad: Tensor, rows: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
-
-
-# inlines halves.py 3d74d947

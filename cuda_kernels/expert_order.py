@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from .kernel_cache import njit
 from .merge import direct
 
 
@@ -23,7 +23,7 @@ def sort_by_expert_reference(index: Tensor, experts: int) -> tuple[Tensor, Tenso
     return torch.argsort(flat, stable=True), counts[:experts]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sort(flat, order, counts):
     """Sort by counting: two passes over the pairs. A number out of range is told by its place, -1 if there is none."""
     experts = counts.shape[0] - 1

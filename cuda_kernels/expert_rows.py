@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .expert_gradients import (
@@ -30,6 +29,7 @@ from .gpu.ptx import f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
 from .halves import narrow, widen
+from .kernel_cache import njit
 from .merge import direct
 from .numbers import bits_of
 from .workers import run_rows
@@ -60,7 +60,7 @@ def unpermute_rows_reference(rows: Tensor, order: Tensor, weights: Tensor) -> Te
 # --- CPU kernels ----------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _by_token(order, top_k, starts, rows):
     """The rows of every token, in the order that they have: rows[starts[t]:starts[t + 1]]."""
     for i in range(order.shape[0]):
@@ -74,7 +74,7 @@ def _by_token(order, top_k, starts, rows):
         nexts[token] += 1
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})
+@njit(nogil=True, fastmath={"contract"})
 def _combine(rows, order, weights, top_k, starts, of_token, wide, out, first, last):
     """Weigh and add the rows of tokens first..last; `wide` is a row of the accumulator's type."""
     width = rows.shape[1]
@@ -291,6 +291,3 @@ def unpermute_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 
 __all__ = ["permute_rows", "unpermute_rows"]
-
-
-# inlines halves.py 3d74d947

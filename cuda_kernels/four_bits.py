@@ -2,7 +2,6 @@
 
 A byte is two codes, and a word of results two 16-bit floats: nothing is unpacked to memory, and no word is made narrow.
 The numbers are those of `int_groups`, bit for bit.
-Numba caches a kernel by the text of its own file: one that calls these ends with the hash of this file.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from .halves import intrinsic, widen
+from .kernel_cache import njit
 
 LANES = 32
 HALF = LANES // 2
@@ -93,7 +93,7 @@ def write_of_many(typingctx, to, codes, scales, lows, like):
     return types.void(to, codes, scales, lows, like), build
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def of_rows(codes, group, scales, lows, x):
     """Groups along a row. Shape: codes `[rows, width / 2]`, scales, lows `[rows, groups]`, x `[rows, width]`"""
     rows, width = x.shape
@@ -106,7 +106,7 @@ def of_rows(codes, group, scales, lows, x):
                 at += LANES
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _parted(row, wide):
     """Widen a run, of each 32 those of even places first."""
     for first in range(0, row.size, LANES):
@@ -115,7 +115,7 @@ def _parted(row, wide):
             wide[first + HALF + i] = widen(row[first + 2 * i + 1])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def of_columns(codes, scales, lows, x):
     """Groups along a column. Shape: codes `[groups, group, inner / 2]`, scales, lows `[groups, inner]`, x likewise"""
     groups, group, inner = x.shape
@@ -129,6 +129,3 @@ def of_columns(codes, scales, lows, x):
                 s, e = scale.ctypes.data + 4 * c, low.ctypes.data + 4 * c
                 write_of_many(to + at * x.itemsize, of + at // 2, s, e, x)
                 at += LANES
-
-
-# inlines halves.py 3d74d947

@@ -16,7 +16,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .gpu.kernel import run_on
@@ -24,6 +23,7 @@ from .gpu.toolchain import usable
 from .hadamard_gpu import rotate_launch, serves
 from .halves import narrow, widen
 from .host import by_way_of_host
+from .kernel_cache import njit
 from .numbers import bits_of
 from .workers import run_rows
 
@@ -57,7 +57,7 @@ def rotation_reference(width: int, seed: int, inverse: bool = False) -> Tensor:
     return whole.T if inverse else whole
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _butterflies(tile, power):
     """Multiply by the Hadamard matrix of Sylvester, not normalised. Shape: tile `[power * LANES]`, lanes fastest."""
     half = 1
@@ -72,7 +72,7 @@ def _butterflies(tile, power):
         half *= 2
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sign(tile, signs, at, power):
     """Multiply by the signs of a turn, the coordinates that turn by the norm of the matrix too."""
     factor = np.float32(1 / np.sqrt(power))
@@ -84,7 +84,7 @@ def _sign(tile, signs, at, power):
             row[j] *= size
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def turn(tile, signs, power, width):
     """Rotate a tile. Shape: tile `[width * LANES]`, lanes fastest."""
     for number in range(1 if power == width else 3):
@@ -93,7 +93,7 @@ def turn(tile, signs, power, width):
         _butterflies(tile[at * LANES : (at + power) * LANES], power)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def turn_back(tile, signs, power, width):
     """Undo `turn`."""
     steps = 1 if power == width else 3
@@ -104,7 +104,7 @@ def turn_back(tile, signs, power, width):
         _sign(tile, signs[number], at, power)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def load_rows(x, first, tile):
     """Lay rows side by side; missing ones are zeros."""
     rows, width = min(LANES, x.shape[0] - first), x.shape[1]
@@ -118,7 +118,7 @@ def load_rows(x, first, tile):
     return rows
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def store_rows(tile, first, rows, x):
     """Undo `load_rows`."""
     for j in range(rows):
@@ -127,7 +127,7 @@ def store_rows(tile, first, rows, x):
             row[i] = narrow(tile[i * LANES + j], x)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _rotate(x, signs, power, inverse, out):
     width = x.shape[1]
     tile = np.empty(width * LANES, np.float32)
@@ -191,6 +191,3 @@ def rotate_cuda(x: Tensor, seed: int, inverse: bool) -> Tensor:
     out = torch.empty_like(x)
     run_on(rotate_launch(x, signs_on(width, seed, x.device), inverse, out), x)
     return out
-
-
-# inlines halves.py 3d74d947

@@ -1,7 +1,4 @@
-"""16-bit floats in CPU kernels: Numba has no type for them, so kernels read bfloat16 as uint16 and float16 as int16.
-
-Numba caches a kernel by the text of its own file: one that calls these ends with the hash of this file.
-"""
+"""16-bit floats in CPU kernels: Numba has no type for them, so kernels read bfloat16 as uint16 and float16 as int16."""
 
 from __future__ import annotations
 

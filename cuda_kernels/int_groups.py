@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from . import four_bits, int_channels_gpu, int_groups_gpu, two_bits
@@ -21,6 +20,7 @@ from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import narrow, narrow_result, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .numbers import bits_of, half_of
 from .workers import run_rows
 
@@ -53,21 +53,21 @@ def dequantise_reference(codes: Tensor, scales: Tensor, lows: Tensor, group: int
     return codes.float() * scales.float()[:, which] + lows.float()[:, which]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _key(value):
     """A float32 as an integer of the same order, NaN outside the infinities; a minimum of those is vector code."""
     bits = np.int32(np.float32(value).view(np.int32))
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _number(key):
     """Undo `_key`."""
     bits = np.int32(np.int32(key) ^ np.int32(np.int32(key >> np.int32(31)) & np.int32(0x7FFFFFFF)))
     return np.int32(bits).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _ends(row, wide):
     """Widen a run; give the keys of its least and largest element."""
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
@@ -80,14 +80,14 @@ def _ends(row, wide):
     return low, high
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _round(wide, low, scale, top, codes):
     for i in range(wide.size):
         code = np.rint((wide[i] - low) / scale)
         codes[i] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_rows(x, group, top, codes, scales, lows):
     """Groups along a row. Shape: x, codes `[rows, width]`, scales, lows `[rows, groups]`; give how many failed."""
     rows, width = x.shape
@@ -109,7 +109,7 @@ def _quantise_rows(x, group, top, codes, scales, lows):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_rows(codes, group, scales, lows, x):
     rows, width = codes.shape
     for r in range(rows):
@@ -121,7 +121,7 @@ def _dequantise_rows(codes, group, scales, lows, x):
                 out[i] = narrow_result(np.float32(run[i]) * scale + low, x)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _widen_ends(row, wide, low, high):
     """One more row of a group of columns: keys of the least and largest so far."""
     for c in range(row.size):
@@ -132,16 +132,14 @@ def _widen_ends(row, wide, low, high):
         high[c] = key if key > high[c] else high[c]
 
 
-@njit(
-    nogil=True, cache=True, error_model="numpy"
-)  # a look for zeros would keep it from being vector code
+@njit(nogil=True, error_model="numpy")  # a look for zeros would keep it from being vector code
 def _round_row(wide, low, scale, top, codes):
     for c in range(wide.size):
         code = np.rint((wide[c] - low[c]) / scale[c])
         codes[c] = np.uint8(np.int32(min(max(code, np.float32(0)), top)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_columns(x, top, codes, scales, lows):
     """Groups along a column. Shape: x, codes `[groups, group, inner]`, scales, lows `[groups, inner]`."""
     groups, group, inner = x.shape
@@ -170,19 +168,19 @@ def _quantise_columns(x, top, codes, scales, lows):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_row(codes, scale, low, out):
     for c in range(codes.size):
         out[c] = narrow_result(np.float32(codes[c]) * scale[c] + low[c], out)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _widen_run(row, wide):
     for c in range(row.size):
         wide[c] = widen(row[c])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_columns(codes, scales, lows, x):
     groups, group, inner = codes.shape
     scale, low = np.empty(inner, np.float32), np.empty(inner, np.float32)
@@ -370,6 +368,3 @@ def dequantise_groups_cuda(
     choose = int_channels_gpu.dequantise_launch if channels else int_groups_gpu.dequantise_launch
     run_on(choose(c, s, low, bits, group, x), c)
     return x
-
-
-# inlines halves.py 3d74d947

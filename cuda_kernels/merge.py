@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .exp import exp_each, log_rows
@@ -22,6 +21,7 @@ from .gpu.kernel import Variant, kernel, run_on
 from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
+from .kernel_cache import njit
 from .numbers import LOOKS, bits_of
 from .room import room
 from .weighted import LINE, RUN, SHORT_RUN, blend_one, blend_past, blend_run, blend_short, fence
@@ -82,7 +82,7 @@ def direct(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling()
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # no fast math: -inf and NaN mean something
+@njit(nogil=True, error_model="numpy")  # no fast math: -inf and NaN mean something
 def _weigh(lse, first, sink, place, weights, tops):
     """Give a tile of places weights `[shards, TILE]`, GONE of an empty shard, and in `tops` the merged lse.
 
@@ -125,7 +125,7 @@ def _weigh(lse, first, sink, place, weights, tops):
         tops[t] += total[t]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _merge(o, lse, sink, out, out_lse, first, stop):
     """Places first..stop: weights tile by tile, as vector code, then one pass over the partials."""
     shards, places, width = o.shape
@@ -349,6 +349,3 @@ def merge_states(
 
 
 __all__ = ["direct", "merge_plain", "merge_states", "merge_states_reference"]
-
-
-# inlines exp.py and halves.py and weighted.py 3be51dc8

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .block_floats import fits, rooms
@@ -18,10 +17,11 @@ from .block_runs import RUN, pack_blocks, power, spread, unpack_blocks
 from .gpu.kernel import run_on
 from .halves import narrow_result
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .numbers import bits_of
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _lesser_pairs(wide, fields, less):
     """Say which pairs have a smaller exponent than their block. Shape: less `[pairs]`, 0 or 1"""
     for i in range(less.size):
@@ -30,7 +30,7 @@ def _lesser_pairs(wide, fields, less):
         less[i] = np.int32(max(a, b) >> np.int32(23)) < fields[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pair_steps(fields, less, magnitude, back, steps):
     """Give each element what it is multiplied by on the way back, or its inverse."""
     for i in range(less.size):
@@ -40,7 +40,7 @@ def _pair_steps(fields, less, magnitude, back, steps):
         steps[2 * i + 1] = value
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _round_sizes(wide, steps, top, sign, codes):
     for i in range(wide.size):
         bits = np.int32(np.float32(wide[i]).view(np.int32))
@@ -48,7 +48,7 @@ def _round_sizes(wide, steps, top, sign, codes):
         codes[i] = np.uint8(np.int32(size | np.int32(np.int32(bits >> np.int32(31)) & sign)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _bytes_of_bits(bits, out):
     for i in range(out.size):
         byte = np.uint8(0)
@@ -57,14 +57,14 @@ def _bytes_of_bits(bits, out):
         out[i] = byte
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _bits_of_bytes(data, bits):
     for i in range(data.size):
         for j in range(8):
             bits[8 * i + j] = np.uint8(np.uint8(data[i] >> j) & np.uint8(1))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_micro(x, magnitude, scales, pairs, codes):
     """Shape: x, codes `[blocks * 16]`, scales, pairs `[blocks]` uint8; a pair's bit: one exponent less."""
     many = RUN // MICRO_BLOCK
@@ -84,7 +84,7 @@ def _quantise_micro(x, magnitude, scales, pairs, codes):
         _round_sizes(wide[: b - a], steps, top, sign, codes[a:b])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _widen_sizes(codes, mask, steps, x):
     for i in range(codes.size):
         code = np.int32(codes[i])
@@ -92,7 +92,7 @@ def _widen_sizes(codes, mask, steps, x):
         x[i] = narrow_result(-size if code > mask else size, x)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_micro(codes, magnitude, scales, pairs, x):
     many, mask = RUN // MICRO_BLOCK, np.int32((1 << magnitude) - 1)
     steps, fields = np.empty(RUN, np.float32), np.empty(RUN // 2, np.int32)
@@ -205,6 +205,3 @@ def dequantise_micro_cuda(
         return by_way_of_host(dequantise_micro, [s, p, c], magnitude, width, dtype)
     run_on(dequantise_micro_launch(s, p, c, magnitude, x), c)
     return x
-
-
-# inlines block_ints.py and block_runs.py and halves.py 9bc7188f

@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from .halves import widen
+from .kernel_cache import njit
 
 
 class Minifloat(NamedTuple):
@@ -52,7 +52,7 @@ def float16_of(form: str) -> tuple[np.int16, np.int16, np.int16, np.int16, np.fl
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def widen_code(code, lift, size_bits, sign_lift, top):
     """Give a code's value as float32, less the difference of the biases; codes beyond the largest are NaN.
 
@@ -95,7 +95,7 @@ def rounding_of(form: str) -> tuple[np.int32, ...]:
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def round_to(value, lowest, largest, lift, unit, sign):
     """Give the code of a float32; beyond the largest it saturates, a NaN too. Products, for Numba shifts in 64 bits.
 
@@ -112,6 +112,3 @@ def round_to(value, lowest, largest, lift, unit, sign):
     steps = np.int32(np.rint(np.int32(size).view(np.float32) * inverse))
     code = np.int32(steps + np.int32(np.int32(field - lowest) * unit))
     return np.uint8(np.int32(code | np.int32(np.int32(bits >> np.int32(31)) & sign)))
-
-
-# inlines halves.py 3d74d947

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .halves import narrow, widen
+from .kernel_cache import njit
 
 LOOKS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 BITS_OF_HALF = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16)}
@@ -23,7 +23,7 @@ def half_of(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def widen_run(row, wide):
     """Widen a run; give the bits of its largest magnitude, NaN above all."""
     worst = np.int32(0)
@@ -35,11 +35,8 @@ def widen_run(row, wide):
     return np.uint32(worst)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def narrow_run(wide, out):
     """Write a run of float32: by itself it becomes vector code, after a look-up in the same loop it does not."""
     for i in range(wide.size):
         out[i] = narrow(wide[i], out)
-
-
-# inlines halves.py 3d74d947

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .block_floats import fits, rooms
@@ -25,6 +24,7 @@ from .block_runs import (
 )
 from .gpu.kernel import run_on
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .minifloats import float16_of, round_to, rounding_of, widen_code
 from .numbers import bits_of
 
@@ -32,7 +32,7 @@ NVFP4_BLOCK = 16
 LARGEST = np.finfo(np.float32).max
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _nvfp4_scales(worst, top, whole, lift, forms, scales, sizes, factors):
     """Choose scales for a largest element of `top`: codes of e4m3, their values, what to multiply elements by."""
     lowest, largest, lift, unit, sign = forms[0]
@@ -49,7 +49,7 @@ def _nvfp4_scales(worst, top, whole, lift, forms, scales, sizes, factors):
         scales[b], sizes[b] = code, size
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _misses(wide, steps, codes, form, parts, more, sums):
     """Squared errors of blocks, in units of their scales; neighbours are added, then neighbours of those."""
     lift, size_bits, sign_lift, top, bias = form
@@ -63,13 +63,13 @@ def _misses(wide, steps, codes, form, parts, more, sums):
     _add_pairs(more, sums)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_pairs(parts, sums):
     for i in range(sums.size):
         sums[i] = parts[2 * i] + parts[2 * i + 1]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _choose(sizes, misses, better, mask):
     for b in range(mask.size):
         six = misses[0, b] * sizes[0, b] * sizes[0, b]
@@ -78,13 +78,13 @@ def _choose(sizes, misses, better, mask):
         better[0, b] = better[1, b] if four < six else better[0, b]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _replace(mask, other, codes):
     for i in range(codes.size):
         codes[i] = np.uint8(codes[i] ^ np.uint8(np.uint8(codes[i] ^ other[i]) & mask[i]))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_nvfp4(x, whole, lift, both, forms, scales, codes):
     """Shape: x, codes `[blocks * 16]`, scales `[blocks]` uint8. `both`: try 4 as the largest element too."""
     wide, many = np.empty(RUN, np.float32), RUN // NVFP4_BLOCK
@@ -114,14 +114,14 @@ def _quantise_nvfp4(x, whole, lift, both, forms, scales, codes):
             scales[first + i] = chosen[0, i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _nvfp4_factors(scales, form, whole, factors):
     lift, size_bits, sign_lift, top, bias = form
     for b in range(scales.size):
         factors[b] = widen_code(scales[b], lift, size_bits, sign_lift, top) * bias * whole
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_nvfp4(codes, whole, forms, scales, x):
     steps, factors = np.empty(RUN, np.float32), np.empty(RUN // NVFP4_BLOCK, np.float32)
     for a in range(0, x.size, RUN):
@@ -227,6 +227,3 @@ def dequantise_nvfp4_cuda(
         return by_way_of_host(dequantise_nvfp4, [s, c], whole, width, dtype)
     run_on(dequantise_nvfp4_launch(s, c, whole, x), c)
     return x
-
-
-# inlines block_runs.py and halves.py and minifloats.py 9e752e89

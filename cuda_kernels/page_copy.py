@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from torch import Tensor
 
 from .gpu.kernel import run_on
 from .gpu.pieces import piece_bytes
 from .gpu.toolchain import usable
+from .kernel_cache import njit
 from .merge import direct
 from .page_copy_gpu import MOST_BLOCKS, copy_pages_launch, pages_on, write_tokens_launch
 
@@ -76,7 +77,7 @@ def _row(tensor: Tensor) -> tuple[int, int, int]:
     return address, tensor.stride(0) * item, tensor[0].numel() * item if len(tensor) else 0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _copy(to, to_pages, of, of_pages):
     for i in range(len(to_pages)):
         for r in range(len(to)):
@@ -165,7 +166,7 @@ def _checked(pages: np.ndarray | Tensor, there: int) -> Tensor:
     return torch.from_numpy(held)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _write(to, slots, of, token_step, heads, head_step, size):
     """Write rows of `heads` pieces of `size` bytes; neighbours with one call where they are dense."""
     whole = heads * size

@@ -6,12 +6,12 @@ Tokens are added as they come; what was summarised is not read again.
 from __future__ import annotations
 
 import torch
-from numba import njit
 from torch import Tensor
 
 from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import widen
+from .kernel_cache import njit
 from .merge import direct
 from .page_summary_gpu import serves, summarise_launch
 from .paged_attention import _flat, _plain
@@ -38,7 +38,7 @@ def summarise_reference(
             high[u] = most if fresh else torch.maximum(high[u], most)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _ranges(keys, pages, first, stop, unit, shift, page_tokens, width, low, high):
     """`width` is kv_heads * head_dim: channels of one token."""
     for t in range(first, stop):
@@ -58,7 +58,7 @@ def _ranges(keys, pages, first, stop, unit, shift, page_tokens, width, low, high
             highs[x] = row[x] if wide > most or wide != wide else highs[x]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _sums(keys, pages, first, stop, unit, shift, page_tokens, width, total):
     for t in range(first, stop):
         slot = pages[t // page_tokens] * page_tokens + t % page_tokens
@@ -150,6 +150,3 @@ def summarise(
         )
     call = _summarise_cpu if direct(keys) else torch.ops.plait.summarise
     call(keys, pages, first, stop, unit, shift, low, high)
-
-
-# inlines halves.py 3d74d947

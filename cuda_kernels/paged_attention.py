@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .exp import exp_rows
 from .halves import widen
+from .kernel_cache import njit
 from .merge import direct, merge_plain
 from .scores import Interleave, attention_reference, check_attention
 from .workers import run_shares
@@ -55,7 +55,7 @@ def paged_attention_reference(
     return torch.cat(outs), torch.cat(lses)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
+@njit(nogil=True, fastmath=FAST, error_model="numpy", inline="never")
 def _dots4(q0, q1, q2, q3, row):
     """Four dot products with one read (and one widening) of a key row."""
     a0 = q0[0] * 0
@@ -69,7 +69,7 @@ def _dots4(q0, q1, q2, q3, row):
     return a0, a1, a2, a3
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
+@njit(nogil=True, fastmath=FAST, error_model="numpy", inline="never")
 def _dot(q0, row):
     a0 = q0[0] * 0
     for x in range(q0.shape[0]):
@@ -77,7 +77,7 @@ def _dot(q0, row):
     return a0
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
+@njit(nogil=True, fastmath=FAST, error_model="numpy", inline="never")
 def _add44(acc0, acc1, acc2, acc3, p, j, r0, r1, r2, r3):
     """Add four weighted value rows to each of four accumulators, each row read once."""
     p00, p01, p02, p03 = p[0, j], p[0, j + 1], p[0, j + 2], p[0, j + 3]
@@ -92,7 +92,7 @@ def _add44(acc0, acc1, acc2, acc3, p, j, r0, r1, r2, r3):
         acc3[x] += p30 * v0 + p31 * v1 + p32 * v2 + p33 * v3
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy", inline="never")
+@njit(nogil=True, fastmath=FAST, error_model="numpy", inline="never")
 def _add14(acc, p, j, r0, r1, r2, r3):
     p0, p1, p2, p3 = p[j], p[j + 1], p[j + 2], p[j + 3]
     for x in range(acc.shape[0]):
@@ -102,7 +102,7 @@ def _add14(acc, p, j, r0, r1, r2, r3):
         )  # fmt: skip
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _bend(s, n, head, pos, softcap, slopes, q_pos):
     """Apply soft cap and ALiBi to one row of scores."""
     if softcap > 0:
@@ -113,7 +113,7 @@ def _bend(s, n, head, pos, softcap, slopes, q_pos):
             s[j] += slopes[head] * (pos[j] - q_pos)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _soften(s, n, acc, tops, sums, i, lo, hi, token):
     """Online softmax of one query over a chunk: scores become weights, acc is rescaled."""
     top = tops[i]
@@ -141,7 +141,7 @@ def _soften(s, n, acc, tops, sums, i, lo, hi, token):
     sums[i] += total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _attend_rows(
     q, acc, tops, sums, k, v, pages, page_tokens, kv_heads, k_width, v_width, lo, hi, first, stop,
     s, softcap, slopes, q_pos, run, shards, shard,
@@ -191,7 +191,7 @@ def _attend_rows(
                     _add14(acc[i], s[i], j, r0, r1, r2, r3)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _attend_span(
     o, lse, q, k, v, q_indptr, kv_indptr, kv_indices, lo, hi, starts, span_first, span_stop,
     page_tokens, kv_heads, value_stride, softcap, slopes, q_pos, run, shards, shard,
@@ -265,7 +265,7 @@ def _plain(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _starts(q_indptr, lo, hi):
     """Lay the visible tokens of all sequences end to end; return where each begins."""
     starts = np.empty(q_indptr.shape[0], np.int64)
@@ -389,6 +389,3 @@ def paged_attention(
         q, k_pages, v_pages, q_indptr, kv_indptr, kv_indices, lo, hi, scale, cap,
         alibi_slopes, q_pos, rule.run, rule.shards, rule.shard, value_dim,
     )  # fmt: skip
-
-
-# inlines exp.py and halves.py 57faa81f

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from .kernel_cache import njit
 
 INT8_MAX, E4M3_MAX = 127.0, 448.0
 TOPS = {torch.int8: INT8_MAX, torch.float8_e4m3fn: E4M3_MAX}
@@ -43,7 +44,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype) -> Quantised:
     return Quantised((scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def to_e4m3(x):
     """Round a float32 to the bits of a float8_e4m3fn, to nearest even; beyond 448 it saturates, a NaN stays."""
     bits = np.uint32(np.float32(x).view(np.uint32))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, unpack_tiles
@@ -15,6 +14,7 @@ from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import narrow_result, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .minifloats import round_to, rounding_of
 from .numbers import bits_of, widen_run
 from .scaled_rows_gpu import dequantise_launch, quantise_launch, serves
@@ -35,21 +35,21 @@ def scaled_reference(x: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
     return codes, scale[:, 0]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _whole_row(wide, inverse, codes):
     for i in range(wide.size):
         code = min(max(np.rint(wide[i] * inverse), np.float32(-127)), np.float32(127))
         codes[i] = np.uint8(np.int32(code) & np.int32(255))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _float_row(wide, inverse, form, codes):
     lowest, largest, lift, unit, sign = form
     for i in range(wide.size):
         codes[i] = round_to(wide[i] * inverse, lowest, largest, lift, unit, sign)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise(x, whole, form, scales, codes):
     """Shape: x, codes `[rows, width]`, scales `[rows]` float32; give how many rows are not finite."""
     rows, width = x.shape
@@ -69,13 +69,13 @@ def _quantise(x, whole, form, scales, codes):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _widen_e4m3(code):
     """Give an e4m3's value over 256: of its NaN, which no encoder here writes, as if it were a number."""
     return widen(np.int16(np.int16(np.int16(np.int8(code)) * np.int16(128)) & np.int16(-0x4001)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise(codes, whole, scales, x):
     for r in range(codes.shape[0]):
         run, out, scale = codes[r], x[r], scales[r]
@@ -175,6 +175,3 @@ def dequantise_scaled_cuda(
     x = torch.empty_like(c, dtype=dtype)
     run_on(dequantise_launch(s, c, whole, x), c)
     return x
-
-
-# inlines halves.py and minifloats.py and numbers.py 6259d0fd

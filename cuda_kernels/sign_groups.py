@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .bits import pack_into, unpack_into
@@ -18,6 +17,7 @@ from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import narrow, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .numbers import bits_of, half_of
 from .sign_groups_gpu import code_launch, serves, sizes_launch, widen_launch
 from .workers import run_rows
@@ -37,13 +37,13 @@ def signs_reference(x: Tensor, three: bool) -> Tensor:
     return torch.where(wide >= 0, scale, -scale)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_sizes(row, total):
     for c in range(row.size):
         total[c] += abs(np.float32(widen(row[c])))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _code_row(row, scale, three, codes):
     for c in range(row.size):
         value = np.float32(widen(row[c]))
@@ -54,7 +54,7 @@ def _code_row(row, scale, three, codes):
             codes[c] = np.uint8(value >= 0)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise(x, three, scales, codes):
     """Shape: x, codes `[groups, group, inner]`, scales `[groups, inner]`; give how many have no scale."""
     groups, group, inner = x.shape
@@ -72,7 +72,7 @@ def _quantise(x, three, scales, codes):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise(codes, three, scales, x):
     groups, group, inner = codes.shape
     for g in range(groups):
@@ -83,7 +83,7 @@ def _dequantise(codes, three, scales, x):
                 out[c] = narrow(np.float32(step) * widen(scales[g, c]), x)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _pack_trits(codes, out):
     for i in range(out.size):
         byte = 0
@@ -92,7 +92,7 @@ def _pack_trits(codes, out):
         out[i] = byte
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _unpack_trits(data, codes):
     for i in range(data.size):
         byte = np.int64(data[i])
@@ -211,6 +211,3 @@ def dequantise_signs_cuda(
         return by_way_of_host(dequantise_signs, [s, c], group, three, dtype)
     run_on(widen_launch(s, c, three, x), c)
     return x
-
-
-# inlines halves.py 3d74d947

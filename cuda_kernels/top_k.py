@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .gpu.kernel import run_on
 from .gpu.toolchain import usable
 from .halves import widen
+from .kernel_cache import njit
 from .merge import direct
 from .paged_attention import _flat
 from .top_k_gpu import serves, top_k_launch
@@ -33,7 +33,7 @@ def top_k_reference(x: Tensor, k: int) -> Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(-1).values
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _key(value):
     """Whole numbers that are ordered as the values are; both zeros are one, NaN is above all."""
     wide = np.float64(widen(value)) + 0.0
@@ -45,7 +45,7 @@ def _key(value):
     return np.uint64(bits | np.uint64(0x8000000000000000))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _greatest(keys, n, k, counts):
     """Give the k-th greatest of keys[:n], from the highest digit down; keys are shuffled away."""
     shift = 64
@@ -68,7 +68,7 @@ def _greatest(keys, n, k, counts):
             return keys[0]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _kth_of(x, where, n, k, keys, counts):
     """Give where[j] of the k-th greatest of x[where[:n]]."""
     for j in range(n):
@@ -80,7 +80,7 @@ def _kth_of(x, where, n, k, keys, counts):
     return where[0]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _guess_from_sample(x, k, where, keys, counts):
     """Give the place of a value that k others surely reach, by one value of each of SAMPLE runs of the row."""
     n = x.shape[0]
@@ -95,7 +95,7 @@ def _guess_from_sample(x, k, where, keys, counts):
     return _kth_of(x, where, np.int64(SAMPLE), min(rank, SAMPLE), keys, counts)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _guess_from_hint(x, hint, where, keys, counts):
     """Give the place of nearly the least value at some places of the hint that lie in the row, or -1."""
     step = max(1, hint.shape[0] // HINTS)
@@ -109,7 +109,7 @@ def _guess_from_hint(x, hint, where, keys, counts):
     return _kth_of(x, where, count, count - count // 64, keys, counts)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _reaching(x, least, k, room, where):
     """Note where values exceed `least`, and where the first k equal it; stop at more than `room`."""
     count, equal = 0, 0
@@ -127,7 +127,7 @@ def _reaching(x, least, k, room, where):
     return count
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _candidates(x, k, hint, where, keys, counts):
     """Fill `where` with a few places that contain the k greatest, ascending; give their number, 0 if none is found."""
     room = min(max(8 * k, SHORT), x.shape[0])
@@ -144,7 +144,7 @@ def _candidates(x, k, hint, where, keys, counts):
     return 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _row(x, k, hint, out):
     n = x.shape[0]
     counts = np.empty(1 << DIGIT, np.int64)
@@ -171,7 +171,7 @@ def _row(x, k, hint, out):
             done += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _rows(x, k, hint, out, first, stop, width):
     """Rows `[first, stop)` of x, which lie end to end."""
     for r in range(first, stop):
@@ -241,6 +241,3 @@ def top_k(x: Tensor, k: int, hint: Tensor | None = None) -> Tensor:
     if hint is not None and hint.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"top_k: hint {list(hint.shape)} must have the rows of x {list(x.shape)}")
     return (_top_k_cpu if direct(x) else torch.ops.plait.top_k)(x, k, hint)
-
-
-# inlines halves.py 3d74d947

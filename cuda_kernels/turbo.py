@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from .bits import pack_tiles, packed_width, unpack_tiles
@@ -25,6 +24,7 @@ from .gpu.toolchain import usable
 from .hadamard import LANES, load_rows, plan_of, rotation_signs, store_rows, turn, turn_back
 from .halves import narrow, widen
 from .host import by_way_of_host, coded_on_host, decoded_on_host
+from .kernel_cache import njit
 from .numbers import bits_of, half_of
 from .turbo_gpu import SMALLEST, dequantise_launch, quantise_launch, serves
 
@@ -52,7 +52,7 @@ def lloyd_max(bits: int) -> tuple[np.ndarray, np.ndarray]:
     return levels.float().numpy(), bounds.float().numpy()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _lift(tile, width, lifts, backs):
     """Divide vectors by powers of two so that their largest element is 1 to 2. Shape: tile `[width * LANES]`"""
     worst = np.zeros(LANES, np.int32)
@@ -67,7 +67,7 @@ def _lift(tile, width, lifts, backs):
     _scale(tile, width, lifts)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _scale(tile, width, factors):
     for i in range(width):
         row = tile[i * LANES : (i + 1) * LANES]
@@ -75,7 +75,7 @@ def _scale(tile, width, factors):
             row[j] *= factors[j]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_squares(tile, width, parts):
     """Leave the sums of squares in the first row of `parts`: neighbours are added, then neighbours of those."""
     for i in range(width * LANES):
@@ -94,7 +94,7 @@ def _add_squares(tile, width, parts):
         count = half + count % 2
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _norms_of(parts, backs, width, rows, norms, factors):
     """Write 16-bit norms; give what makes the vectors' length sqrt(width), and how many have no norm."""
     bad, whole = 0, np.float32(np.sqrt(width))
@@ -109,7 +109,7 @@ def _norms_of(parts, backs, width, rows, norms, factors):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise_turbo(x, signs, power_of_two, bounds, norms, codes):
     """Shape: x, codes `[rows, width]`, norms `[rows]` 16-bit; give how many rows have no norm."""
     width, bad = x.shape[1], 0
@@ -135,7 +135,7 @@ def _quantise_turbo(x, signs, power_of_two, bounds, norms, codes):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _dequantise_turbo(codes, signs, power_of_two, levels, norms, x):
     rows_, width = codes.shape
     tile = np.empty(width * LANES, np.float32)
@@ -266,6 +266,3 @@ def dequantise_turbo_cuda(
     table = table_on(width, seed, tuple(lloyd_max(bits)[0].tolist()), c.device)
     run_on(dequantise_launch(n, c, table, bits, x), c)
     return x
-
-
-# inlines block_runs.py and hadamard.py and halves.py and turbo_gpu.py ec403056

@@ -2,7 +2,6 @@
 
 Each number is `low + code * scale`, rounded as `int_groups` rounds it, made once for a group; nothing is unpacked,
 widened or rounded again. Written as vectors: LLVM makes none of look-ups in a table.
-Numba caches a kernel by the text of its own file: one that calls these ends with the hash of this file.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 
 from .halves import intrinsic, narrow_result, widen
+from .kernel_cache import njit
 
 LANES = 32
 GROUPS = 1024  # whose numbers are made at once
@@ -76,13 +76,13 @@ def choose_of_many(typingctx, to, codes, table, apart, like):
     return types.void(to, codes, table, apart, like), build
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _value_row(code, scales, lows, row):
     for c in range(row.size):
         row[c] = narrow_result(np.float32(code) * widen(scales[c]) + widen(lows[c]), row)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def of_rows(codes, group, scales, lows, x):
     """Groups along a row. Shape: codes `[rows, width / 4]`, scales, lows `[rows, groups]`, x `[rows, width]`"""
     (rows, width), groups = x.shape, scales.shape[1]
@@ -105,7 +105,7 @@ def of_rows(codes, group, scales, lows, x):
                     at += LANES
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def of_columns(codes, scales, lows, x):
     """Groups along a column. Shape: codes `[groups, group, inner / 4]`, scales, lows `[groups, inner]`, x likewise"""
     groups, group, inner = x.shape
@@ -119,6 +119,3 @@ def of_columns(codes, scales, lows, x):
                 at = (g * group + t) * inner + c
                 place = values + c * x.itemsize
                 choose_of_many(to + at * x.itemsize, of + at // 4, place, inner * x.itemsize, x)
-
-
-# inlines halves.py 3d74d947

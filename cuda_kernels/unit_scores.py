@@ -7,9 +7,9 @@ part with low: so one kernel serves exact logits, Quest's bound, and scores over
 from __future__ import annotations
 
 import torch
-from numba import njit
 from torch import Tensor
 
+from .kernel_cache import njit
 from .merge import direct
 from .paged_attention import _dot, _dots4, _flat, _plain
 from .workers import run_shares
@@ -30,7 +30,7 @@ def unit_scores_reference(
     return scores
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _scores(out, q, region, pages, page_units, width, first, stop, add):
     kv_heads, queries = q.shape[0], q.shape[1]
     fours = queries // 4 * 4
@@ -120,6 +120,3 @@ def unit_scores(
         )
     call = _scores_cpu if direct(q) else torch.ops.plait.unit_scores
     return call(q, region, pages, count, q_other, other)
-
-
-# inlines paged_attention.py and halves.py cdb1f37e

@@ -1,8 +1,7 @@
 """Weighted sums of partials in CPU kernels: a run of numbers stays in registers while all shards are added to it.
 
 Written as vectors: from a loop over several arrays LLVM makes a check, at each of these short runs, that none overlaps,
-and the sums go through memory. Numba caches a kernel by the text of its own file: one that calls these ends with the
-hash of this file.
+and the sums go through memory.
 """
 
 from __future__ import annotations
@@ -132,6 +131,3 @@ def fence(typingctx):
         return context.get_dummy_value()
 
     return types.void(), build
-
-
-# inlines halves.py 3d74d947

@@ -13,15 +13,15 @@ State of an index over `capacity` pages:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..cuda_kernels.kernel_cache import njit
 from .extents import HOLDERS, PROMISED
 
 PARENT, CHILDREN, CHILD, NEXT, BACK, ROOT = range(6)
 MOST_SIBLINGS = 64  # children looked at for a partial match, the newest first
 
 
-@njit(cache=True)
+@njit()
 def _same(digests, page, digest):
     return (
         digests[page, 0] == digest[0]
@@ -31,12 +31,12 @@ def _same(digests, page, digest):
     )
 
 
-@njit(cache=True)
+@njit()
 def _home(table, word):
     return np.int64(word & np.uint64(len(table) - 1))
 
 
-@njit(cache=True)
+@njit()
 def find(table, digests, digest):
     """Find the page with a digest, or -1."""
     at = _home(table, digest[0])
@@ -47,7 +47,7 @@ def find(table, digests, digest):
     return -1
 
 
-@njit(cache=True)
+@njit()
 def enter(table, digests, page):
     """Put a page into the table by its digest."""
     at = _home(table, digests[page, 0])
@@ -56,7 +56,7 @@ def enter(table, digests, page):
     table[at] = page
 
 
-@njit(cache=True)
+@njit()
 def _leave(table, digests, page):
     """Take a page out of the table; later entries move up, so that no search breaks off early."""
     mask = len(table) - 1
@@ -77,7 +77,7 @@ def _leave(table, digests, page):
     table[hole] = -1
 
 
-@njit(cache=True)
+@njit()
 def walk(links, ids, page, root, want, out):
     """Walk from a page back to its root and compare every token id.
 
@@ -97,7 +97,7 @@ def walk(links, ids, page, root, want, out):
     return len(want)
 
 
-@njit(cache=True)
+@njit()
 def best_child(links, roots, meta, ids, parent, root, want):
     """Find the page after `parent` that begins with the most of some tokens: (page, tokens)."""
     if parent < 0 and root < 0:
@@ -117,7 +117,7 @@ def best_child(links, roots, meta, ids, parent, root, want):
     return best, most
 
 
-@njit(cache=True)
+@njit()
 def adopt(links, roots, page, parent, root):
     """Hang a page below its parent, or below its root if that is -1."""
     links[PARENT, page] = parent
@@ -137,7 +137,7 @@ def adopt(links, roots, page, parent, root):
     roots[1, root] += 1
 
 
-@njit(cache=True)
+@njit()
 def extend(
     table, digests, ids, links, roots, meta, parent, root, pages, new_digests, new_ids, settled
 ):
@@ -171,7 +171,7 @@ def extend(
     return len(pages)
 
 
-@njit(cache=True)
+@njit()
 def remove(table, digests, ids, links, roots, meta, pages):
     """Forget pages one by one; returns the place of the first that is held or followed, or -1."""
     size = ids.shape[1]

@@ -11,8 +11,8 @@ first run of each length class or -1.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ..cuda_kernels.kernel_cache import njit
 from .page import ALLOWED, PageState
 
 STATE, HOLDERS, PROMISED, SPAN, NEXT, BACK = range(6)
@@ -24,7 +24,7 @@ _RESERVED = int(PageState.RESERVED)
 _CACHED = int(PageState.CACHED)
 
 
-@njit(cache=True)
+@njit()
 def _bin(length):
     b = 0
     while length > 1:
@@ -33,7 +33,7 @@ def _bin(length):
     return b
 
 
-@njit(cache=True)
+@njit()
 def _link(meta, bins, first, length):
     meta[SPAN, first] = length
     meta[SPAN, first + length - 1] = length
@@ -46,7 +46,7 @@ def _link(meta, bins, first, length):
     bins[b] = first
 
 
-@njit(cache=True)
+@njit()
 def _unlink(meta, bins, first):
     after, before = meta[NEXT, first], meta[BACK, first]
     if before >= 0:
@@ -57,7 +57,7 @@ def _unlink(meta, bins, first):
         meta[BACK, after] = before
 
 
-@njit(cache=True)
+@njit()
 def add_run(meta, bins, first, length):
     """Join pages that are FREE in `meta`, but in no run yet, to the runs beside them."""
     stop = first + length
@@ -73,7 +73,7 @@ def add_run(meta, bins, first, length):
     _link(meta, bins, first, length)
 
 
-@njit(cache=True)
+@njit()
 def _fit(meta, bins, need):
     """Find a run of `need` pages, the shortest class first; else the longest class there is."""
     b = _bin(need)
@@ -93,7 +93,7 @@ def _fit(meta, bins, need):
     return -1
 
 
-@njit(cache=True)
+@njit()
 def _split(meta, bins, need):
     """Find room to grow for an owner whose neighbour is in its way: the middle of a long run."""
     for c in range(BINS - 1, 0, -1):
@@ -109,7 +109,7 @@ def _split(meta, bins, need):
     return -1
 
 
-@njit(cache=True)
+@njit()
 def take(meta, bins, counts, afters, out):
     """Take `counts[i]` pages for each owner, RESERVED with one holder, after page `afters[i]` if free.
 
@@ -142,7 +142,7 @@ def take(meta, bins, counts, afters, out):
             after = first + got - 1
 
 
-@njit(cache=True)
+@njit()
 def release(meta, bins, pages, kept):
     """Drop a holder of each page; a page without holders goes FREE, or CACHED if the index wants it.
 
@@ -171,7 +171,7 @@ def release(meta, bins, pages, kept):
     return cached, freed
 
 
-@njit(cache=True)
+@njit()
 def free_cached(meta, bins, pages):
     """Make CACHED pages FREE; returns the place of the first that is not CACHED, or -1."""
     for i in range(len(pages)):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from ..cuda_kernels import write_tokens
+from ..cuda_kernels.kernel_cache import njit
 from .errors import StepError
 from .pool import PagePool
 from .sequence import Sequence
@@ -118,7 +118,7 @@ def make_step(
     return Step(seqs, counts, bases, PageTable(tables, bases + counts, size), parts, copied)
 
 
-@njit(cache=True)
+@njit()
 def _needs(bases, counts, held, lasts, holders, promised, size):
     """Say which last pages must be copied, how many pages each sequence needs, and which they would best follow."""
     copy = np.zeros(len(bases), np.bool_)

@@ -10,8 +10,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from ..cuda_kernels.kernel_cache import njit
 
 
 class PageTable:
@@ -63,7 +64,7 @@ class PageTable:
         return _slots(self.indptr, self.indices, first, counts, self.page_tokens)
 
 
-@njit(cache=True)
+@njit()
 def _slots(indptr, indices, first, counts, page_tokens):
     slots = np.empty(counts.sum(), np.int64)
     n = 0

@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-import numba_cache
 import world
 
 
@@ -23,7 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
     New ones: `pytest --hypothesis-profile search`. The environments of single tools have no hypothesis.
     """
-    numba_cache.compile_once()
     if not config.pluginmanager.hasplugin("hypothesispytest"):
         return
     from hypothesis import settings

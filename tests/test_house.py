@@ -55,6 +55,8 @@ def forbidden(source: str, name: str) -> Iterator[str]:
                 yield f"{where} imports {module} by its bare name; write a relative import"
             if module.split(".")[0] in ("pickle", "dill", "cloudpickle", "shelve", "marshal"):
                 yield f"{where} imports {module}"
+        if name != "cuda_kernels/kernel_cache.py" and _compiles_with_numba(node):
+            yield f"{where} takes Numba's njit or cfunc, whose cache is not safe; take kernel_cache's"
         if isinstance(node, ast.Global):
             yield f"{where} uses global"
         if name != "collectives/launch.py" and _reads_environment(node):
@@ -67,6 +69,11 @@ def _imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom) and node.level == 0:
         return [node.module or ""]
     return []
+
+
+def _compiles_with_numba(node: ast.AST) -> bool:
+    taken = isinstance(node, ast.ImportFrom) and node.module == "numba"
+    return taken and any(alias.name in ("jit", "njit", "cfunc") for alias in node.names)
 
 
 def _reads_environment(node: ast.AST) -> bool:
@@ -91,6 +98,7 @@ def test_files_keep_the_rules(path: Path) -> None:
         ("from kvstore import KVStore", "bare name"),
         ("import pickle", "imports pickle"),
         ("def f():\n    global x\n    x = 1", "uses global"),
+        ("from numba import njit, types", "kernel_cache"),
         ("import os\nos.environ['X']", "reads the environment"),
         ("import os\nos.getenv('X')", "reads the environment"),
     ],

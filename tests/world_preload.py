@@ -53,11 +53,9 @@ def warm_kernels() -> None:
     """Compile what nearly every rank calls, or load it from Numba's cache: forked ranks find it in memory."""
     import torch
 
-    import numba_cache
     from plait.collectives.shm.warm import compile_kernels
     from plait.kvstore import KVSpec, KVStore
 
-    numba_cache.compile_once()
     compile_kernels()
     for dtype in (torch.float64, torch.float32):
         store = KVStore(KVSpec(layers=1, kv_heads=1, head_dim=8, page_tokens=16, dtype=dtype))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from numba import carray, njit
+from numba import carray
 
+from ...cuda_kernels.kernel_cache import njit
 from .memory import at, idle, load, put, store
 from .steps import DONE, LINE, NOTED, WAITING, WAY
 from .stores import PAST, show
@@ -15,7 +16,7 @@ SPINS = 50  # turns of waiting before others may run
 BYTES, TAG, CODE = range(3)  # words of a header
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _differs(ring, room, patience):
     """Wait until the ring holds something (room = 0), or has room for a cell (room = 1)."""
     turns = 0
@@ -27,7 +28,7 @@ def _differs(ring, room, patience):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def push(state, ring, view, cursor, count, tag, code, patience):
     """Put the rest of a message into the ring, as far as there is room; cursor[0] elements are in it already."""
     item = view[2]
@@ -49,7 +50,7 @@ def push(state, ring, view, cursor, count, tag, code, patience):
     return WAITING
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def look(ring, header, patience):
     """Read the header of the next cell, if there is one."""
     if not _differs(ring, 0, patience):
@@ -59,7 +60,7 @@ def look(ring, header, patience):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def pull(ring, view, cursor, count, patience):
     """Take the rest of a message out of the ring, as far as it has come."""
     item = view[2]
@@ -73,6 +74,3 @@ def pull(ring, view, cursor, count, patience):
         if cursor[0] >= count:
             return DONE
     return WAITING
-
-
-# inlines memory.py and steps.py and stores.py 8f68eb78

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from numba import carray, njit
+from numba import carray
 
+from ...cuda_kernels.kernel_cache import njit
 from .memory import VIEW_WORDS, at, put, store, take
 from .single_copy import CARELESS, choose_copies, offer, read_there
 from .steps import (
@@ -46,7 +47,7 @@ SHARED, ITEM, SENDS, RECEIVES = 0, 1, 2, 2 + VIEW_WORDS
 TABLE = RECEIVES + VIEW_WORDS
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def whole_of(received, item):
     """Count the bytes that a call brings this rank."""
     elements = 0
@@ -55,7 +56,7 @@ def whole_of(received, item):
     return elements * item
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def largest_of(sent, received):
     """Find the longest run of this rank."""
     largest = 0
@@ -64,13 +65,13 @@ def largest_of(sent, received):
     return largest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def turn_of(state, piece, item):
     """Count the elements for a rank in this step: first a large turn, then such as stay in the second cache."""
     return min(piece, FIRST_TURN if state[PLACE] == 0 else NEXT_TURN) // item
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def copy_own(state, sends, sent, receives, received, item):
     """Move what a rank sends to itself, by way of the memory behind its slot where both ends are strided."""
     rank = state[RANK]
@@ -93,7 +94,7 @@ def copy_own(state, sends, sent, receives, received, item):
             put(out, received[rank, 0] + start, n, slot)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def keeps(state, sends, sent, receives, received, shared, item):
     """Say whether what a rank shows is kept by it too, and can be copied to both places while it is read once."""
     rank = state[RANK]
@@ -104,7 +105,7 @@ def keeps(state, sends, sent, receives, received, shared, item):
     return whole_of(received, item) < BEYOND and abs(here - there) >= count * item
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def fill(state, sends, sent, receives, received, shared, piece, item):
     """Copy this step's elements for each other rank into the own slot; and home, if the call `keeps` them."""
     rank, world, done = state[RANK], state[WORLD], state[PLACE]
@@ -126,7 +127,7 @@ def fill(state, sends, sent, receives, received, shared, piece, item):
             show(state, view, sent[to, 0] + done, n, slot + to * piece)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def fits(state, peer, count, shared, code):
     """Check that a rank is in the same call and sends what is expected of it."""
     sends = header_word(state, peer, COUNT)
@@ -138,7 +139,7 @@ def fits(state, peer, count, shared, code):
     return False
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def bring(state, peer, receives, received, shared, piece, item):
     """Take this step's elements of a rank from its slot, or all from its own memory; say whether it could."""
     rank, done, count = state[RANK], state[PLACE], received[peer, 1]
@@ -158,7 +159,7 @@ def bring(state, peer, receives, received, shared, piece, item):
     return read_there(state, peer, out[0] + received[peer, 0] * item, there, count * item)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def land(state, peer, there, out, first, count):
     """Bring elements of a rank's own memory into a strided view, by way of the memory behind the own slot."""
     room, item = state[SLOT_BYTES] // 2, out[2]
@@ -171,7 +172,7 @@ def land(state, peer, there, out, first, count):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def give_out(state, sends, sent, receives, received, shared, meet, piece, item, code):
     """Fill the slot of this step, or (once for a call) show in it where the elements lie; then publish it."""
     rank, world, step = state[RANK], state[WORLD], state[STEP]
@@ -194,7 +195,7 @@ def give_out(state, sends, sent, receives, received, shared, meet, piece, item, 
     publish(state, code, sent[rank, 1], largest)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def exchange(state, sends, sent, receives, received, shared, meet, item, code, patience):
     """Move elements between ranks: `sent[r]` is the first element and their number for rank r, `received[r]` from it.
 
@@ -251,7 +252,7 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             return DONE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def exchange_evenly(state, words, code, patience):
     """Do an `exchange` whose arguments `words_of` has written down: one array costs less to pass than four."""
     world, first = state[WORLD], words.ctypes.data
@@ -261,6 +262,3 @@ def exchange_evenly(state, words, code, patience):
     received = carray(at(first + 8 * TABLE + 16 * world, words), (world, 2))
     shared, item = words[SHARED], words[ITEM]
     return exchange(state, sends, sent, receives, received, shared, 1, item, code, patience)
-
-
-# inlines memory.py and steps.py and stores.py and ways.py and single_copy.py d8afc800

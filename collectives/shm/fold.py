@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, types
+from numba import carray, types
 
 from ...cuda_kernels.halves import narrow, widen
+from ...cuda_kernels.kernel_cache import cfunc
 from .memory import at
 
 BLOCK = 2048  # elements reduced at a time, so that the sums stay in the first cache
@@ -49,7 +50,7 @@ def _compiled(kind: str, look: str, sum_look: str) -> Any:
 
 
 def _sums(like: Any, wide: Any) -> Any:
-    @cfunc(_SIGNATURE, cache=True)
+    @cfunc(_SIGNATURE)
     def sums(out, inputs, ranks, first, count, op, scratch):
         item = like.itemsize
         of = carray(at(inputs, _ADDRESS), ranks)
@@ -86,7 +87,7 @@ def _sums(like: Any, wide: Any) -> Any:
 
 
 def _picks(like: Any, wide: Any) -> Any:
-    @cfunc(_SIGNATURE, cache=True)
+    @cfunc(_SIGNATURE)
     def picks(out, inputs, ranks, first, count, op, scratch):
         item = like.itemsize
         of = carray(at(inputs, _ADDRESS), ranks)
@@ -118,7 +119,7 @@ def _picks(like: Any, wide: Any) -> Any:
 
 
 def _bits(like: Any, wide: Any) -> Any:
-    @cfunc(_SIGNATURE, cache=True)
+    @cfunc(_SIGNATURE)
     def bits(out, inputs, ranks, first, count, op, scratch):
         of = carray(at(inputs, _ADDRESS), ranks)
         o = carray(at(out, like), count)
@@ -140,6 +141,3 @@ def _bits(like: Any, wide: Any) -> Any:
 
 
 _ADDRESS = np.empty(0, np.int64)
-
-
-# inlines memory.py and halves.py 54fb196c

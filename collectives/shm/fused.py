@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ...cuda_kernels.kernel_cache import njit
 from ...cuda_kernels.quantised import Quantised
 from .calls import code_of
 from .engine import KIND, Engine
@@ -62,7 +62,7 @@ X, RESIDUAL, NORMED, TOTAL, SCALES, ROWS, COUNTED, CHUNK, OUT_ROW, ROW, ONE_SHOT
 ELSEWHERE = -1  # the offset of an x that is not in symmetric memory
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def rows_of(rows, ranks, rank):
     """Split rows over ranks: the first and their number."""
     run = -(-rows // ranks)
@@ -70,7 +70,7 @@ def rows_of(rows, ranks, rank):
     return first, min(run, rows - first)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _normalise(words, scale, done, first, rows, source):
     """Normalise rows whose sums lie at `source` into the outputs of this rank."""
     row = done + first
@@ -80,7 +80,7 @@ def _normalise(words, scale, done, first, rows, source):
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _fill(state, words, slot, x, first, run, rows):
     """Show what others read of this step's rows: in the two-shot all but the own rows."""
     if words[ONE_SHOT]:
@@ -91,7 +91,7 @@ def _fill(state, words, slot, x, first, run, rows):
         give(state, slot + after, x + after, rows * words[ROW] - after)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _reduce(state, words, add, scale, done, first, run, shown, stats):
     """Add and normalise some rows of a step, each while it is in the first cache.
 
@@ -110,7 +110,7 @@ def _reduce(state, words, add, scale, done, first, run, shown, stats):
         _normalise(words, scale, done, r, 1, total)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _find_inputs(state, bases, offset, place, shape):
     """Note where each rank's rows of this step lie; say whether all have the same shape."""
     for r in range(state[WORLD]):
@@ -123,7 +123,7 @@ def _find_inputs(state, bases, offset, place, shape):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
     """Add the ranks' rows to the residual and normalise the sums, a chunk of rows a step.
 
@@ -262,6 +262,3 @@ def run(
     inputs = [x, residual, weight] if bias is None else [x, residual, weight, bias]
     engine.run(all_reduce_norm, arguments, code, x.numel(), [normed, total], True, inputs)
     return normed if scales is None else Quantised(normed, scales), total
-
-
-# inlines memory.py and steps.py and stores.py and ways.py and norms.py 30e887e0

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 
 from ...cuda_kernels.halves import intrinsic
+from ...cuda_kernels.kernel_cache import njit
 
 MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
@@ -70,7 +71,7 @@ def pause(typingctx):
     return types.void(), build
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def idle(turns, spins):
     """Pass one turn of waiting: spin at first, then let other processes run."""
     if turns < spins:
@@ -92,7 +93,7 @@ def at(typingctx, address, like):
 _U8, _U16, _U32, _U64 = (np.empty(0, f"u{n}") for n in (1, 2, 4, 8))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _copy_row(to, to_step, of, of_step, count, item):
     """Copy equally spaced elements to equally spaced places."""
     if to_step == item and of_step == item:
@@ -114,7 +115,7 @@ def _copy_row(to, to_step, of, of_step, count, item):
             memmove(to + i * to_step, of + i * of_step, item)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _walk(view, first, count, dense, take):
     """Copy elements [first, first + count) of a strided view to dense memory, or from it."""
     dims, item = view[1], view[2]
@@ -144,7 +145,7 @@ def _walk(view, first, count, dense, take):
             index[d] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def take(view, first, count, dense):
     """Copy elements [first, first + count) of a view into dense memory."""
     if view[1] == 0:
@@ -153,7 +154,7 @@ def take(view, first, count, dense):
         _walk(view, first, count, dense, True)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def put(view, first, count, dense):
     """Copy dense memory into elements [first, first + count) of a view."""
     if view[1] == 0:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 
 from ...cuda_kernels.halves import narrow, widen
+from ...cuda_kernels.kernel_cache import cfunc, njit
 from ...cuda_kernels.quantised import E4M3_MAX, INT8_MAX, to_e4m3
 from .fold import LOOKS
 from .memory import at, memmove
@@ -40,7 +41,7 @@ def _compiled(kind: str, dtype: torch.dtype) -> Any:
     return {"adds": _adds, "scales": _scales}[kind](like, wide)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _moments(o, wide):
     """Mean, and mean square about it; of one array, so that every rank sums in one order."""
     n = o.shape[0]
@@ -55,14 +56,14 @@ def _moments(o, wide):
     return mean, squares / wide.dtype.type(n)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _and_square(squares, x):
     """Add a square, in whatever order is fastest; inlined, what surrounds it keeps its own order."""
     return squares + x * x
 
 
 def _adds(like: Any, wide: Any) -> Any:
-    @cfunc(_SIGNATURE, cache=True)
+    @cfunc(_SIGNATURE)
     def adds(words, inputs, ranks, offset, rows, residual, total):
         """Add the inputs in rank order and the residual, rounded once; then mean and 1 / deviation of each row."""
         word = carray(at(words, _WORDS), NORM_WORDS)
@@ -105,7 +106,7 @@ def _adds(like: Any, wide: Any) -> Any:
     return adds
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _normalise(t, w, b, mean, scale, centred, out):
     """One row: `(t - mean) * scale * w + b`, or as RMSNorm rounds it."""
     if centred:
@@ -116,7 +117,7 @@ def _normalise(t, w, b, mean, scale, centred, out):
             out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _normalise_and_copy(t, w, b, mean, scale, centred, out, copy):
     """As `_normalise`; the row itself is read once for both."""
     if centred:
@@ -129,7 +130,7 @@ def _normalise_and_copy(t, w, b, mean, scale, centred, out, copy):
             out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantise(normed, stored, out):
     """One row divided by its largest magnitude over the format's, which is returned."""
     largest = np.float32(0)
@@ -147,7 +148,7 @@ def _quantise(normed, stored, out):
 
 
 def _scales(like: Any, wide: Any) -> Any:
-    @cfunc(_SIGNATURE, cache=True)
+    @cfunc(_SIGNATURE)
     def scales(words, rows, source, total, normed, row_scales, unused):
         """Normalise rows by their statistics, copy them where `total` is elsewhere, and store them as asked."""
         word = carray(at(words, _WORDS), NORM_WORDS)
@@ -174,6 +175,3 @@ def _scales(like: Any, wide: Any) -> Any:
                 carray(at(row_scales + 4 * r, _F4), 1)[0] = _quantise(row, word[STORED], values)
 
     return scales
-
-
-# inlines memory.py and halves.py and quantised.py cc0cd1f8

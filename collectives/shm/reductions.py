@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from ...cuda_kernels.kernel_cache import njit
 from .fold import BLOCK
 from .memory import call_fold, put, store
 from .steps import (
@@ -39,13 +38,13 @@ from .ways import REDUCE, SCATTER, SYMMETRIC, choose, compare, end, filled
 ONE_SHOT = 16 << 10  # up to these bytes every rank reduces everything
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def fold(state, out, first, count, function, op):
     """Reduce elements of the memory at the ranks' inputs into `out`."""
     call_fold(function, out, state[INPUTS], state[WORLD], first, count, op, state[SCRATCH])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def fold_own(state, result, first, run, function, op, view, done, keep):
     """Reduce the own part, show it as `result` and bring it home, each block while it is in the first cache."""
     item = view[2]
@@ -61,7 +60,7 @@ def fold_own(state, result, first, run, function, op, view, done, keep):
             put(view, done + first + start, n, block)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def part_of(count, ranks, rank, item):
     """Split elements over ranks in runs of whole cache lines: first element and number."""
     grain = max(1, 64 // item)
@@ -70,7 +69,7 @@ def part_of(count, ranks, rank, item):
     return first, min(run, count - first)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def show_parts(state, view, done, n):
     """Show what others read of this step's elements: all, or (each reduces its part) all but the own part."""
     rank, item = state[RANK], view[2]
@@ -84,7 +83,7 @@ def show_parts(state, view, done, n):
     show(state, view, done + after, n - after, slot + after * item)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def all_reduce(state, view, function, count, op, root, code, patience):
     """Reduce a tensor over the ranks, in place; on the root only, unless that is -1.
 
@@ -142,7 +141,7 @@ def all_reduce(state, view, function, count, op, root, code, patience):
             return DONE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, patience):
     """Reduce tensors that lie at one offset of every rank's shared memory, where they lie.
 
@@ -184,7 +183,7 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
     return DONE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def reduce_scatter(state, views, starts, out, function, count, op, code, patience):
     """Reduce `count` elements for each rank: those that `starts` shows in a view, or in one for each rank.
 
@@ -233,6 +232,3 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
         if state[PLACE] >= count:
             end(state)
             return DONE
-
-
-# inlines memory.py and steps.py and stores.py and ways.py cea8d57c

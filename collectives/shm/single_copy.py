@@ -12,8 +12,9 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 
+from ...cuda_kernels.kernel_cache import njit
 from .memory import at
 from .steps import FIRST_INPUT, NOTED, OFFERS, PIECES, RANK, SINGLE, WAY, WORLD
 from .stores import PAST
@@ -39,7 +40,7 @@ def can_read(pid: int, address: int, word: int) -> bool:
     return n == 8 and found.value == word
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def read_there(state, rank, here, there, count):
     """Copy bytes out of the memory of a rank's process; say whether all have come."""
     pid = state[FIRST_INPUT + state[WORLD] + rank]
@@ -56,7 +57,7 @@ def read_there(state, rank, here, there, count):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def choose_copies(state, count, meet):
     """Choose the way of an exchange of so many bytes to each rank; say whether it is one copy."""
     mode = state[SINGLE] if meet and count >= LEAST else NEVER
@@ -66,7 +67,7 @@ def choose_copies(state, count, meet):
     return state[WAY] == ONE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def offer(state, sends, sent, receives, received, shared, item, slot):
     """Put the addresses of what this rank sends into its slot, if others may read there; else it is copied twice."""
     state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
@@ -80,7 +81,7 @@ def offer(state, sends, sent, receives, received, shared, item, slot):
         addresses[to] = view[0] + sent[rank if shared else to, 0] * item
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def readable(state, first, last):
     """Say whether the system lets processes read memory between two addresses (of devices it does not)."""
     pieces = state.ctypes.data + 8 * PIECES
@@ -91,7 +92,7 @@ def readable(state, first, last):
     return process_vm_readv(pid, pieces, 1, pieces + 16, 2, 0) == 2
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def may_be_read(state, sends, sent, receives, received, shared, item):
     """Say whether others may read what this rank sends: it is dense, and nothing is received into it."""
     rank, world = state[RANK], state[WORLD]
@@ -111,6 +112,3 @@ def may_be_read(state, sends, sent, receives, received, shared, item):
         if r != rank and received[r, 1] > 0 and meets:
             return False
     return low < high and readable(state, low, high - 1)
-
-
-# inlines memory.py and steps.py and stores.py and ways.py cea8d57c

@@ -13,8 +13,9 @@ MISMATCH (another rank is in another call; state[STUCK] says which rank).
 
 from __future__ import annotations
 
-from numba import carray, njit
+from numba import carray
 
+from ...cuda_kernels.kernel_cache import njit
 from .memory import at, idle, load, store
 
 DONE, WAITING, MISMATCH = 0, 1, 2
@@ -43,19 +44,19 @@ def line_bytes(ranks: int) -> int:
     return -(-(SENT + ranks) * 8 // LINE) * LINE
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def line_of(state, rank, step):
     """Find the line of a rank for a step."""
     return state[CONTROL] + (2 * rank + (step & state[SETS])) * state[LINE_BYTES]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def slot_of(state, rank, step):
     """Find the slot of a rank for a step; behind it is the place of its results."""
     return state[DATA] + ((step & state[SETS]) * state[WORLD] + rank) * state[STRIDE_BYTES]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def has_come(state, rank, step, level, patience):
     """Wait until a rank's flag of this step's set reaches a level; say whether it did."""
     line = line_of(state, rank, step)
@@ -69,7 +70,7 @@ def has_come(state, rank, step, level, patience):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def all_came(state, step, level, patience):
     """Wait for the flags of all other ranks."""
     rank, world = state[RANK], state[WORLD]
@@ -82,14 +83,14 @@ def all_came(state, step, level, patience):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def may_fill(state, patience):
     """Wait until nobody reads the slots that this step fills."""
     step = state[STEP]
     return all_came(state, step - 1, 2 * (step - 1), patience)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def publish(state, code, count, largest):
     """Write the header of this step, then show that the slot is filled."""
     step = state[STEP]
@@ -101,19 +102,19 @@ def publish(state, code, count, largest):
     store(line, 2 * step)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def tell(state, word, value):
     """Write a word of the own header of this step, before it is published."""
     carray(at(line_of(state, state[RANK], state[STEP]), state), word + 1)[word] = value
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def header_word(state, rank, word):
     """Read a word of a rank's header of this step."""
     return carray(at(line_of(state, rank, state[STEP]), state), word + 1)[word]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def agree(state, code, count):
     """Check that all ranks are in the same call."""
     for peer in range(state[WORLD]):
@@ -123,10 +124,7 @@ def agree(state, code, count):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def begin(state):
     """Forget the place in the call before."""
     state[PHASE] = state[PLACE] = state[PEER] = 0
-
-
-# inlines memory.py d2c7802d

@@ -6,10 +6,11 @@ On processors other than x86 stores are ordinary.
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 
 from ...cuda_kernels.halves import intrinsic
+from ...cuda_kernels.kernel_cache import njit
 from .memory import X86, memmove, put, take
 from .steps import WAY
 
@@ -81,7 +82,7 @@ def fence(typingctx):
     return types.void(), build
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def copy_all_past(to, of, count):
     """Copy bytes past the cache; the ragged ends in the ordinary way."""
     head = min(-to % VECTOR, count)
@@ -93,7 +94,7 @@ def copy_all_past(to, of, count):
     fence()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def copy_past_and_home(past, home, of, count):
     """Copy bytes to two places, to the first past the cache, and read them once."""
     head = min(-past % VECTOR, count) if X86 else count
@@ -107,7 +108,7 @@ def copy_past_and_home(past, home, of, count):
     fence()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def give(state, to, of, count):
     """Copy bytes to where other ranks read them, in the way of the call."""
     if X86 and state[WAY] == PAST and count >= LEAST:
@@ -116,7 +117,7 @@ def give(state, to, of, count):
         memmove(to, of, count)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def show(state, view, first, count, slot):
     """Copy elements [first, first + count) of a view to where other ranks read them."""
     if view[1] == 0:
@@ -125,7 +126,7 @@ def show(state, view, first, count, slot):
         take(view, first, count, slot)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def settle(view, first, count, dense, whole):
     """Copy dense memory into elements of a view; past the cache if the whole result is more than it would keep.
 
@@ -135,6 +136,3 @@ def settle(view, first, count, dense, whole):
         copy_all_past(view[0] + first * view[2], dense, count * view[2])
     else:
         put(view, first, count, dense)
-
-
-# inlines memory.py and steps.py bb9ecce8

@@ -11,8 +11,7 @@ ranks agree on the next call's way without a message. A rank in another way is s
 
 from __future__ import annotations
 
-from numba import njit
-
+from ...cuda_kernels.kernel_cache import njit
 from .steps import (
     BEGAN,
     CAME,
@@ -45,7 +44,7 @@ RETRY = 512  # calls from one trial to the next
 BITS = 21  # of a header's word for what a way costs
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def words_of(kind, count):
     """Find the words of the class of so many bytes."""
     number = 0
@@ -54,7 +53,7 @@ def words_of(kind, count):
     return TABLES + CLASS_WORDS * (CLASSES * kind + number)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def choose(state, kind, count, ways, timed):
     """Choose the way of a call in its first step, and begin to time it.
 
@@ -86,7 +85,7 @@ def choose(state, kind, count, ways, timed):
     state[WAY_WORDS], state[SIZE], state[BEGAN] = words, count, cycles()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def filled(state):
     """Note in the first step how long it took to fill the slot, and show what the ways have cost this rank."""
     words = state[WAY_WORDS]
@@ -101,7 +100,7 @@ def filled(state):
     tell(state, PRICES, prices)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def compare(state):
     """Add up what the headers of the first step say, once all ranks have come."""
     words = state[WAY_WORDS]
@@ -119,7 +118,7 @@ def compare(state):
     state[words + BEST] = best
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def end(state):
     """End a call, and note what it cost since all ranks had come, its filling included.
 
@@ -133,6 +132,3 @@ def end(state):
     if 0 < known < cost:
         cost = known + (min(cost, 2 * known) - known) // 8 + 1
     state[word] = max(1, cost)
-
-
-# inlines memory.py and steps.py and stores.py 8f68eb78

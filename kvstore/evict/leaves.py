@@ -10,12 +10,12 @@ sequence costs one entry. When a leaf is taken its parent becomes one and takes 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ...cuda_kernels.kernel_cache import njit
 from .policy import Chain
 
 
-@njit(cache=True)
+@njit()
 def _up(heap, where, rank, at):
     page = heap[at]
     while at > 1 and rank[heap[at >> 1]] > rank[page]:
@@ -26,7 +26,7 @@ def _up(heap, where, rank, at):
     where[page] = at
 
 
-@njit(cache=True)
+@njit()
 def _down(heap, where, rank, at):
     page, count = heap[at], heap[0]
     while 2 * at <= count:
@@ -42,7 +42,7 @@ def _down(heap, where, rank, at):
     where[page] = at
 
 
-@njit(cache=True)
+@njit()
 def push(heap, where, rank, page):
     """Add a page, or give it its place again after its rank has changed."""
     at = where[page]
@@ -55,7 +55,7 @@ def push(heap, where, rank, page):
     _down(heap, where, rank, where[page])
 
 
-@njit(cache=True)
+@njit()
 def drop(heap, where, rank, page):
     """Take a page out, wherever it is."""
     at = where[page]
@@ -71,7 +71,7 @@ def drop(heap, where, rank, page):
         _down(heap, where, rank, where[last])
 
 
-@njit(cache=True)
+@njit()
 def exposed(parents, children, holders, gone, page):
     """Count a leaf as gone; give its parent if that is a leaf now, else -1."""
     parent = parents[page]
@@ -81,7 +81,7 @@ def exposed(parents, children, holders, gone, page):
     return parent if gone[parent] == children[parent] and holders[parent] == 0 else -1
 
 
-@njit(cache=True)
+@njit()
 def forget_gone(parents, gone, pages):
     """Set the counts of `exposed` back."""
     for page in pages:
@@ -89,20 +89,20 @@ def forget_gone(parents, gone, pages):
             gone[parents[page]] = 0
 
 
-@njit(cache=True)
+@njit()
 def _offer(heap, where, rank, children, holders, pages):
     for page in pages:
         if children[page] == 0 and holders[page] == 0:
             push(heap, where, rank, page)
 
 
-@njit(cache=True)
+@njit()
 def _drop_all(heap, where, rank, pages):
     for page in pages:
         drop(heap, where, rank, page)
 
 
-@njit(cache=True)
+@njit()
 def _take(heap, where, rank, parents, children, holders, gone, out):
     count = 0
     while count < len(out) and heap[0] > 0:

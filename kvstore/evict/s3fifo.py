@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ...cuda_kernels.kernel_cache import njit
 from .leaves import drop as heap_drop
 from .leaves import exposed, forget_gone, longer
 from .leaves import push as heap_push
@@ -14,7 +14,7 @@ from .queues import NEW, PROVEN, TwoQueues
 _MOST_USES = 3
 
 
-@njit(cache=True)
+@njit()
 def _choose(
     small, main, where, rank, uses, queue, sizes, share, parents, children, holders, gone, out
 ):

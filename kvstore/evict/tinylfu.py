@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ...cuda_kernels.kernel_cache import njit
 from .leaves import drop as heap_drop
 from .leaves import exposed, forget_gone
 from .leaves import push as heap_push
@@ -18,13 +18,13 @@ _SAMPLES = 10  # uses per counter before all counters are halved
 _ASKED = 15  # pages of the main part that one eviction compares: four levels of the heap
 
 
-@njit(cache=True)
+@njit()
 def _slot(key, row, width):
     mixed = (key ^ (key >> np.uint64(17))) * (np.uint64(0x9E3779B97F4A7C15) + np.uint64(2 * row))
     return np.int64((mixed >> np.uint64(32)) % np.uint64(width))
 
 
-@njit(cache=True)
+@njit()
 def count_uses(sketch, keys):
     """Add a use of each key to a count-min sketch, raising only its lowest counters."""
     rows, width = sketch.shape
@@ -37,7 +37,7 @@ def count_uses(sketch, keys):
                     sketch[row, at] = least + 1
 
 
-@njit(cache=True)
+@njit()
 def popularity(sketch, key):
     """Give the uses of a key, or a little more."""
     least = _MOST
@@ -46,7 +46,7 @@ def popularity(sketch, key):
     return least
 
 
-@njit(cache=True)
+@njit()
 def _promote(window, main, where, rank, queue, sizes, parents, page):
     """Move a leaf of the window to the main part, and the pages before it."""
     heap_drop(window, where, rank, page)
@@ -58,7 +58,7 @@ def _promote(window, main, where, rank, queue, sizes, parents, page):
         page = parents[page]
 
 
-@njit(cache=True)
+@njit()
 def _least_popular(heap, sketch, keys):
     """Give the least popular of some of the longest unused: those near the top of the heap."""
     page = heap[1]
@@ -70,7 +70,7 @@ def _least_popular(heap, sketch, keys):
     return page
 
 
-@njit(cache=True)
+@njit()
 def _choose(
     window, main, where, rank, sketch, keys, queue, sizes, share, parents, children, holders, gone,
     out,
