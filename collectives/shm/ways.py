@@ -34,13 +34,17 @@ THROUGH, ONE = 1, 2  # of state[WAY], besides PAST
 EXCHANGE, REDUCE, SCATTER, NORM, SYMMETRIC = range(5)
 LEAST = 4 << 10  # bytes that are worth a choice
 CLASSES = 12  # of sizes, each twice the one before; the last one has no end
-# words of a class: how often it was chosen in, what all ranks hold to be cheapest, cycles for a KB by each way
-CALLS, BEST, COST = range(3)
+# words of a class: how often it was chosen in, trials after the first, what all ranks hold to be cheapest, cycles for
+# a KB by each way
+CALLS, TRIALS, BEST, COST = range(4)
 CLASS_WORDS = COST + 3
 TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count
 # from so many bytes half of these, for one call of many steps goes through both sets of slots
 LONG = 2 << 20
 RETRY = 512  # calls from one trial to the next
+EARLY = (
+    32  # calls after which the first trials are doubted, and again after twice as many, up to RETRY
+)
 BITS = 21  # of a header's word for what a way costs
 
 
@@ -51,6 +55,15 @@ def words_of(kind, count):
     while number < CLASSES - 1 and count >= LEAST << (number + 1):
         number += 1
     return TABLES + CLASS_WORDS * (CLASSES * kind + number)
+
+
+@njit(nogil=True)
+def retried(number):
+    """Find the call with which the last trial began after the first ones: 32, 64, 128, 256, and then each RETRY."""
+    begun = RETRY
+    while begun > number:
+        begun //= 2
+    return number // RETRY * RETRY if number >= RETRY else begun if begun >= EARLY else 0
 
 
 @njit(nogil=True)
@@ -72,13 +85,14 @@ def choose(state, kind, count, ways, timed):
         return
     number = state[words + CALLS]
     state[words + CALLS] += 1
-    turn, half = number % RETRY, 2 if count >= LONG else 1
+    turn, half = number - retried(number), 2 if count >= LONG else 1
     trial = TRIAL // half
     if number < trial * ways:
         state[WAY] = number // trial
         turn %= trial
     elif turn < trial:
-        state[WAY] = (state[WAY] + 1 + number // RETRY % (ways - 1)) % ways
+        state[WAY] = (state[WAY] + 1 + state[words + TRIALS] % (ways - 1)) % ways
+        state[words + TRIALS] += turn == trial - 1
     else:
         turn -= trial
     state[NOTED] = turn >= SETTLING // half
