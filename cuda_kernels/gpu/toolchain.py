@@ -32,10 +32,12 @@ class Problem:
 
 def compiler_problem() -> Problem | None:
     """Look for what compiling needs: numba-cuda itself, libnvvm and NVRTC. Needs no GPU."""
-    try:
-        version("numba-cuda")
-    except PackageNotFoundError:
-        return Problem("numba-cuda is not installed", INSTALL)
+    if _installed("numba-cuda") is None:
+        other = _installed("numba-cuda-mlir")
+        beside = (
+            f"; numba-cuda-mlir {other} is, which does not compile these kernels" if other else ""
+        )
+        return Problem(f"numba-cuda is not installed{beside}", INSTALL)
     if getattr(import_module("numba.cuda"), "implementation", "Built-in") != "NVIDIA":
         return Problem(
             "numba's built-in CUDA target is in use although numba-cuda is installed (its .pth file runs only in a "
@@ -59,6 +61,14 @@ def compiler_problem() -> Problem | None:
     except Exception as error:
         return Problem(f"cuda-python cannot be loaded ({_first(error)})", INSTALL)
     return toolkit_problem((found[0], found[1]))
+
+
+def _installed(name: str) -> str | None:
+    """The version of an installed package; None: it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def toolkit_problem(found: tuple[int, int]) -> Problem | None:
@@ -104,10 +114,10 @@ def version_problem(driver: tuple[int, int], compiler: tuple[int, int] | None) -
 
 def _nvvm_version() -> tuple[int, int] | None:
     """The toolkit version of the libnvvm that pip installed; None: from elsewhere."""
-    try:
-        major, minor = version("nvidia-nvvm").split(".")[:2]
-    except PackageNotFoundError:
+    found = _installed("nvidia-nvvm")
+    if found is None:
         return None
+    major, minor = found.split(".")[:2]
     return int(major), int(minor)
 
 

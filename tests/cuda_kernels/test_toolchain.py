@@ -67,6 +67,11 @@ def lacks_numba_cuda(machine: Machine) -> None:
     del machine.packages["numba-cuda"]
 
 
+def has_only_the_successor(machine: Machine) -> None:
+    del machine.packages["numba-cuda"]
+    machine.packages["numba-cuda-mlir"] = "0.6.0"
+
+
 def has_the_built_in_target(machine: Machine) -> None:
     machine.modules["numba.cuda"] = SimpleNamespace()
 
@@ -103,6 +108,7 @@ def has_a_compiler_beyond_its_driver(machine: Machine) -> None:
     ("fault", "what", "remedy"),
     [
         (lacks_numba_cuda, "numba-cuda is not installed", INSTALL),
+        (has_only_the_successor, "numba-cuda-mlir 0.6.0 is, which does not", INSTALL),
         (has_the_built_in_target, "built-in CUDA target is in use", toolchain.REINSTALL),
         (lacks_libnvvm, "libnvvm cannot be loaded (libnvvm.so: not found)", INSTALL),
         (lacks_nvrtc, "libnvrtc cannot be loaded (RuntimeError)", INSTALL),
