@@ -127,8 +127,9 @@ def _weigh(lse, first, sink, place, weights, tops):
 
 @njit(nogil=True)
 def _merge(o, lse, sink, out, out_lse, first, stop):
-    """Places first..stop: weights tile by tile, as vector code, then one pass over the partials."""
-    shards, places, width = o.shape
+    """Places (rows x heads) first..stop: weights tile by tile, as vector code, then one pass over the partials."""
+    shards, places, width = lse.shape[0], out_lse.size, o.shape[3]
+    lse, out_lse = lse.reshape(shards, places), out_lse.reshape(places)
     weights, tops = np.empty((shards, TILE), lse.dtype), np.empty(TILE, lse.dtype)
     item, step = o.itemsize, weights.strides[0]
     apart = places * width * item
@@ -176,15 +177,14 @@ def merge_plain(
     alike = o.dtype == lse.dtype or o.dtype in LOOKS
     if not alike or lse.dtype not in WIDE or o.device.type != "cpu" or not lse.numel():
         return merge_states_reference(o, lse, sink, empty)
-    o, lse = o.detach(), lse.detach()
     if empty is not None:
         lse = lse.masked_fill(empty.unsqueeze(-1) if empty.dim() < lse.dim() else empty, NEG_INF)
-    logits = lse.new_empty(0) if sink is None else sink.detach().to(lse.dtype).contiguous()
     merged, merged_lse = room(o.shape[1:], o.dtype), lse.new_empty(lse.shape[1:])
-    places, width = merged_lse.numel(), o.shape[-1]
-    parts = o.contiguous().view(-1, places, width), lse.contiguous().view(-1, places), logits
-    flat, held, sinks = map(bits_of, parts)
-    out, out_lse = bits_of(merged.view(places, width)), merged_lse.view(-1).numpy()
+    # as they are: each view by torch would cost as much as the merge of a few rows
+    flat, held = bits_of(o.contiguous()), bits_of(lse.contiguous())
+    sinks = held[0, 0, :0] if sink is None else bits_of(sink.to(lse.dtype).contiguous())
+    out, out_lse = bits_of(merged), bits_of(merged_lse)
+    places, width = held[0].size, flat.shape[-1]
 
     def part(first: int, stop: int) -> None:
         _merge(flat, held, sinks, out, out_lse, first, stop)

@@ -15,7 +15,8 @@ BITS_OF_HALF = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.
 
 def bits_of(x: Tensor) -> np.ndarray:
     """See a tensor in host memory as an array; bfloat16 as uint16 and float16 as int16, for `widen` and `narrow`."""
-    return x.detach().view(LOOKS.get(x.dtype, x.dtype)).numpy()
+    look = LOOKS.get(x.dtype)
+    return (x.detach() if look is None else x.detach().view(look)).numpy()
 
 
 def half_of(dtype: torch.dtype) -> torch.dtype:
