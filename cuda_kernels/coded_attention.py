@@ -1,16 +1,19 @@
-"""Decode attention that reads pages of codes as the store's codecs write them; on CUDA they stay codes in memory.
+"""Decode attention that reads pages of codes as the store's codecs write them; they stay codes in memory.
 
-Codes become bfloat16 in registers (gpu/page_forms.py), so the result is that of attention to decoded bfloat16 pages;
-elsewhere pages are decoded first.
+On CUDA codes become bfloat16 in registers (gpu/page_forms.py), so the result is that of attention to decoded bfloat16
+pages; on the CPU float32 (coded_pages.py). What is read by neither is decoded first: int4 in blocks of 8 on the CPU.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .code_rows import CodeForm, CodeTable
+from .coded_pages import attend_codes
 from .decode_choice import served_shape, splits_for
 from .gpu.kernel import run_on
 from .gpu.page_forms import FORMS, PageForm, row_bytes, scale_bytes, whole_scale
@@ -20,6 +23,10 @@ from .minifloats import table_of
 from .paged_attention import paged_attention
 from .paged_decode import decode_launch
 
+KINDS_OF = {  # of codes and of scales
+    "e4m3": ("e4m3", "vector"), "int8": ("int8", "vector"), "int4": ("uint4", "pairs"),
+    "mxfp8": ("e4m3", "powers"), "mxfp4": ("e2m1", "powers"),
+}  # fmt: skip
 BLOCKS = {"int4": (8, 16, 32, 64, 128), "mxfp8": (32,), "mxfp4": (32,)}
 
 
@@ -97,19 +104,41 @@ def decode_pages_reference(coded: CodedPages, width: int) -> Tensor:
     return (table.to(codes.device)[blocked.long()] * scale).flatten(-2).bfloat16()
 
 
+def host_table(coded: CodedPages, width: int, page_tokens: int, kv_heads: int) -> CodeTable | None:
+    """Say where pages in host memory lie; None if the CPU kernel does not read them."""
+    form = CodeForm.of(
+        *KINDS_OF[coded.form.name], coded.form.block, True, width, page_tokens, kv_heads
+    )
+    if form is None:
+        return None
+    parts = (coded.codes, coded.scales, coded.lows, coded.codes)
+    at = np.arange(len(coded.codes))
+    pages = np.stack([part.data_ptr() + at * part.stride(0) for part in parts], 1)
+    return CodeTable(form, pages.astype(np.int64), coded)
+
+
 @torch.library.custom_op("plait::coded_attention", mutates_args=())
 def coded_attention_op(
     q: Tensor, k_data: Tensor, v_data: Tensor, k_form: str, k_block: int, v_form: str,
     v_block: int, pages: int, page_tokens: int, kv_heads: int, q_indptr: Tensor,
     kv_indptr: Tensor, kv_indices: Tensor, lo: Tensor, hi: Tensor, scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Decode the pages, then attend."""
+    """Attend to the codes; where the kernel does not serve the shapes, decode the pages first."""
     vectors, width = page_tokens * kv_heads, q.shape[-1]
-    k, v = (
-        decode_pages_reference(cut_pages(data, form, block, pages, vectors, width), width)
-        .view(pages, page_tokens, kv_heads, width).to(q.dtype)
+    cut = [
+        cut_pages(data.contiguous(), form, block, pages, vectors, width)
         for data, form, block in ((k_data, k_form, k_block), (v_data, v_form, v_block))
-    )  # fmt: skip
+    ]
+    if q.device.type == "cpu":
+        keys, values = (host_table(own, width, page_tokens, kv_heads) for own in cut)
+        if keys is not None and values is not None:
+            return attend_codes(
+                q, keys, values, q_indptr, kv_indptr, kv_indices, lo, hi, scale, softcap
+            )
+    k, v = (
+        decode_pages_reference(own, width).view(pages, page_tokens, kv_heads, width).to(q.dtype)
+        for own in cut
+    )
     return paged_attention(q, k, v, q_indptr, kv_indptr, kv_indices, lo, hi, scale, softcap)
 
 

@@ -19,6 +19,22 @@ def bits_of(x: Tensor) -> np.ndarray:
     return (x.detach() if look is None else x.detach().view(look)).numpy()
 
 
+def flat(pages: Tensor) -> np.ndarray:
+    """View contiguous pages as one numpy row; 16-bit floats as their bits."""
+    if not pages.is_contiguous():
+        raise ValueError(
+            f"pages {list(pages.shape)} with strides {pages.stride()} are read in place and must be contiguous"
+        )
+    return pages.view(LOOKS.get(pages.dtype, pages.dtype)).view(-1).numpy()
+
+
+def plain(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Give one dtype and layout to the compiler: each other combination is one more compilation."""
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        tensor = tensor.to(dtype).contiguous()
+    return tensor.detach().numpy() if tensor.requires_grad else tensor.numpy()
+
+
 def half_of(dtype: torch.dtype) -> torch.dtype:
     """The 16-bit float for scales of such a page: its own, so that nothing overflows in it; float16 for wider ones."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16

@@ -13,8 +13,8 @@ from .gpu.toolchain import usable
 from .halves import widen
 from .kernel_cache import njit
 from .merge import direct
+from .numbers import flat, plain
 from .page_summary_gpu import serves, summarise_launch
-from .paged_attention import _flat, _plain
 
 
 def summarise_reference(
@@ -78,11 +78,11 @@ def _summarise_cpu(
     high: Tensor | None,
 ) -> None:  # fmt: skip
     width = keys.shape[2] * keys.shape[3]
-    args = (_flat(keys), _plain(pages, torch.int64), first, stop, unit, shift, keys.shape[1], width)
+    args = (flat(keys), plain(pages, torch.int64), first, stop, unit, shift, keys.shape[1], width)
     if high is None:
-        _sums(*args, _flat(low))
+        _sums(*args, flat(low))
     else:
-        _ranges(*args, _flat(low), _flat(high))
+        _ranges(*args, flat(low), flat(high))
 
 
 @torch.library.custom_op("plait::summarise", mutates_args=("low", "high"))

@@ -17,7 +17,7 @@ from .gpu.toolchain import usable
 from .halves import widen
 from .kernel_cache import njit
 from .merge import direct
-from .paged_attention import _flat
+from .numbers import flat
 from .top_k_gpu import serves, top_k_launch
 from .workers import run_shares
 
@@ -184,14 +184,14 @@ def _top_k_cpu(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
     out = torch.empty(*x.shape[:-1], k, dtype=torch.int64)
     if k == 0 or rows == 0:
         return out
-    flat, into = _flat(x.detach().contiguous()), out.view(rows, k).numpy()
+    values, into = flat(x.detach().contiguous()), out.view(rows, k).numpy()
     old = np.empty((1, 0), np.int64)
     if hint is not None:
         old = hint.reshape(rows, -1).long().contiguous().numpy()
     shares = max(1, min(rows, torch.get_num_threads(), x.numel() // MIN_SHARE_VALUES))
 
     def share(i: int) -> None:
-        _rows(flat, k, old, into, rows * i // shares, rows * (i + 1) // shares, width)
+        _rows(values, k, old, into, rows * i // shares, rows * (i + 1) // shares, width)
 
     run_shares(share, shares)
     return out

@@ -6,12 +6,15 @@ part with low: so one kernel serves exact logits, Quest's bound, and scores over
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .decode_spans import dot, dots4, score_pair
 from .kernel_cache import njit
 from .merge import direct
-from .paged_attention import _dot, _dots4, _flat, _plain
+from .numbers import flat, plain
+from .row_products import LANES
 from .workers import run_shares
 
 MIN_SHARE_BYTES = 1 << 20  # of rows read per thread
@@ -31,22 +34,42 @@ def unit_scores_reference(
 
 
 @njit(nogil=True, error_model="numpy")
+def _vector_scores(out, q, region, pages, page_units, width, first, stop, add):
+    """Rows that are whole vectors, two units at once."""
+    kv_heads, queries = q.shape[0], q.shape[1]
+    at, each = np.int64(region.ctypes.data), width * region.itemsize
+    s = np.empty((queries, 2), q.dtype)
+    for u in range(first, stop, 2):
+        two = min(u + 1, stop - 1)
+        a = (pages[u // page_units] * page_units + u % page_units) * kv_heads
+        b = (pages[two // page_units] * page_units + two % page_units) * kv_heads
+        for h in range(kv_heads):
+            score_pair(s, 0, q[h], 0, queries, at + (a + h) * each, at + (b + h) * each, region)
+            for i in range(queries):
+                for n in range(two - u + 1):
+                    out[h, i, u + n] = s[i, n] + out[h, i, u + n] if add else s[i, n]
+
+
+@njit(nogil=True, error_model="numpy")
 def _scores(out, q, region, pages, page_units, width, first, stop, add):
     kv_heads, queries = q.shape[0], q.shape[1]
     fours = queries // 4 * 4
+    if width % LANES == 0:
+        _vector_scores(out, q, region, pages, page_units, width, first, stop, add)
+        return
     for u in range(first, stop):
         slot = (pages[u // page_units] * page_units + u % page_units) * kv_heads
         for h in range(kv_heads):
             row = region[(slot + h) * width : (slot + h + 1) * width]
             for i in range(0, fours, 4):
-                a, b, c, d = _dots4(q[h, i], q[h, i + 1], q[h, i + 2], q[h, i + 3], row)
+                a, b, c, d = dots4(q[h, i], q[h, i + 1], q[h, i + 2], q[h, i + 3], row)
                 if add:
                     a, b = a + out[h, i, u], b + out[h, i + 1, u]
                     c, d = c + out[h, i + 2, u], d + out[h, i + 3, u]
                 out[h, i, u], out[h, i + 1, u] = a, b
                 out[h, i + 2, u], out[h, i + 3, u] = c, d
             for i in range(fours, queries):
-                a = _dot(q[h, i], row)
+                a = dot(q[h, i], row)
                 out[h, i, u] = a + out[h, i, u] if add else a
 
 
@@ -60,7 +83,7 @@ def _scores_cpu(
 ) -> Tensor:
     kv_heads, queries, width = q.shape
     out = torch.empty(kv_heads, queries, count, dtype=q.dtype)
-    out_np, where = out.numpy(), _plain(pages, torch.int64)
+    out_np, where = out.numpy(), plain(pages, torch.int64)
     row_bytes = kv_heads * width * region.element_size() * (1 if other is None else 2)
     shares = max(1, min(torch.get_num_threads(), count * row_bytes // MIN_SHARE_BYTES))
     span = -(-count // shares)
@@ -68,10 +91,10 @@ def _scores_cpu(
 
     def share(i: int) -> None:
         first, stop = i * span, min((i + 1) * span, count)
-        for number, (rows, flat) in enumerate(ready):
-            _scores(out_np, rows, flat, where, region.shape[1], width, first, stop, number > 0)
+        for number, (rows, held) in enumerate(ready):
+            _scores(out_np, rows, held, where, region.shape[1], width, first, stop, number > 0)
 
-    ready = [(_plain(rows, q.dtype), _flat(held)) for rows, held in passes]
+    ready = [(plain(rows, q.dtype), flat(held)) for rows, held in passes]
     run_shares(share, shares)
     return out
 

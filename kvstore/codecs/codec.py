@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import StoreError
 from ..named import Named
+from .places import CodePlaces
 
 
 class CodecError(StoreError, ValueError):
@@ -118,6 +119,10 @@ class PageToBytes(CodecPart):
         Args:
             layout: of one page.
         """
+        return None
+
+    def places(self, layout: PageLayout) -> CodePlaces | None:
+        """How attention reads the vectors of such pages in place; None: it decodes them."""
         return None
 
     @abstractmethod

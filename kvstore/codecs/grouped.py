@@ -15,6 +15,7 @@ from ...cuda_kernels.bits import packed_width
 from ...cuda_kernels.int_groups import dequantise_into, quantise_into
 from ...cuda_kernels.numbers import BITS_OF_HALF, half_of
 from .codec import CodecError, InPlace, PageLayout, need_floats
+from .places import CodePlaces
 
 
 class Groups(NamedTuple):
@@ -67,6 +68,13 @@ class Grouped(InPlace):
         """Scales, low ends, codes."""
         ends = 2 * int(np.prod(self.groups(layout).scales))
         return 0, ends, ends, self.max_bytes(layout) - 2 * ends
+
+    def places(self, layout: PageLayout) -> CodePlaces | None:
+        """Scales, low ends, codes, of two or four bits."""
+        cut = self.groups(layout)
+        codes = {2: "uint2", 4: "uint4"}.get(cut.bits)
+        scales = "channels" if cut.channels else "pairs"
+        return None if codes is None else CodePlaces(codes, scales, cut.size, (2, 0, 1))
 
     def _parts(
         self, data: np.ndarray, cut: Groups, dtype: torch.dtype

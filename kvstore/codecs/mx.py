@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ...cuda_kernels.block_floats import MX_BLOCK, dequantise_mx_into, quantise_mx_into
 from ...cuda_kernels.block_ints import dequantise_blocks_into, quantise_blocks_into
+from ...cuda_kernels.code_rows import KINDS
 from ...cuda_kernels.minifloats import MINIFLOATS
 from .blocks import Blocked
+from .codec import PageLayout
+from .places import CodePlaces
 
 RULES = ("floor", "even", "ceil")
 
@@ -50,6 +53,10 @@ class MxFloat(Blocked):
     def block(self) -> int:
         """32."""
         return MX_BLOCK
+
+    def places(self, layout: PageLayout) -> CodePlaces | None:
+        """Scales, codes, of the forms that attention reads."""
+        return CodePlaces(self.form, "powers", MX_BLOCK, (1, 0, 0)) if self.form in KINDS else None
 
     def quantise(self, x: Tensor, head: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
         """Scales are exponents."""

@@ -21,7 +21,8 @@ from ...cuda_kernels.nvfp4 import (
     quantise_nvfp4_into,
 )
 from .blocks import Blocked
-from .codec import CodecError
+from .codec import CodecError, PageLayout
+from .places import CodePlaces
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Nvfp4(Blocked):
     def block(self) -> int:
         """16."""
         return NVFP4_BLOCK
+
+    def places(self, layout: PageLayout) -> CodePlaces:
+        """Scales, codes; the head is the pages' scale."""
+        return CodePlaces("e2m1", "e4m3", NVFP4_BLOCK, (1, 0, 0))
 
     def quantise(self, x: Tensor, head: np.ndarray, scales: np.ndarray, codes: np.ndarray) -> None:
         """The head is the page's scale.

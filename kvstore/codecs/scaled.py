@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...cuda_kernels.scaled_rows import dequantise_rows_into, quantise_rows_into
 from .codec import CodecError, InPlace, PageLayout, need_floats
+from .places import CodePlaces
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Scaled(InPlace):
     def sections(self, layout: PageLayout) -> tuple[int, ...]:
         """Codes, scales."""
         return 0, layout.numel, 4 * layout.vectors
+
+    def places(self, layout: PageLayout) -> CodePlaces:
+        """Codes, then scales."""
+        return CodePlaces("int8" if self.whole else "e4m3", "vector", 0, (0, 1, 1))
 
     def encode(self, page: Tensor) -> np.ndarray:
         """Scale each vector so that its largest element just fits, and round.

@@ -1,4 +1,4 @@
-"""Attention to what a selector chose of coded pages: chosen pages are decoded, keys to be summarised once."""
+"""Attention to what a selector chose of coded pages: read in place, or decoded as keys are to be summarised."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cuda_kernels import merge_states, unit_scores
 from ..attention import LayerPages, ScoreOptions, attend_pages
 from ..select.attend import tokens_of
 from ..select.selector import KeyView, Selector
 from ..select.summaries import Summaries
 from ..table import PageTable
 from .coded import CodedLayer, PageCoder
+from .in_place import HeldCodes, attend_chosen, held_codes, score_held
 from .lanes import LanePool, Lanes
 
 
@@ -24,11 +26,14 @@ class CodedKeys(KeyView):
 
     Attributes:
         coder, runs: of the coded pages; coded: which they are, in order, `[n, 2]` run and page of it.
+        held: all heads' coded pages, if kernels read them in place; head: which of them.
     """
 
     coder: PageCoder
     runs: CodedLayer
     coded: np.ndarray
+    held: HeldCodes | None
+    head: int
 
     def reach(self, first: int = 0) -> tuple[Tensor, Tensor]:
         """Decode the coded pages from a token on."""
@@ -38,6 +43,14 @@ class CodedKeys(KeyView):
         exact = self.keys[self.pages[max(0, skip - len(self.coded)) :].long()]
         where = (torch.arange(all_) - skip).clamp(min=0).int()
         return torch.cat([decoded, exact]), where
+
+    def logits(self, q: Tensor) -> Tensor:
+        """Dot products with every key, coded ones where they lie."""
+        if self.held is None:
+            return super().logits(q)
+        coded = score_held(self.held, self.head, q)
+        exact = unit_scores(q, self.keys, self.pages, self.tokens - coded.shape[-1])
+        return torch.cat([coded, exact], -1)
 
     def rows(self, head: int, tokens: Tensor) -> Tensor:
         """Decode the pages of some tokens."""
@@ -73,12 +86,13 @@ class ChosenReader:
         heads, size = len(lanes.counts), self.pool.size
         asked, held = q.unflatten(0, (heads, -1)), coded.pages(heads)
         plans, lengths = [], []
+        codes = self._one_tier(coded)
         for head in range(heads):
             tokens = len(held[head]) * size + int(lanes.counts[head])
             view = CodedKeys(
                 self.pool.pool.keys[0], torch.from_numpy(self.pool.row(lanes, head)), tokens, layer,
                 self.layers, options.scale, shards, {layer: memory.setdefault(head, {})},
-                coder=self.coder, runs=coded, coded=held[head],
+                coder=self.coder, runs=coded, coded=held[head], held=codes, head=head,
             )  # fmt: skip
             plans.append(self.selector.plan(asked[head], view) if tokens else None)
             lengths.append(tokens)
@@ -88,12 +102,45 @@ class ChosenReader:
             np.arange(n) if plan is None else tokens_of(plan, n)[0]
             for plan, n in zip(plans, lengths, strict=True)
         ]
+        if codes is not None:
+            o, lse = self._in_place(lanes, codes, chosen, asked, options)
+            return o.flatten(0, 1), lse.flatten()
         regions, rows = self._gathered(lanes, coded, held, chosen)
         counts = np.array([len(own) for own in rows])
         lo, hi = torch.zeros(heads, dtype=torch.int64), torch.from_numpy(counts)
         table = PageTable(rows, counts, 1)
         o, lse = attend_pages(regions, table, asked, np.arange(heads + 1), lo, hi, options)
         return o.flatten(0, 1), lse.flatten()
+
+    def _one_tier(self, coded: CodedLayer) -> HeldCodes | None:
+        """The coded pages where they lie, if they are of one codec that kernels read."""
+        tiers = {run.tier for run in coded.runs}
+        return held_codes(self.coder, coded, *tiers) if len(tiers) == 1 else None
+
+    def _in_place(
+        self, lanes: Lanes, codes: HeldCodes, chosen: list[np.ndarray], q: Tensor,
+        options: ScoreOptions,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Attend to chosen tokens where they lie, coded and exact ones, and merge.
+
+        Shape: q `[kv_heads, group, head_dim]` -> o likewise, lse `[kv_heads, group]`
+        """
+        few, rows = [], []
+        for head, tokens in enumerate(chosen):
+            behind = len(codes.pages[head]) * self.pool.size
+            split = int(np.searchsorted(tokens, behind))
+            few.append(tokens[:split])
+            rows.append(self.pool.row_slots(lanes.pages[head], tokens[split:] - behind))
+        counts = np.array([len(own) for own in rows])
+        pool, width = self.pool.pool, self.pool.pool.spec.v_dim
+        keys, values = (x[0].flatten(0, 2)[:, None, None] for x in (pool.keys, pool.values))
+        table = PageTable([own.astype(np.int32) for own in rows], counts, 1)
+        lo, hi = torch.zeros(len(rows), dtype=torch.int64), torch.from_numpy(counts)
+        exact = attend_pages(
+            LayerPages(keys, values, width), table, q, np.arange(len(rows) + 1), lo, hi, options
+        )
+        pairs = zip(attend_chosen(codes, q, few, options), exact, strict=True)
+        return merge_states(*(torch.stack(pair) for pair in pairs))
 
     def _gathered(
         self, lanes: Lanes, coded: CodedLayer, held: list[np.ndarray], chosen: list[np.ndarray]

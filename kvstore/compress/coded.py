@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ...cuda_kernels import merge_states
 from ...cuda_kernels.room import room
-from ..attention import LayerPages, ScoreOptions, attend_pages
+from ..attention import DENSE_ROWS, LayerPages, ScoreOptions, attend_pages
 from ..codecs import CodecError, KVCodec, PageLayout, find_kv_codec
 from ..spec import KVSpec
 from ..table import PageTable
 from .budgets import Widths
 from .choose import order
 from .compression import CompressionError
+from .in_place import HeldCodes, attend_held, held_codes
 
 TILE_BYTES = 1 << 25  # of keys and values that stand decoded at once; a tile costs 0.5 ms of Python
 
@@ -190,6 +191,7 @@ class CodedLayer:
 
     runs: list[CodedRun] = field(default_factory=list)
     loose: int = 0
+    held: dict[int, HeldCodes] = field(default_factory=dict)  # by tier, see `held_codes`
     _pages: tuple[int, list[np.ndarray]] = (0, [])  # of so many runs
 
     def copy(self) -> CodedLayer:
@@ -269,7 +271,7 @@ class PageCoder:
 
     def _some(self, layer: CodedLayer, pages: np.ndarray, values: bool) -> Tensor:
         """Decode a part of some runs."""
-        layout = self._layouts[values]
+        layout = self.layouts[values]
         out = torch.empty(len(pages), *layout.shape, dtype=layout.dtype)
         for number in np.unique(pages[:, 0]):
             run, at = layer.runs[number], np.flatnonzero(pages[:, 0] == number)
@@ -283,7 +285,7 @@ class PageCoder:
         return out
 
     @property
-    def _layouts(self) -> list[PageLayout]:
+    def layouts(self) -> list[PageLayout]:
         """A page's, of keys and of values."""
         size, dtype = self.spec.page_tokens, self.spec.dtype
         return [PageLayout((size, 1, width), dtype) for width in self.spec.widths]
@@ -291,13 +293,12 @@ class PageCoder:
     def attend(
         self, layer: CodedLayer, q: Tensor, lo: np.ndarray, hi: np.ndarray, options: ScoreOptions
     ) -> tuple[Tensor, Tensor] | None:
-        """Attend to all coded pages of one layer of one sequence, which are decoded a few at a time.
+        """Attend to all coded pages of one layer of one sequence, in place or decoded a few at a time.
 
         Shape: q `[rows, heads, head_dim]`; lo, hi `[rows]` places in the text -> o `[rows, heads, value_dim]`, lse
         """
-        merged, space = None, self._space(layer)
-        for tile in self._tiles(layer):
-            o, lse = self._attend_tile(tile, space, q, lo, hi, options)
+        merged = None
+        for o, lse in self._parts(layer, q, lo, hi, options):
             o = o.to(lse.dtype)
             if merged is not None:
                 o, lse = merge_states(torch.stack([merged[0], o]), torch.stack([merged[1], lse]))
@@ -307,15 +308,30 @@ class PageCoder:
         shape = (self.spec.kv_heads, len(q))
         return tuple(x.unflatten(0, shape).transpose(0, 1).flatten(1, 2) for x in merged)  # type: ignore[return-value]
 
+    def _parts(
+        self, layer: CodedLayer, q: Tensor, lo: np.ndarray, hi: np.ndarray, options: ScoreOptions
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Attend to pages where they lie, tier by tier; those that no kernel reads so, or for many rows, by tiles."""
+        known = {run.tier for run in layer.runs} if len(q) <= DENSE_ROWS else ()
+        read = {tier: held for tier in known if (held := held_codes(self, layer, tier))}
+        for held in read.values():
+            yield attend_held(held, q, lo, hi, options)
+        if all(run.tier in read for run in layer.runs):
+            return
+        space = self._space(layer)
+        for tile in self._tiles(layer):
+            if tile[0].run.tier not in read:
+                yield self._attend_tile(tile, space, q, lo, hi, options)
+
     @property
     def _tile_pages(self) -> int:
-        return max(1, TILE_BYTES // sum(layout.page_bytes for layout in self._layouts))
+        return max(1, TILE_BYTES // sum(layout.page_bytes for layout in self.layouts))
 
     def _space(self, layer: CodedLayer) -> list[Tensor]:
         """Memory for the keys and the values of any tile."""
         pages = [len(run.heads) for run in layer.runs]
         most = min(sum(pages), max(self._tile_pages, *pages)) if pages else 0
-        return [room((most, *layout.shape), layout.dtype) for layout in self._layouts]
+        return [room((most, *layout.shape), layout.dtype) for layout in self.layouts]
 
     def _tiles(self, layer: CodedLayer) -> Iterator[list[Piece]]:
         """Cut the runs of each tier, in which places ascend, into pieces of so many pages."""
@@ -323,7 +339,7 @@ class PageCoder:
         for tier, codec in enumerate(self.tiers.codecs):
             whole = any(
                 part.sections(layout) is None
-                for part, layout in zip((codec.keys, codec.values), self._layouts, strict=True)
+                for part, layout in zip((codec.keys, codec.values), self.layouts, strict=True)
             )
             tile, left = [], most
             for run in layer.runs:
@@ -349,7 +365,7 @@ class PageCoder:
             for part, data, layout, x in zip(
                 (codec.keys, codec.values),
                 (run.keys, run.values),
-                self._layouts,
+                self.layouts,
                 space,
                 strict=True,
             ):

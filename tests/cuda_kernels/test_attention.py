@@ -23,6 +23,8 @@ SHAPES = {  # heads, kv_heads, head_dim, value_dim, shared
     "mqa-odd": (5, 1, 7, 7, False),
     "value-dim": (4, 2, 8, 6, False),
     "mla": (4, 1, 12, 8, True),
+    "vectors": (10, 2, 32, 16, False),
+    "mla-vectors": (6, 1, 48, 32, True),
 }
 RULE = Interleave(4, 3, 1)
 OPTIONS = ["plain", "softcap", "alibi"]
@@ -100,8 +102,9 @@ def test_paged_equals_brute_force(shape, option, brute, assert_close) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_paged_storage_types(dtype, brute, assert_close) -> None:
-    batch = Batch("gqa", dtype)
+@pytest.mark.parametrize("shape", ["gqa", "vectors"])
+def test_paged_storage_types(shape, dtype, brute, assert_close) -> None:
+    batch = Batch(shape, dtype)
     o, lse = batch.paged()
     want_o, want_lse = batch.answer(brute)
     assert o.dtype == dtype

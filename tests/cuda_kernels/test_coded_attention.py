@@ -107,16 +107,83 @@ def test_the_reference_decodes_as_codecs_do(form: str, alone: bool) -> None:
     torch.testing.assert_close(got.float(), want.float(), rtol=2.0**-8, atol=0)
 
 
-def test_the_operator_is_attention_to_the_decoded() -> None:
-    (k_data, k), (v_data, v) = coded("int4", 64, False, 0), coded("e4m3", 64, False, 1)
-    q = torch.randn(3, 4, 64).bfloat16()
-    o, lse = coded_attention(
-        q, k_data, v_data, ("int4", 16), ("e4m3", 0), PAGES, TOKENS, KV_HEADS, *INTEGERS, 0.125
-    )
-    wide = [t.double() for t in (q, k, v)]
-    want, want_lse = paged_attention_reference(*wide, *INTEGERS, 0.125)
-    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(o.double(), want, rtol=1e-2, atol=1e-1)
+def decoded_in_float64(data: torch.Tensor, form: str, width: int) -> torch.Tensor:
+    """What codes stand for, by the definitions of the formats, not rounded."""
+    cut = cut_pages(data, form, BLOCKS.get(form, 0), PAGES, TOKENS * KV_HEADS, width)
+    codes = cut.codes.contiguous()
+    if page_forms.FORMS[form] == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    if form == "int8":
+        return codes.view(torch.int8).double() * cut.scales.contiguous().view(torch.float32)
+    if form in ("e4m3", "mxfp8"):
+        numbers = codes.view(torch.float8_e4m3fn).double()
+    elif form == "mxfp4":
+        sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+        numbers = torch.cat([sizes, -sizes])[codes.long()]
+    else:
+        numbers = codes.double()
+    if form == "e4m3":
+        return numbers * cut.scales.contiguous().view(torch.float32)
+    blocks = numbers.unflatten(-1, (-1, BLOCKS[form]))
+    if form == "int4":
+        scale, low = (t.contiguous().view(torch.bfloat16).double() for t in cut[2:])
+        return (blocks * scale[..., None] + low[..., None]).flatten(-2)
+    return (blocks * torch.exp2(cut.scales.double() - 127)[..., None]).flatten(-2)
+
+
+@pytest.mark.parametrize("form", list(CODECS))
+def test_one_tile_of_the_kernel_against_float64(form: str) -> None:
+    """Sixteen tokens of one page through the simulated kernel: only products of bfloat16 are added."""
+    width, group = 64, 2
+    (k_data, _), (v_data, _) = coded(form, width, False, 0), coded(form, width, False, 1)
+    cut = [
+        cut_pages(data, form, BLOCKS.get(form, 0), PAGES, TOKENS * KV_HEADS, width)
+        for data in (k_data, v_data)
+    ]
+    q = torch.randn(1, group * KV_HEADS, width, generator=torch.Generator().manual_seed(5))
+    q, page = q.bfloat16(), 3
+    words = [torch.tensor(own).int() for own in ([0, 1], [0, 1], [page], [0], [TOKENS])]
+    variant, grid, args, o, lse = coded_launch(q, *cut, TOKENS, KV_HEADS, words, 0.125, 0.0, 1)
+    variant.simulate(grid, *args)
+    k, v = (decoded_in_float64(data, form, width)[page] for data in (k_data, v_data))
+    if form == "int4":  # the one form that a reader rounds
+        k, v = k.bfloat16().double(), v.bfloat16().double()
+    k, v = (x.view(TOKENS, KV_HEADS, width).repeat_interleave(group, 1) for x in (k, v))
+    logits = torch.einsum("hd,thd->ht", q[0].double(), k) * 0.125
+    torch.testing.assert_close(lse[0, 0].double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    want = torch.einsum("ht,thd->hd", logits.softmax(-1), v)
+    torch.testing.assert_close(o[0, 0].double(), want, rtol=1e-2, atol=1e-2)
+    with pytest.raises(AssertionError):  # a neighbour's page is another answer
+        torch.testing.assert_close(
+            lse[0, 0].double(), logits.roll(1, 0).logsumexp(-1), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("form", list(CODECS))
+def test_the_operator_is_attention_to_the_decoded(form: str, alone: bool) -> None:
+    """In float64, so that what is read must be what the format says, to the last digits of a float32."""
+    (k_data, _), (v_data, _) = coded(form, 64, alone, 0), coded("e4m3", 64, alone, 1)
+    q = torch.randn(3, 4, 64, dtype=torch.float64)
+    forms = (form, BLOCKS.get(form, 0)), ("e4m3", 0)
+    o, lse = coded_attention(q, k_data, v_data, *forms, PAGES, TOKENS, KV_HEADS, *INTEGERS, 0.125)
+    shape = (PAGES, TOKENS, KV_HEADS, 64)
+    k = decoded_in_float64(k_data, form, 64).view(shape)
+    v = decoded_in_float64(v_data, "e4m3", 64).view(shape)
+    want, want_lse = paged_attention_reference(q, k, v, *INTEGERS, 0.125)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(o, want, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_of_eight_are_decoded_first() -> None:
+    codec = find_codec("int4:group=8")
+    x = torch.randn(PAGES, TOKENS, KV_HEADS, 32).bfloat16()
+    data = torch.from_numpy(codec.encode(x))
+    k = codec.decode(data.numpy(), PageLayout(tuple(x.shape), torch.bfloat16))
+    q, form = torch.randn(3, 4, 32), ("int4", 8)
+    got = coded_attention(q, data, data, form, form, PAGES, TOKENS, KV_HEADS, *INTEGERS, 0.125)
+    for mine, want in zip(got, paged_attention_reference(q, k, k, *INTEGERS, 0.125), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4)
 
 
 def over_mutated_readers(old: str, new: str) -> types.ModuleType:

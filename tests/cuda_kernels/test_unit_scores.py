@@ -17,10 +17,10 @@ from plait.cuda_kernels.unit_scores import unit_scores_reference
 PAGE, HEADS, WIDTH = 4, 2, 8
 
 
-def pool(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def pool(dtype: torch.dtype, seed: int = 0, width: int = WIDTH) -> tuple[Tensor, Tensor]:
     """Keys of 12 pages, and the 7 of one sequence in their order."""
     rng = torch.Generator().manual_seed(seed)
-    keys = torch.randn(12, PAGE, HEADS, WIDTH, generator=rng, dtype=torch.float64).to(dtype)
+    keys = torch.randn(12, PAGE, HEADS, width, generator=rng, dtype=torch.float64).to(dtype)
     return keys, torch.randperm(12, generator=rng)[:7].int()
 
 
@@ -66,10 +66,11 @@ def test_nan_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("queries", [1, 4, 7])
-def test_scores_are_dot_products(dtype, queries, monkeypatch) -> None:
-    keys, pages = pool(dtype)
+@pytest.mark.parametrize("width", [WIDTH, 32])
+def test_scores_are_dot_products(dtype, queries, width, monkeypatch) -> None:
+    keys, pages = pool(dtype, width=width)
     work = torch.promote_types(dtype, torch.float32)
-    q, other = torch.randn(2, HEADS, queries, WIDTH, dtype=work)
+    q, other = torch.randn(2, HEADS, queries, width, dtype=work)
     for count in (0, 1, 27):
         got = unit_scores(q, keys, pages, count)
         torch.testing.assert_close(got, unit_scores_reference(q, keys, pages, count))
