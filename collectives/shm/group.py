@@ -16,7 +16,7 @@ from ..python_group import PythonGroup
 from ..trace import listening, tell_traces
 from ..work import Several
 from . import fused
-from .calls import even_table, real_of, view_of, views_of
+from .calls import even_starts, even_table, real_of, view_of, views_of
 from .engine import Engine
 from .mailbox import Mailbox
 from .members import Members
@@ -185,7 +185,7 @@ class ShmGroup(PythonGroup):
             )
         if input.numel() != n * self.size():
             raise misfit(self, f"{_shapes(input)} reduced and scattered into {_shapes(output)}")
-        return self._reduce_scatter([input], np.arange(self.size()) * n, output, opts)
+        return self._reduce_scatter([input], even_starts(self.size(), n), output, opts)
 
     def _reduce_scatter(
         self, parts: list[Tensor], starts: Any, out: Tensor, opts: Any
