@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,29 @@ def test_mpirun_needs_no_mpi4py(tmp_path: Path, size: int) -> None:
     for report in ended.reports.values():
         assert not report["mpi4py"]
         assert 1 <= report["threads"] <= report["cpus"]
+
+
+@pytest.mark.parametrize("where", ["every rank", "rank 1"])
+def test_mpirun_without_mpi4py_says_on_every_rank_what_adds_it(tmp_path: Path, where: str) -> None:
+    script = tmp_path / "asks.py"
+    script.write_text(
+        "import os, sys\n"
+        "from plait.collectives import BackendUnavailable, LaunchError, init\n"
+        "from plait.collectives.launch import Launch\n"
+        f"if {where == 'every rank'} or Launch.detect().rank == 1:\n"
+        "    sys.modules['mpi4py'] = None\n"
+        "try:\n"
+        "    init('mpi', timeout_s=90)\n"
+        "except (BackendUnavailable, LaunchError) as error:\n"
+        "    os.write(1, f'refused: {error}\\n'.encode())\n"
+        "    sys.exit(1)\n"
+    )
+    begin = time.monotonic()
+    ended = run_job([*mpirun(2), str(script)], tmp_path / "reports")
+    assert ended.code != 0
+    assert "pip install 'plait[mpi]'" in ended.output, ended.output
+    assert 1 <= ended.output.count("refused: ") <= 2, ended.output  # mpirun may end the other first
+    assert time.monotonic() - begin < 80  # and did not wait for anybody
 
 
 def test_mpirun_over_hosts_meets_through_mpi4py(tmp_path: Path) -> None:

@@ -106,6 +106,28 @@ def test_bad_input_is_refused_and_explained(tmp_path: Path) -> None:
             assert part in text
 
 
+def dead_groups(folder: str) -> str:
+    open_world(folder, 2)
+    group: Any = dist.new_group([0, 1])
+    x = shm.symmetric_empty((3,), group=group).fill_(1.0)
+    dist.destroy_process_group(group)
+    with pytest.raises(ValueError, match="not initialized"):
+        dist.all_reduce(x, group=group)
+    with pytest.raises(RuntimeError, match="is closed"):
+        group.allreduce([x])
+    with pytest.raises(RuntimeError, match="is closed"):
+        shm.symmetric_empty((3,), group=group)
+    dist.all_reduce(
+        x
+    )  # its memory lives as long as the tensor, and is memory as any other to other groups
+    dist.destroy_process_group()
+    return str(x.tolist())
+
+
+def test_tensors_outlive_the_group_of_their_segment(tmp_path: Path) -> None:
+    assert run_world(dead_groups, 2, str(tmp_path), backend=None) == [str([2.0] * 3)] * 2
+
+
 def numerics(folder: str) -> None:
     open_world(folder)
     rank = dist.get_rank()
