@@ -56,6 +56,11 @@ def cfunc(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+def kept_in() -> str | None:
+    """Say which folder keeps the CPU kernels of this package; None where none can be written."""
+    return KernelCache(njit).cache_path
+
+
 class KernelCache(_Cache):
     """What one function was compiled to, for each signature.
 

@@ -124,7 +124,14 @@ def arguments() -> argparse.Namespace:
         action="store_false",
         help="skip the comparison with one process",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    for path in (args.model / "config.json", args.text):
+        if path is not None and not path.is_file():
+            parser.error(f"there is no {path}")
+    for name in ("context", "tokens", "chunk"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be 1 or more")
+    return args
 
 
 def load_text(args: argparse.Namespace) -> Text:

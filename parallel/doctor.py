@@ -20,6 +20,7 @@ from rich.text import Text
 from ..collectives.errors import LaunchError
 from ..collectives.launch import Launch
 from ..cuda_kernels.gpu import toolchain
+from ..cuda_kernels.kernel_cache import kept_in
 
 OLDEST_TORCH = (2, 11)
 # package -> (what it is for, the line that adds it)
@@ -59,6 +60,7 @@ def examine() -> list[Finding]:
         _torch(),
         *(_package(name, use, line) for name, (use, line) in (PACKAGES | cuda).items()),
         *_devices(),
+        _cpu_kernels(),
         *_cuda_kernels(),
         *_peers(),
         Finding("cpu threads", f"{torch.get_num_threads()} of torch"),
@@ -112,6 +114,18 @@ def _devices() -> list[Finding]:
             )
         )
     return found
+
+
+def _cpu_kernels() -> Finding:
+    folder = kept_in()
+    if folder is None:
+        return Finding(
+            "CPU kernels",
+            "kept nowhere: every process compiles them again",
+            "absent",
+            "export NUMBA_CACHE_DIR=a folder that can be written",
+        )
+    return Finding("CPU kernels", f"kept in {folder}")
 
 
 def _cuda_kernels() -> list[Finding]:

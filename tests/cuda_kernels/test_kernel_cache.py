@@ -18,6 +18,7 @@ from numba.core.caching import IndexDataCacheFile
 
 from plait.cuda_kernels import kernel_cache
 from plait.cuda_kernels.kernel_cache import _Entries, cfunc, njit
+from plait.parallel import doctor
 from world import run_world
 
 
@@ -96,6 +97,12 @@ def test_two_that_write_at_once_keep_their_own(
         patched.setattr(IndexDataCacheFile, "_save_data", late)
         ours.save("int32", "a")
     assert ours.load("float32") == found
+
+
+def test_doctor_says_where_kernels_are_kept(folder: Path) -> None:
+    found = doctor._cpu_kernels()
+    assert found.state == "ok"
+    assert str(folder) in found.value
 
 
 def test_a_callback_is_kept_too(folder: Path) -> None:
@@ -192,6 +199,7 @@ def test_no_folder_that_can_be_written_is_no_error(monkeypatch: pytest.MonkeyPat
     kernel = fresh()
     assert kernel(2.0) == 3.0
     assert kernel.stats.cache_path is None
+    assert doctor._cpu_kernels().state == "absent"
 
 
 def held(folder: Path) -> Any:
