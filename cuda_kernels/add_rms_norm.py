@@ -133,8 +133,8 @@ def add_rms_norm_plain(
     if not _served(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps)
     normed, total = room(x.shape, x.dtype), room(x.shape, x.dtype)
-    a, b, out, new = (_words(t.view(-1, x.shape[-1])) for t in (x, residual, normed, total))
     w, rows_of = _words(weight), KERNELS[x.dtype]
+    a, b, out, new = (_words(t).reshape(-1, w.size) for t in (x, residual, normed, total))
 
     def part(start: int, stop: int) -> None:
         rows_of(a, b, w, eps, out, new, start, stop)
