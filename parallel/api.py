@@ -25,6 +25,7 @@ from .families import is_transformers, roles_of
 from .folding import Folding
 from .groups import Groups
 from .pipeline import Depart, Split, fetch, pipeline_edits, split_of
+from .plain import refuse_compiled, refuse_hooks, refuse_shared
 from .plan import Plan
 from .ranks import ModelRanks
 from .residual import stream_edits
@@ -88,7 +89,7 @@ def parallelize(
     world = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     facts = {
         "plan": str(plan),
-        "model": model_digest(structure(model)),
+        "model": "" if failure else model_digest(structure(model)),
         "rules": _rules_text(rules),
         "placement": placement,
         "times": times,
@@ -208,7 +209,10 @@ def prepare(
         or plan.cuts_experts
         or (ranks.cp > 1 and rules is not None)
     )
+    if cuts:
+        refuse_compiled(model)
     roles = find_roles(model, shape, plan, rules) if cuts else {}
+    refuse_shared(model, roles)
     if ranks.size == 1:  # a copy of one rank has nothing to cut but what other copies share with it
         between = (RoutedExperts, Sequence)
         roles = {path: role for path, role in roles.items() if isinstance(role, between)}
@@ -220,6 +224,7 @@ def prepare(
     for path, role in roles.items():
         edits += role.edits(model.get_submodule(path), path, ranks)
     edits += block_edits(model, ranks, edits)
+    refuse_hooks(edits)
     edits += load(model, edits, ranks, weights, absent)
     if is_transformers(model) and plan.world_size > 1:
         edits = decoder_edits(model, shape, ranks, store, edits, split)

@@ -52,10 +52,16 @@ def cut_parameter(module: nn.Module, name: str, path: str, *cuts: Cut | Placed) 
 def plain_linear(module: nn.Module, path: str) -> nn.Linear:
     """Return a linear layer, or refuse a module whose class may compute something else than its weight says."""
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return module
+        if "weight" in module._parameters:
+            return module
+        raise PlanError(
+            path,
+            "makes its weight from other parameters (parametrize, weight_norm), which no part of it can",
+            "remove the parametrization, or leave the path out of the rules to keep it whole on every rank",
+        )
     raise PlanError(
-        f"{path} ({type(module).__name__}) is to be cut as a linear layer",
-        "its class computes something else, so cutting its weight could change the result",
+        f"{path} ({type(module).__name__})",
+        "is to be cut as a linear layer, but its class computes something else: its parts might not add up to it",
         "use torch.nn.Linear there, or leave the path out of the rules to keep it whole on every rank",
     )
 
