@@ -119,13 +119,16 @@ class Member(PythonGroup):
     def shutdown(self) -> None:
         """Free the communicators.
 
-        Collective: all members; MPI waits for what is under way. Nothing is freed after a loss.
+        Collective: all members. Nothing is freed after a loss, or where something is under way that does not end:
+        MPI would wait for it.
         """
         if self.lost is None and not MPI.Is_finalized():
             self.abort()
-            with self.engine.turn:
-                self.peers.comm.Free()
-                self.peers.inner.Free()
+            assert self.lost is not None
+            if self.engine.close(self, self.lost):
+                with self.engine.turn:
+                    self.peers.comm.Free()
+                    self.peers.inner.Free()
 
     def abort(self) -> None:
         """Refuse every further call; frees nothing, so it waits for nobody."""

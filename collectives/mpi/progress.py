@@ -103,10 +103,11 @@ class Engine:
         if int(now / IDLE_S) != int((now - NAP_S) / IDLE_S):
             self.rollcall.attend()
         for _ in range(len(self._under_way)):
-            operation = self._under_way.popleft()
+            operation = self._under_way[0]  # where `close` finds it meanwhile
             if operation.poll():
+                self._under_way.popleft()
                 continue
-            self._under_way.append(operation)
+            self._under_way.rotate(-1)
             late = now - operation.started > operation.group.timeout_s
             # a message may be expected long before it is due: only its waiter knows when it is late
             if operation.peer is None and (late or self.rollcall.left):
@@ -127,6 +128,14 @@ class Engine:
         error = PeerLost(f"{operation} on {group} {ended}: {why}")
         if operation.fail(error):
             group.lost = group.lost or error
+
+    def close(self, group: Member, error: Exception) -> bool:
+        """Give what a group has under way a moment, then end it; say whether all of it ended by itself."""
+        end = time.monotonic() + FAREWELL_S
+        mine = [operation for operation in list(self._under_way) if operation.group is group]
+        while (mine := [op for op in mine if not op.poll()]) and time.monotonic() < end:
+            time.sleep(NAP_S)
+        return not [op for op in mine if op.fail(error)]
 
     def misses_someone(self, operation: Operation) -> bool:
         """Say whether a rank that an operation waits for has fallen silent: it is dead or stopped, not late."""
@@ -186,7 +195,7 @@ class Engine:
         self._thread.join(1.0)
         if self.abandoned and not self._farewell():
             print(
-                f"rank {self.world.rank}: a peer is lost, the job is ended",
+                f"rank {self.world.rank}: a peer is lost, or its part of a call: the job is ended",
                 file=sys.stderr,
                 flush=True,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,22 @@ def test_groups_of_threads(world: World) -> None:
     for thread in threads:
         thread.join()
     assert [sums[i] for i in range(3)] == [[float(6 + 4 * step) for step in range(20)]] * 3
+
+
+def test_a_destroyed_group_ends_what_is_under_way(world: World) -> None:
+    """MPI would wait for it: for ever, as nobody sends."""
+    group = dist.new_group()
+    done = dist.all_reduce(torch.ones(3), group=group, async_op=True)
+    begin = time.monotonic()
+    waits = dist.irecv(torch.ones(3), (world.rank + 1) % world.size, group=group)
+    assert done is not None
+    assert waits is not None
+    dist.destroy_process_group(group)
+    done.wait()  # what ends is not given up
+    with pytest.raises(RuntimeError, match="is closed"):
+        waits.wait()
+    assert time.monotonic() - begin < 30  # of a timeout of 300
+    dist.barrier()
 
 
 def test_what_cannot_be_is_refused_at_once(world: World) -> None:
