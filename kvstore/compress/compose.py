@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Listing
 
 from ..select.selector import Selector
@@ -101,3 +102,17 @@ def selector_of(given: str | Selector, kinds: list[Scorer]) -> Selector:
             "selector reads only some; use another scorer, or no selector"
         )
     return selector
+
+
+def checked_windows(layers: int, windows: Mapping[int, int] | None) -> dict[int, int]:
+    """Give how many of the newest tokens rows of some layers see.
+
+    Raises:
+        ValueError: if a layer is not there, or sees nothing.
+    """
+    for number, window in (windows or {}).items():
+        if not 0 <= number < layers or window < 1:
+            raise ValueError(
+                f"windows={{{number}: {window}}}: layers are in [0, {layers}) and see at least 1 token"
+            )
+    return dict(windows or {})

@@ -165,6 +165,22 @@ class LanePool:
         for head, pages in enumerate(old):
             self.pool.release(pages[len(self.row(lanes, head)) :])
 
+    def leave(self, lanes: Lanes, place: int) -> bool:
+        """Forget whole pages of tokens before a place of the text; say whether there were any."""
+        first = lanes.pages[:, :1]
+        if not first.size or (self.places[first[:, 0], -1] >= place).all():
+            return False
+        gone = np.zeros(len(lanes.counts), np.int64)
+        for head, count in enumerate(lanes.counts):
+            own = self.places[self.row(lanes, head)].ravel()[:count]
+            gone[head] = np.searchsorted(own, place) // self.size
+        left, pages = lanes.counts - gone * self.size, lanes.pages
+        for head, n in enumerate(gone):
+            self.pool.release(pages[head, :n])
+            pages[head, : pages.shape[1] - n] = pages[head, n:].copy()
+        lanes.counts = left
+        return bool(gone.any())
+
     def row_slots(self, pages: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Rows of one head's tokens in a flat region. Shape: `[n]` -> `[n]` int64"""
         return pages[index // self.size].astype(np.int64) * self.size + index % self.size

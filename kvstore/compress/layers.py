@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Listing
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from .coded import CodedLayer, PageCoder
 from .compression import Compression
 from .lanes import LanePool
 from .sequence import KeptSequence, KeptStep
+from .shard import Shard
 from .view import LayerView, attention_columns
 
 
@@ -22,15 +25,21 @@ class LayerKeeper:
 
     Attributes:
         choices: how often a layer of a sequence was chosen among.
+        windows: tokens that rows of a layer see, of layers that do not see all: older ones are not kept.
     """
 
     def __init__(
         self, pool: LanePool, what: Listing[Compression | None], chooser: Chooser,
-        coder: PageCoder | None,
+        coder: PageCoder | None, windows: Mapping[int, int],
     ) -> None:  # fmt: skip
-        self.coder = coder
+        self.coder, self.windows = coder, windows
         self.pool, self.what, self.chooser, self.shard = pool, what, chooser, chooser.shard
         self.choices = 0
+
+    def joined(self, shard: Shard) -> LayerKeeper:
+        """The same, of a part of sequences that other ranks share."""
+        chooser = replace(self.chooser, shard=shard)
+        return LayerKeeper(self.pool, self.what, chooser, self.coder, self.windows)
 
     def finish(self, step: KeptStep, at: int, layer: int, q: Tensor) -> None:
         """See the queries of a step's new tokens; choose if it is a prompt.
@@ -57,13 +66,13 @@ class LayerKeeper:
             return  # later prompts are added whole, and coded as they grow old
         if what is not None and what.scorer.waits:
             if whole is not None:
-                self._store(seq, layer, heads)
+                self._store(seq, layer, heads, text)
         elif what is not None and (keep < text or what.rule.open or ranked):
             if whole is None:
                 step.evicted.add(at)
-            self._choose(seq, layer, heads, q, what, keep)
+            self._choose(seq, layer, heads, q, what, keep, text)
         elif whole is not None:
-            self._store(seq, layer, heads)
+            self._store(seq, layer, heads, text)
 
     def choose(self, seq: KeptSequence, layer: int) -> None:
         """Choose now, for a scorer that waited to be told."""
@@ -73,7 +82,9 @@ class LayerKeeper:
         keep = what.keeps(seq.text, seq.text)
         seq.chosen[layer] = seq.text
         if keep < seq.text or what.rule.open:
-            self._choose(seq, layer, self._held(seq, layer), torch.empty(0, 1, 1), what, keep)
+            self._choose(
+                seq, layer, self._held(seq, layer), torch.empty(0, 1, 1), what, keep, seq.text
+            )
 
     def again(self, seq: KeptSequence, layer: int) -> None:
         """Choose among what a layer holds if enough tokens were decoded since it last did."""
@@ -86,22 +97,48 @@ class LayerKeeper:
             q = seq.queries[layer]
             heads = self._held(seq, layer)
             empty = torch.empty(0, 1, 1) if q is None else q
-            self._choose(seq, layer, heads, empty, what, keep)
+            self._choose(seq, layer, heads, empty, what, keep, seq.text)
 
     def _choose(
-        self, seq: KeptSequence, layer: int, heads: Heads, q: Tensor, what: Compression, keep: int
-    ) -> None:
+        self, seq: KeptSequence, layer: int, heads: Heads, q: Tensor, what: Compression, keep: int,
+        text: int,
+    ) -> None:  # fmt: skip
         heads = self._gathered(heads).squared()
         if not len(q):  # a scorer of keys alone
             q = torch.empty(0, len(heads.positions), self.pool.pool.spec.head_dim)
         self.choices += 1
-        self._store(seq, layer, self.chooser.choose(heads, q, what, layer, keep))
+        self._store(seq, layer, self.chooser.choose(heads, q, what, layer, keep), text)
 
-    def _store(self, seq: KeptSequence, layer: int, heads: Heads) -> None:
-        """Keep this rank's part of some tokens instead of what the layer held."""
-        old = seq.lanes[layer]
-        own = [torch.from_numpy(np.flatnonzero(self.shard.own(p))) for p in heads.positions]
-        mine = heads.take(own) if self.shard.rule.shards > 1 else heads
+    def slide(self, seq: KeptSequence) -> None:
+        """Let go of whole pages, and of runs, that no later row of a layer with a window sees."""
+        for layer in self.windows:
+            first, coded = self._seen_from(layer, seq.text), seq.coded[layer]
+            if first <= 0:
+                continue
+            place = int(np.searchsorted(self.shard.positions(np.arange(seq.tokens)), first))
+            gone = self.pool.leave(seq.lanes[layer], place)
+            runs = [run for run in coded.runs if int(run.places.max()) >= place]
+            if gone or len(runs) < len(coded.runs):
+                loose = min(coded.loose, int(seq.lanes[layer].counts.min()))
+                seq.coded[layer] = CodedLayer(runs, loose)
+                seq.memory.pop(layer, None)
+                seq.left = seq.text
+
+    def _seen_from(self, layer: int, text: int) -> int:
+        """The first token that rows after a text of so many see."""
+        window = self.windows.get(layer)
+        return 0 if window is None else text - window + 1
+
+    def _store(self, seq: KeptSequence, layer: int, heads: Heads, text: int) -> None:
+        """Keep this rank's part of some tokens of a text instead of what the layer held."""
+        old, first = seq.lanes[layer], self._seen_from(layer, text)
+        if first > 0:
+            seq.left = text
+        own = [
+            torch.from_numpy(np.flatnonzero(self.shard.own(p) & (p >= first)))
+            for p in heads.positions
+        ]
+        mine = heads.take(own) if self.shard.rule.shards > 1 or first > 0 else heads
         if self.coder is not None:
             mine = self._code(seq.coded[layer], self.coder.layers[layer], mine)
         places = [self.shard.places(positions) for positions in mine.positions]

@@ -46,6 +46,7 @@ def pack(seq: KeptSequence, pool: LanePool, ids: np.ndarray | None = None) -> by
         arrays += [] if q is None else [_raw(q)]
     said = {
         "tokens": seq.tokens, "text": seq.text, "prompt": seq.prompt, "chosen": seq.chosen, "layers": layers,
+        "left": seq.left,
         "arrays": [[array.dtype.str, array.shape] for array in arrays],
     }  # fmt: skip
     numbers = json.dumps(said, separators=(",", ":")).encode()
@@ -87,7 +88,7 @@ def unpack(data: bytes, seq: KeptSequence, pool: LanePool) -> None:
         if own["asked"] is not None:
             seq.queries[layer] = torch.from_numpy(next(arrays)).view(getattr(torch, own["asked"]))
     seq.tokens, seq.text, seq.prompt = said["tokens"], said["text"], said["prompt"]
-    seq.chosen = list(said["chosen"])
+    seq.chosen, seq.left = list(said["chosen"]), int(said.get("left", 0))
 
 
 def _raw(x: Tensor) -> np.ndarray:

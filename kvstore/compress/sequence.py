@@ -24,6 +24,7 @@ class KeptSequence:
     Attributes:
         tokens: of this rank, the evicted included: places of the next ones follow from it.
         text: tokens over all ranks; prompt: those up to the end of the last prompt; chosen: when each layer last chose.
+        left: the text's tokens when some last fell out of a layer's window.
         lanes: what is kept, by layer.
         coded: pages in fewer bits, by layer.
         queries: the newest queries of each layer, as many as its scorer votes with while decoding.
@@ -33,7 +34,7 @@ class KeptSequence:
 
     def __init__(self, store: Parking, number: int, layers: int, kv_heads: int) -> None:
         self.store, self.number = store, number
-        self.tokens = self.text = self.prompt = 0
+        self.tokens = self.text = self.prompt = self.left = 0
         self.chosen = [0] * layers
         self.lanes = [Lanes.empty(kv_heads) for _ in range(layers)]
         self.queries: list[Tensor | None] = [None] * layers
@@ -47,7 +48,7 @@ class KeptSequence:
 
     def forget(self) -> None:
         """Be as new; the lanes are the store's to empty."""
-        self.tokens = self.text = self.prompt = 0
+        self.tokens = self.text = self.prompt = self.left = 0
         self.chosen = [0] * len(self.chosen)
         self.queries = [None] * len(self.queries)
         self.coded = [CodedLayer() for _ in self.coded]
@@ -56,6 +57,7 @@ class KeptSequence:
     def copy(self, other: KeptSequence) -> None:
         """Stand where another stands; the lanes are the store's to share."""
         self.tokens, self.text, self.prompt = other.tokens, other.text, other.prompt
+        self.left = other.left
         self.chosen, self.queries = list(other.chosen), list(other.queries)
         self.coded = [layer.copy() for layer in other.coded]
 

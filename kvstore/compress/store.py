@@ -23,7 +23,7 @@ from ..tiers import Tier
 from ..tokens import TokenIds, as_token_ids
 from .choice import Chooser, ModelFacts
 from .coded import Tiers
-from .compose import check_facts, page_coder, selector_of
+from .compose import check_facts, checked_windows, page_coder, selector_of
 from .compression import Compression, CompressionError, by_layer
 from .depot import CHUNK_BYTES, Depot
 from .lanes import LanePool
@@ -54,6 +54,7 @@ class CompressedStore(Parking):
         identity: what kept tokens are true for; see `Identity`.
         host_bytes: memory for what is parked, and for texts that prompts may begin with and the pool has no room for.
         disk, disk_bytes: a directory for them that outlives the process, of this rank alone, and what it may take.
+        windows: how many tokens rows of a layer see, themselves included, of layers that keep no older ones.
         tiers: further tiers by name, slower than those, of pages of `Depot.CHUNK_BYTES`.
 
     Attributes:
@@ -79,6 +80,7 @@ class CompressedStore(Parking):
         disk: str | Path | None = None,
         disk_bytes: int | str | None = None,
         tiers: Mapping[str, Tier] | None = None,
+        windows: Mapping[int, int] | None = None,
     ) -> None:
         if spec.shared_kv:
             raise CompressionError(
@@ -86,6 +88,7 @@ class CompressedStore(Parking):
             )
         self.spec, self.shard = spec, shard or Shard()
         self.what = by_layer(spec.layers, scorer, layers)
+        windows = checked_windows(spec.layers, windows)
         kinds = [what.scorer for what in self.what if what is not None]
         self.selector = None if selector is None else selector_of(selector, kinds)
         self.waits = any(kind.waits for kind in kinds)
@@ -96,16 +99,15 @@ class CompressedStore(Parking):
         coder = page_coder(spec, codec, self.what, self.selector)
         filled = any(what is not None and what.rule.by_loss for what in self.what)
         widths = coder.widths if coder is not None and filled else None
-        facts = facts or ModelFacts()
-        check_facts(self.what, facts)
+        check_facts(self.what, facts := facts or ModelFacts())
         chooser = Chooser(spec.layers, facts, self.shard, widths)
-        self.keeper = LayerKeeper(self.pool, self.what, chooser, coder)
+        self.keeper = LayerKeeper(self.pool, self.what, chooser, coder, windows)
         self._lock = threading.RLock()
         self._sequences: dict[int, KeptSequence] = {}
         self._next = 0
         self.prefixes = KeptPrefixes()
         held = "none" if coder is None else str(coder.tiers)
-        said = f"{held}; {'; '.join(map(str, self.what))}"  # what was evicted or coded is part of what a page is
+        said = "; ".join([held, *map(str, self.what), *map(str, sorted(windows.items()))])
         self._identity = replace(identity or Identity(), codec=said).digest(spec)
         form = Depot.form(self._identity)
         below = make_tiers(form, CHUNK_BYTES, host_bytes, disk, disk_bytes, "write", tiers)
@@ -124,9 +126,7 @@ class CompressedStore(Parking):
         with self._lock:
             if self._sequences:
                 raise StepError(f"{len(self._sequences)} sequences are open; join before the first")
-            self.shard = shard
-            chooser = replace(self.keeper.chooser, shard=shard)
-            self.keeper = LayerKeeper(self.pool, self.what, chooser, self.keeper.coder)
+            self.shard, self.keeper = shard, self.keeper.joined(shard)
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -248,9 +248,10 @@ class CompressedStore(Parking):
             elif length < seq.tokens:
                 if self.shard.rule.shards > 1:
                     raise StepError("a compressed sequence cut over kvp ranks cannot be cropped")
-                if length < max(seq.chosen):
+                last = max(*seq.chosen, seq.left)
+                if length < last:
                     raise StepError(
-                        f"truncate to {length}: tokens were evicted at {max(seq.chosen)}, with those to be forgotten "
+                        f"truncate to {length}: tokens were evicted at {last}, with those to be forgotten "
                         "in sight, and do not come back; use a KVStore for speculation"
                     )
                 gone = seq.tokens - length
@@ -339,6 +340,7 @@ class CompressedStore(Parking):
             for at, seq in enumerate(step.seqs):
                 seq.add(int(step.counts[at]), int(step.rows[at]))
                 seq.step = None
+                self.keeper.slide(seq)
                 if not self.waits:
                     self._remember(seq)
             for layer in range(self.spec.layers):

@@ -48,7 +48,8 @@ def compressed_store(
             f"{config.num_hidden_layers - spec.layers} layers of {type(model).__name__} read the keys of others, which "
             "would have to choose for them too; use make_store and PlaitCache"
         )
-    store = CompressedStore(spec, scorer, layers, **{"facts": facts_of(model), **options})
+    known = {"facts": facts_of(model), "windows": windows_of(config)}
+    store = CompressedStore(spec, scorer, layers, **{**known, **options})
     before = model.config._attn_implementation
     read_pages_in_place(model)
     try:
@@ -60,6 +61,14 @@ def compressed_store(
             "pages; use make_store and PlaitCache"
         ) from error
     return store
+
+
+def windows_of(config: Any) -> dict[int, int]:
+    """The sliding windows of a model's layers, of those that have one."""
+    kinds = getattr(config, "layer_types", None) or ()
+    window: int | None = getattr(config, "sliding_window", None)
+    sliding = [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
+    return dict.fromkeys(sliding, window) if window is not None else {}
 
 
 def _read_a_token(model: Any, store: CompressedStore) -> None:
