@@ -140,6 +140,14 @@ def test_tests_are_not_packages() -> None:
     assert len(names) == len(set(names)), "two test files of one name"
 
 
+def test_decisions_have_numbers_of_their_own() -> None:
+    notes = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    numbers = [note.name[:3] for note in notes]
+    assert len(numbers) == len(set(numbers)), "two decisions of one number"
+    for note in notes:
+        assert note.read_text().startswith(f"# {note.name[:3]}: "), f"{note.name} says another number"
+
+
 def test_importing_plait_is_light() -> None:
     heavy = "transformers", "mpi4py", "numba.cuda", "matplotlib", "hypothesis", "pytest", "vllm"
     look = f"import sys, plait; print([name for name in {heavy!r} if name in sys.modules])"
