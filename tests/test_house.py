@@ -145,7 +145,9 @@ def test_decisions_have_numbers_of_their_own() -> None:
     numbers = [note.name[:3] for note in notes]
     assert len(numbers) == len(set(numbers)), "two decisions of one number"
     for note in notes:
-        assert note.read_text().startswith(f"# {note.name[:3]}: "), f"{note.name} says another number"
+        assert note.read_text().startswith(f"# {note.name[:3]}: "), (
+            f"{note.name} says another number"
+        )
 
 
 def test_importing_plait_is_light() -> None:
