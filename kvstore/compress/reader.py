@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cuda_kernels import Interleave, merge_states
+from ...cuda_kernels import Interleave
 from ..attention import ScoreOptions, row_bounds, row_pointers, with_sink
 from ..select.attend import attend_selected
 from ..select.selector import Selector
 from ..spec import KVSpec
+from .asked import AskedLayer, merge_two
 from .chosen import ChosenReader
 from .compression import Compression
 from .lanes import LanePool
@@ -74,69 +75,78 @@ class KeptReader:
         indptr = row_pointers(len(given), q, q_indptr, None)
         low, high = (b.cpu().numpy() for b in row_bounds(lo, hi, indptr, lengths, "cpu"))
         options = ScoreOptions(self.spec.head_dim**-0.5 if scale is None else scale, softcap)
+        asked = AskedLayer.of(given, layer, q, indptr, low, high, lengths, options, self.spec.v_dim)
         with self._lock:
-            o, lse = self._attend(given, layer, q, indptr, low, high, lengths, options, step)
+            paged = self._answer_whole(asked, step)
+            paged = self._answer_chosen(asked, paged)
+            self._answer_paged(asked, paged, step)
+            self._answer_coded(asked, paged)
             if step is not None:
                 self.finish(step, layer, q, options.scale, seqs=given)
-        return with_sink(o, lse, sink)
+        return with_sink(asked.o, asked.lse, sink)
 
-    def _attend(
-        self, seqs: list[KeptSequence], layer: int, q: Tensor, indptr: np.ndarray,
-        lo: np.ndarray, hi: np.ndarray, lengths: np.ndarray, options: ScoreOptions,
-        step: KeptStep | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Whole first prompts one by one, all others together in their pages."""
-        work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        o = q.new_zeros(*q.shape[:2], self.spec.v_dim)
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=work)
+    def _answer_whole(self, asked: AskedLayer, step: KeptStep | None) -> list[int]:
+        """Answer first prompts, which are in no page yet, one by one; return which sequences are left."""
         paged = []
-        for at, seq in enumerate(seqs):
+        for at, seq in enumerate(asked.seqs):
             place = -1 if step is None else step.seqs.index(seq)
-            whole = None if step is None else step.whole.get((place, layer))
-            mine = slice(int(indptr[at]), int(indptr[at + 1]))
+            whole = None if step is None else step.whole.get((place, asked.layer))
             if whole is None:
                 paged.append(at)
-            elif mine.stop > mine.start:
-                o[mine], lse[mine] = attend_whole(*whole, q[mine], lo[mine], hi[mine], options)
-        rows = indptr[1:] - indptr[:-1]
-        if self.keeper.coder is not None and self.selector is not None:
-            for at in [at for at in paged if rows[at] == 1]:
-                row = int(indptr[at])
-                if lo[row] <= 0 and hi[row] >= lengths[at]:
-                    part = self._attend_chosen(seqs[at], layer, q[row], options)
-                    if part is not None:
-                        o[row], lse[row] = part
-                        paged.remove(at)
-        index = np.flatnonzero(np.isin(np.repeat(np.arange(len(seqs)), rows), paged))
-        if len(index):
-            at = torch.from_numpy(index).to(q.device)
-            asked = lane_rows(
-                self.pool, [seqs[i].lanes[layer] for i in paged], lengths[paged], q[at],
-                rows[paged], lo[index], hi[index],
-            )  # fmt: skip
-            parts = self._attend_selected([seqs[i] for i in paged], layer, asked, options)
-            parts = parts or attend_lanes(self.pool, asked, options)
-            what = self.what[layer]
-            if (
-                step is not None
-                and what is not None
-                and what.hears(step.listens, bool((step.rows > 1).any()))
-            ):
-                hear(self.pool, asked, parts[1], options.scale, self.shard, what.scorer.waits)
-            heads = self.spec.kv_heads
-            o[at], lse[at] = (by_sequence(part, rows[paged], heads) for part in parts)
-        if self.keeper.coder is not None:
-            for i in paged:
-                mine = slice(int(indptr[i]), int(indptr[i + 1]))
-                ends = (q[mine], lo[mine], hi[mine], options)
-                part = self.keeper.coder.layers[layer].attend(seqs[i].coded[layer], *ends)
-                if part is not None and mine.stop > mine.start:
-                    both = (
-                        torch.stack([own[mine].to(lse.dtype), new.to(lse.dtype)])
-                        for own, new in zip((o, lse), part, strict=True)
-                    )
-                    o[mine], lse[mine] = merge_states(*both)
-        return o, lse
+            elif asked.rows[at]:
+                asked.answer(at, attend_whole(*whole, *asked.of_sequence(at), asked.options))
+        return paged
+
+    def _answer_chosen(self, asked: AskedLayer, paged: list[int]) -> list[int]:
+        """Answer single rows from what the selector chooses of coded and exact pages; return which are left."""
+        if self.keeper.coder is None or self.selector is None:
+            return paged
+        left = []
+        for at in paged:
+            part = None
+            if asked.rows[at] == 1 and asked.sees_all(at):
+                q = asked.q[int(asked.indptr[at])]
+                part = self._attend_chosen(asked.seqs[at], asked.layer, q, asked.options)
+            if part is None:
+                left.append(at)
+            else:
+                asked.answer(at, (part[0][None], part[1][None]))
+        return left
+
+    def _answer_paged(self, asked: AskedLayer, paged: list[int], step: KeptStep | None) -> None:
+        """Answer from exact pages, all sequences together; scorers that listen hear it."""
+        rows = asked.rows[paged]
+        mine = np.flatnonzero(np.isin(np.repeat(np.arange(len(asked.seqs)), asked.rows), paged))
+        if not len(mine):
+            return
+        at, seqs = torch.from_numpy(mine).to(asked.q.device), [asked.seqs[i] for i in paged]
+        lanes = lane_rows(
+            self.pool, [seq.lanes[asked.layer] for seq in seqs], asked.lengths[paged],
+            asked.q[at], rows, asked.lo[mine], asked.hi[mine],
+        )  # fmt: skip
+        parts = self._attend_selected(seqs, asked.layer, lanes, asked.options)
+        parts = parts or attend_lanes(self.pool, lanes, asked.options)
+        what = self.what[asked.layer]
+        if (
+            step is not None
+            and what is not None
+            and what.hears(step.listens, bool((step.rows > 1).any()))
+        ):
+            scale, waits = asked.options.scale, what.scorer.waits
+            hear(self.pool, lanes, parts[1], scale, self.shard, waits)
+        heads = self.spec.kv_heads
+        asked.o[at], asked.lse[at] = (by_sequence(part, rows, heads) for part in parts)
+
+    def _answer_coded(self, asked: AskedLayer, paged: list[int]) -> None:
+        """Merge what coded pages answer into what exact ones did."""
+        if self.keeper.coder is None:
+            return
+        layer = self.keeper.coder.layers[asked.layer]
+        for at in paged:
+            coded = asked.seqs[at].coded[asked.layer]
+            part = layer.attend(coded, *asked.of_sequence(at), asked.options)
+            if part is not None and asked.rows[at]:
+                asked.answer(at, merge_two(asked.answered(at), part))
 
     def _attend_chosen(
         self, seq: KeptSequence, layer: int, q: Tensor, options: ScoreOptions
