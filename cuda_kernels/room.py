@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 HUGE = 4 << 20  # bytes from which NumPy asks for huge pages
 LINE = 64  # bytes of a cache line
+LARGEST_OF_HEAP = (
+    32 << 20
+)  # bytes; glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger it maps and unmaps each time
 
 
 def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
@@ -18,8 +22,19 @@ def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     It starts where a cache line does: a vector that lies across two lines costs twice.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
+    _keep_heap()
     if n_bytes < HUGE:
         return torch.empty(shape, dtype=dtype)
     rough = np.empty(n_bytes + LINE, np.uint8)
     start = -rough.ctypes.data % LINE
     return torch.from_numpy(rough[start : start + n_bytes]).view(dtype).view(shape)
+
+
+@cache
+def _keep_heap() -> None:
+    """Show glibc once that large blocks come and go: it then keeps up to twice as much of free heap.
+
+    Left to itself it keeps twice the largest block that was freed so far. Two results of one size are at that edge:
+    freed together they may go back to the system, and each call faults them in anew, a page at a time.
+    """
+    np.empty(LARGEST_OF_HEAP - (64 << 10), np.uint8)
