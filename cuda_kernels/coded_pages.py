@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .code_rows import CodeForm, CodeTable, room_for, write_rows
+from .code_rows import CodeTable, room_for, write_rows
 from .decode_spans import (
     CHUNK_TOKENS,
     add_four,
@@ -29,9 +29,8 @@ from .workers import run_rows
 
 FOUR = 4  # tokens decoded at once
 SPAN_BYTES = 1 << 20  # of codes of a span at least,
-MOST_SPANS = (
-    16  # and this many at most: not as many as there are threads, which would change the sums
-)
+# and this many at most: not as many as there are threads, which would change the sums
+MOST_SPANS = 16
 
 
 @njit(nogil=True)
@@ -169,6 +168,3 @@ def score_codes(q: Tensor, keys: CodeTable, pages: Tensor, count: int) -> Tensor
 
     run_rows(part, count, max(1, SPAN_BYTES // (keys.form.kv_heads * keys.form.code_bytes)))
     return out
-
-
-__all__ = ["CodeForm", "CodeTable", "attend_codes", "score_codes"]

@@ -276,7 +276,7 @@ def asked_rows(
 ) -> AskedRows:  # fmt: skip
     """Bring what a caller gives to one precision and layout."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scaled = plain(q * scale if q.dtype == work else q.to(work) * scale, work)
+    scaled = plain(q.to(work) * scale, work)
     q_ptr, low, high = (plain(t, torch.int64) for t in (q_indptr, lo, hi))
     kv_ptr, kv_idx = (plain(t, torch.int32) for t in (kv_indptr, kv_indices))
     return AskedRows(scaled, q_ptr, kv_ptr, kv_idx, low, high, starts_of(q_ptr, low, high))

@@ -115,9 +115,8 @@ class KernelCache(_Cache):
             if lock is not None:
                 with suppress(OSError):  # who waits finds the entry; who comes now sees it
                     Path(lock.name).unlink()
-                fcntl.flock(
-                    lock, fcntl.LOCK_UN
-                )  # a child forked meanwhile has the file open as well
+                # closing is not enough: a child forked meanwhile has the file open as well
+                fcntl.flock(lock, fcntl.LOCK_UN)
                 lock.close()
 
     def _lock(self, sig: Any, target_context: Any) -> IO[str] | None:
@@ -211,9 +210,8 @@ def _locked(path: Path) -> IO[str] | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
-        except (
-            OSError
-        ) as error:  # BlockingIOError: held; anything else: a file system without locks
+        except OSError as error:
+            # BlockingIOError: held; anything else: a file system without locks
             if not isinstance(error, BlockingIOError) or time.monotonic() > until:
                 lock.close()
                 return None

@@ -53,10 +53,10 @@ def _vector_scores(out, q, region, pages, page_units, width, first, stop, add):
 @njit(nogil=True, error_model="numpy")
 def _scores(out, q, region, pages, page_units, width, first, stop, add):
     kv_heads, queries = q.shape[0], q.shape[1]
-    fours = queries // 4 * 4
     if width % LANES == 0:
         _vector_scores(out, q, region, pages, page_units, width, first, stop, add)
         return
+    fours = queries // 4 * 4
     for u in range(first, stop):
         slot = (pages[u // page_units] * page_units + u % page_units) * kv_heads
         for h in range(kv_heads):

@@ -122,6 +122,12 @@ def _attend_dense(
     )  # fmt: skip
 
 
+def merge_two(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Make one answer of two, each o and lse, to the same rows of different tokens."""
+    o, lse = (torch.stack(pair) for pair in zip(one, other, strict=True))
+    return merge_states(o, lse)
+
+
 def with_sink(o: Tensor, lse: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Count a sink once, after all keys."""
     return (o, lse) if sink is None else merge_states(o[None], lse[None], sink)

@@ -209,9 +209,8 @@ class Member(PythonGroup):
         try:
             operation.wait()
         except KeyboardInterrupt:
-            self.engine.adopt(
-                operation
-            )  # it goes on: others wait for it, and MPI knows its tensors
+            # it goes on: others wait for it, and MPI knows its tensors
+            self.engine.adopt(operation)
             raise
 
     def state(self) -> Answer:

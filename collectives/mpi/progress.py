@@ -135,7 +135,8 @@ class Engine:
         mine = [operation for operation in list(self._under_way) if operation.group is group]
         while (mine := [op for op in mine if not op.poll()]) and time.monotonic() < end:
             time.sleep(NAP_S)
-        return not [op for op in mine if op.fail(error)]
+        failed = [operation.fail(error) for operation in mine]  # all of them
+        return not any(failed)
 
     def misses_someone(self, operation: Operation) -> bool:
         """Say whether a rank that an operation waits for has fallen silent: it is dead or stopped, not late."""

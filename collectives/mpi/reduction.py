@@ -24,9 +24,8 @@ _OPS: dict[str, Callable[..., Tensor]] = {
     "BOR": torch.bitwise_or,
     "BXOR": torch.bitwise_xor,
 }
-_IN_PLACE: dict[
-    str, Callable[..., Tensor]
-] = {  # half the time of the same with out=, where it is short
+# half the time of the same with out=, where it is short
+_IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "SUM": Tensor.add_,
     "AVG": Tensor.add_,
     "PRODUCT": Tensor.mul_,

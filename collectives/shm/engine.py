@@ -305,9 +305,8 @@ class Engine:
             return None
         words, code, count = known
         progress, work = self.progress, None
-        if (
-            wait and not self._shows_calls and not listening()
-        ):  # most calls: what `run` does, in less time
+        # most calls: what `run` does, in less time
+        if wait and not self._shows_calls and not listening():
             with progress.lock:
                 if not progress.collectives and progress.broken is None:
                     if exchange_evenly(self.state, words, code, PATIENCE) == DONE:

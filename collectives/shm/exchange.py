@@ -254,7 +254,7 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
 
 @njit(nogil=True)
 def exchange_evenly(state, words, code, patience):
-    """Do an `exchange` whose arguments `words_of` has written down: one array costs less to pass than four."""
+    """Do an `exchange` whose arguments `even_words` has written down: one array costs less to pass than four."""
     world, first = state[WORLD], words.ctypes.data
     sends = carray(at(first + 8 * SENDS, words), (1, VIEW_WORDS))
     receives = carray(at(first + 8 * RECEIVES, words), (1, VIEW_WORDS))

@@ -42,9 +42,8 @@ TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first aft
 # from so many bytes half of these, for one call of many steps goes through both sets of slots
 LONG = 2 << 20
 RETRY = 512  # calls from one trial to the next
-EARLY = (
-    32  # calls after which the first trials are doubted, and again after twice as many, up to RETRY
-)
+# calls after which the first trials are doubted, and again after twice as many, up to RETRY
+EARLY = 32
 BITS = 21  # of a header's word for what a way costs
 
 

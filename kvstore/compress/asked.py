@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cuda_kernels import merge_states
-from ..attention import ScoreOptions
+from ..attention import ScoreOptions, merge_two
 from .sequence import KeptSequence
 
 
@@ -58,22 +57,16 @@ class AskedLayer:
         row = int(self.indptr[at])
         return bool(self.lo[row] <= 0 and self.hi[row] >= self.lengths[at])
 
-    def answered(self, at: int) -> tuple[Tensor, Tensor]:
-        """Give o and lse of a sequence's rows."""
-        mine = self._slice(at)
-        return self.o[mine], self.lse[mine]
-
     def answer(self, at: int, part: tuple[Tensor, Tensor]) -> None:
         """Set o and lse of a sequence's rows."""
         mine = self._slice(at)
         self.o[mine], self.lse[mine] = part
 
+    def add(self, at: int, part: tuple[Tensor, Tensor]) -> None:
+        """Merge what other tokens answer a sequence's rows into o and lse, in the precision of lse."""
+        mine, work = self._slice(at), self.lse.dtype
+        own = self.o[mine].to(work), self.lse[mine]
+        self.o[mine], self.lse[mine] = merge_two(own, (part[0].to(work), part[1].to(work)))
+
     def _slice(self, at: int) -> slice:
         return slice(int(self.indptr[at]), int(self.indptr[at + 1]))
-
-
-def merge_two(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Make one answer of two to the same rows, in the precision of the old one's lse."""
-    work = old[1].dtype
-    o, lse = (torch.stack([a.to(work), b.to(work)]) for a, b in zip(old, new, strict=True))
-    return merge_states(o, lse)

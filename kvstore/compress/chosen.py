@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cuda_kernels import merge_states, unit_scores
-from ..attention import LayerPages, ScoreOptions, attend_pages
+from ...cuda_kernels import unit_scores
+from ..attention import LayerPages, ScoreOptions, attend_pages, merge_two
 from ..select.attend import tokens_of
 from ..select.selector import KeyView, Selector
 from ..select.summaries import Summaries
 from ..table import PageTable
-from .coded import CodedLayer, PageCoder
+from .coded import CodedLayer
+from .coder import PageCoder
 from .in_place import HeldCodes, attend_chosen, held_codes, score_held
 from .lanes import LanePool, Lanes
 
@@ -139,8 +140,7 @@ class ChosenReader:
         exact = attend_pages(
             LayerPages(keys, values, width), table, q, np.arange(len(rows) + 1), lo, hi, options
         )
-        pairs = zip(attend_chosen(codes, q, few, options), exact, strict=True)
-        return merge_states(*(torch.stack(pair) for pair in pairs))
+        return merge_two(attend_chosen(codes, q, few, options), exact)
 
     def _gathered(
         self, lanes: Lanes, coded: CodedLayer, held: list[np.ndarray], chosen: list[np.ndarray]

@@ -8,9 +8,10 @@ from collections.abc import Sequence as Listing
 from ..select.selector import Selector
 from ..spec import KVSpec
 from .choice import ModelFacts
-from .coded import PageCoder, Tiers
+from .coder import PageCoder
 from .compression import Compression, CompressionError
 from .scorers import Scorer
+from .tiers import Tiers
 
 
 def check_facts(what: Listing[Compression | None], facts: ModelFacts) -> None:

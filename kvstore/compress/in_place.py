@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cuda_kernels.coded_pages import CodeTable, attend_codes, score_codes
+from ...cuda_kernels.code_rows import CodeTable
+from ...cuda_kernels.coded_pages import attend_codes, score_codes
 from ..attention import ScoreOptions
 from ..codecs.places import code_table
 
 if TYPE_CHECKING:
-    from .coded import CodedLayer, PageCoder
+    from .coded import CodedLayer
+    from .coder import PageCoder
 
 
 class HeldCodes(NamedTuple):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .choice import Chooser, Heads
 from .chosen import rewind
-from .coded import CodedLayer, PageCoder
+from .coded import CodedLayer
+from .coder import PageCoder
 from .compression import Compression
 from .lanes import LanePool
 from .sequence import KeptSequence, KeptStep
@@ -115,9 +116,9 @@ class LayerKeeper:
             first, coded = self._seen_from(layer, seq.text), seq.coded[layer]
             if first <= 0:
                 continue
-            place = int(np.searchsorted(self.shard.positions(np.arange(seq.tokens)), first))
+            place = self.shard.rule.local_length(first)
             gone = self.pool.leave(seq.lanes[layer], place)
-            runs = [run for run in coded.runs if int(run.places.max()) >= place]
+            runs = [run for run in coded.runs if run.last >= place]
             if gone or len(runs) < len(coded.runs):
                 loose = min(coded.loose, int(seq.lanes[layer].counts.min()))
                 seq.coded[layer] = CodedLayer(runs, loose)

@@ -15,7 +15,7 @@ from ..attention import ScoreOptions, row_bounds, row_pointers, with_sink
 from ..select.attend import attend_selected
 from ..select.selector import Selector
 from ..spec import KVSpec
-from .asked import AskedLayer, merge_two
+from .asked import AskedLayer
 from .chosen import ChosenReader
 from .compression import Compression
 from .lanes import LanePool
@@ -146,7 +146,7 @@ class KeptReader:
             coded = asked.seqs[at].coded[asked.layer]
             part = layer.attend(coded, *asked.of_sequence(at), asked.options)
             if part is not None and asked.rows[at]:
-                asked.answer(at, merge_two(asked.answered(at), part))
+                asked.add(at, part)
 
     def _attend_chosen(
         self, seq: KeptSequence, layer: int, q: Tensor, options: ScoreOptions

@@ -22,7 +22,6 @@ from ..step import check_rows
 from ..tiers import Tier
 from ..tokens import TokenIds, as_token_ids
 from .choice import Chooser, ModelFacts
-from .coded import Tiers
 from .compose import check_facts, checked_windows, page_coder, selector_of
 from .compression import Compression, CompressionError, by_layer
 from .depot import CHUNK_BYTES, Depot
@@ -32,6 +31,7 @@ from .parking import Parking, busy
 from .prefixes import KeptPrefixes
 from .sequence import KeptSequence, KeptStep, listed
 from .shard import Shard
+from .tiers import Tiers
 
 
 class CompressedStore(Parking):

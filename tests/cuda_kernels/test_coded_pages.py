@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.cuda_kernels import coded_pages
-from plait.cuda_kernels.coded_pages import CodeTable, attend_codes, score_codes
+from plait.cuda_kernels.code_rows import CodeTable
+from plait.cuda_kernels.coded_pages import attend_codes, score_codes
 from plait.cuda_kernels.paged_attention import paged_attention_reference
 from plait.kvstore.codecs import PageLayout, find_codec
 from plait.kvstore.codecs.places import code_table

@@ -8,8 +8,10 @@ import torch
 
 from plait.kvstore import CompressedStore, KVSpec
 from plait.kvstore.codecs import find_codec
-from plait.kvstore.compress import CompressionError, coded
-from plait.kvstore.compress.coded import CodedLayer, CodedRun, PageCoder, Tiers
+from plait.kvstore.compress import CompressionError
+from plait.kvstore.compress.coded import CodedLayer, CodedRun
+from plait.kvstore.compress.coder import PageCoder
+from plait.kvstore.compress.tiers import Tiers
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=8, page_tokens=8)
 
@@ -102,7 +104,7 @@ def test_tiles_of_any_size_give_what_one_gives(codec, monkeypatch) -> None:
     bounds = [{}, {"lo": torch.tensor([31]), "hi": torch.tensor([70])}]
 
     def attended(tile_bytes: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(coded, "TILE_BYTES", tile_bytes)
+        monkeypatch.setattr("plait.kvstore.compress.coder.TILE_BYTES", tile_bytes)
         held = [store.attend(seq, 1, q[1, :1], **given) for given in bounds]
         return [part for both in held for part in both]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from plait.kvstore import CompressedStore, KVSpec
-from plait.kvstore.compress import chosen, coded, in_place
-from plait.kvstore.compress.coded import Tiers
+from plait.kvstore.compress import chosen, coder, in_place
+from plait.kvstore.compress.tiers import Tiers
 
 SPEC = KVSpec(layers=1, kv_heads=2, head_dim=32, page_tokens=16)
 CODECS = ["int8", "int4", "kivi:bits=2,group=16", "nvfp4", "none@0.2|int8@0.3|int4", "int4:group=8"]
@@ -44,7 +44,7 @@ def talk(codec: str, selector: str | None = None) -> list[torch.Tensor]:
 @pytest.fixture
 def decoding_first(monkeypatch: pytest.MonkeyPatch):
     def tell() -> None:
-        for module in (coded, chosen):
+        for module in (coder, chosen):
             monkeypatch.setattr(module, "held_codes", lambda *_: None)
 
     return tell
@@ -91,5 +91,5 @@ def test_a_page_out_of_place_is_another_answer(monkeypatch) -> None:
         held = held_codes(*args)
         return held and held._replace(keys=held.keys._replace(pages=held.keys.pages[::-1].copy()))
 
-    monkeypatch.setattr(coded, "held_codes", turned)
+    monkeypatch.setattr(coder, "held_codes", turned)
     assert not torch.allclose(talk("int8")[-2], want[-2], atol=1e-3)

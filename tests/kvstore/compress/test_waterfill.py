@@ -13,7 +13,7 @@ from plait.kvstore import CompressedStore, KVSpec
 from plait.kvstore.compress import Compression, CompressionError
 from plait.kvstore.compress.budgets import Ada, WaterFill, Widths
 from plait.kvstore.compress.budgets.waterfill import fill
-from plait.kvstore.compress.coded import Tiers
+from plait.kvstore.compress.tiers import Tiers
 
 SPEC = KVSpec(layers=2, kv_heads=2, head_dim=32, page_tokens=8)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plait.kvstore import CompressedStore, KVSpec
-from plait.kvstore.compress.coded import Tiers
+from plait.kvstore.compress.tiers import Tiers
 from plait.kvstore.errors import StepError
 
 SPEC, WINDOW = KVSpec(layers=2, kv_heads=2, head_dim=16, page_tokens=8), 24
