@@ -96,14 +96,17 @@ def explain(
     from .plan import Plan
 
     try:
-        said = Plan.parse(plan).explain(
-            model,
-            context=token_count(context),
-            batch=batch,
-            rank=rank,
-            backward=backward,
-            hardware=hardware,
-        )
+        with Console(stderr=True).status(
+            f"{model}: running one rank's part of {plan}, shapes only"
+        ):
+            said = Plan.parse(plan).explain(
+                model,
+                context=token_count(context),
+                batch=batch,
+                rank=rank,
+                backward=backward,
+                hardware=hardware,
+            )
     except (PlanError, OSError) as error:
         typer.echo(f"plait: {error}", err=True)
         raise typer.Exit(2) from None

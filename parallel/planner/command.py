@@ -72,7 +72,8 @@ def plan(
         for path in (pareto, layers):
             _writable(path)
         goal = _goal(hardware, words, numbers)
-        said = _found(model, hardware, goal, only, batch, top, experts, arrivals)
+        with Console(stderr=True).status(f"{model} on {hardware}: looking at every plan"):
+            said = _found(model, hardware, goal, only, batch, top, experts, arrivals)
         _show(said, model, hardware, top, pareto, layers, as_json)
     except PlanError as error:
         typer.echo(f"Refused: {error}", err=True)
