@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from .block_runs import power
-from .halves import intrinsic, widen
+from .halves import widen
 from .kernel_cache import njit
+from .vectors import floats, intrinsic, ints, load, moved, same, shuffled, spread, store, widened
 
 LANES = 16
 BITS = {"int8": 8, "e4m3": 8, "uint4": 4, "uint2": 2, "e2m1": 4}
@@ -24,9 +24,8 @@ KINDS = tuple(BITS)
 INT8, E4M3, UINT4, UINT2, E2M1 = range(5)
 SCALES = ("vector", "pairs", "powers", "e4m3", "channels")
 VECTOR, PAIRS, POWERS, SMALL, CHANNELS = range(5)
-BYTE, SHORT, WORD = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-BYTES, SHORTS, WORDS = (ir.VectorType(kind, LANES) for kind in (BYTE, SHORT, WORD))
-HALVES, FLOATS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.FloatType(), LANES)
+BYTES, SHORTS, WORDS = (ints(bits, LANES) for bits in (8, 16, 32))
+HALVES, FLOATS = (floats(bits, LANES) for bits in (16, 32))
 
 
 class CodeForm(NamedTuple):
@@ -83,18 +82,17 @@ class CodeTable(NamedTuple):
     held: Any = None
 
 
-def _load(kind: Any) -> Any:
+def _get(kind: Any) -> Any:
     @intrinsic
-    def load(typingctx, address):
+    def get(typingctx, address):
         """Load one number at an address."""
 
         def build(context, builder, signature, args):
-            held = context.get_value_type(kind)
-            return builder.load(builder.inttoptr(args[0], held.as_pointer()), align=1)
+            return load(builder, args[0], context.get_value_type(kind))
 
         return kind(address), build
 
-    return load
+    return get
 
 
 @intrinsic
@@ -102,72 +100,49 @@ def put_float(typingctx, address, value):
     """Store a float32 at an address."""
 
     def build(context, builder, signature, args):
-        place = builder.inttoptr(args[0], ir.FloatType().as_pointer())
-        builder.store(args[1], place, align=1)
+        store(builder, *args)
         return context.get_dummy_value()
 
     return types.void(address, types.float32), build
 
 
-byte_at, half_at, float_at = (_load(kind) for kind in (types.uint8, types.uint16, types.float32))
-
-
-def _vector(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
+byte_at, half_at, float_at = (_get(kind) for kind in (types.uint8, types.uint16, types.float32))
 
 
 def _few(builder: Any, codes: Any, bits: int) -> Any:
     """Sixteen codes of fewer than eight bits as words."""
     each = 8 // bits
-    few = ir.VectorType(BYTE, LANES // each)
-    spread = WORDS([i // each for i in range(LANES)])
-    held = builder.shuffle_vector(_vector(builder, codes, few), few(ir.Undefined), spread)
+    few = load(builder, codes, ints(8, LANES // each))
+    held = builder.zext(shuffled(builder, [i // each for i in range(LANES)], few), WORDS)
     shifts = WORDS([bits * (i % each) for i in range(LANES)])
-    return builder.and_(
-        builder.lshr(builder.zext(held, WORDS), shifts), WORDS([2**bits - 1] * LANES)
-    )
+    return builder.and_(builder.lshr(held, shifts), same(WORDS, 2**bits - 1))
 
 
 def _int8(builder: Any, codes: Any) -> Any:
-    return builder.sitofp(builder.sext(_vector(builder, codes, BYTES), WORDS), FLOATS)
+    return builder.sitofp(builder.sext(load(builder, codes, BYTES), WORDS), FLOATS)
 
 
 def _from_half(builder: Any, bits: Any, bias: float) -> Any:
     """Shorts as float16, whose exponents are moved up."""
     wide = builder.fpext(builder.bitcast(bits, HALVES), FLOATS)
-    return builder.fmul(wide, FLOATS([bias] * LANES))
+    return builder.fmul(wide, same(FLOATS, bias))
 
 
 def _e4m3(builder: Any, codes: Any) -> Any:
-    held = builder.sext(_vector(builder, codes, BYTES), SHORTS)
-    bits = builder.and_(builder.shl(held, SHORTS([7] * LANES)), SHORTS([-0x4001] * LANES))
+    held = builder.sext(load(builder, codes, BYTES), SHORTS)
+    bits = builder.and_(builder.shl(held, same(SHORTS, 7)), same(SHORTS, -0x4001))
     return _from_half(builder, bits, 256.0)
 
 
 def _e2m1(builder: Any, codes: Any) -> Any:
     code = _few(builder, codes, 4)
-    size = builder.shl(builder.and_(code, WORDS([7] * LANES)), WORDS([9] * LANES))
-    sign = builder.shl(builder.and_(code, WORDS([8] * LANES)), WORDS([12] * LANES))
+    size = builder.shl(builder.and_(code, same(WORDS, 7)), same(WORDS, 9))
+    sign = builder.shl(builder.and_(code, same(WORDS, 8)), same(WORDS, 12))
     return _from_half(builder, builder.trunc(builder.or_(size, sign), SHORTS), 2.0**14)
 
 
 def _uint(bits: int) -> Callable[[Any, Any], Any]:
     return lambda builder, codes: builder.sitofp(_few(builder, codes, bits), FLOATS)
-
-
-def _store(builder: Any, to: Any, value: Any) -> None:
-    builder.store(value, builder.inttoptr(to, FLOATS.as_pointer()), align=1)
-
-
-def _moved(builder: Any, address: Any, index: Any, step: int) -> Any:
-    return builder.add(address, builder.mul(index, index.type(step)))
-
-
-def _spread(builder: Any, address: Any) -> Any:
-    """One number in all lanes."""
-    nothing, one = FLOATS(ir.Undefined), _vector(builder, address, ir.FloatType())
-    one = builder.insert_element(nothing, one, WORD(0))
-    return builder.shuffle_vector(one, nothing, WORDS(None))
 
 
 def _writer(numbers: Callable[[Any, Any], Any], bits: int, lows: bool) -> Any:
@@ -179,14 +154,15 @@ def _writer(numbers: Callable[[Any, Any], Any], bits: int, lows: bool) -> Any:
             to, codes, width, shift, *ends = args
             with cgutils.for_range(builder, builder.sdiv(width, width.type(LANES))) as loop:
                 at, block = loop.index, builder.lshr(loop.index, shift)
+                places = [moved(builder, end, block, 4) for end in ends]
                 scale, low = (
-                    _spread(builder, _moved(builder, end, block, 4))
-                    for end in (ends if lows else ends[:1] * 2)
+                    spread(builder, load(builder, place, FLOATS.element), FLOATS)
+                    for place in (places if lows else places[:1] * 2)
                 )
-                value = numbers(builder, _moved(builder, codes, at, LANES * bits // 8))
+                value = numbers(builder, moved(builder, codes, at, LANES * bits // 8))
                 value = builder.fmul(value, scale)
                 value = builder.fadd(value, low) if lows else value
-                _store(builder, _moved(builder, to, at, 4 * LANES), value)
+                store(builder, moved(builder, to, at, 4 * LANES), value)
             return context.get_dummy_value()
 
         return types.void(to, codes, width, shift, scales, low_ends), build
@@ -204,11 +180,11 @@ def _channel_writer(bits: int) -> Any:
             with cgutils.for_range(builder, builder.sdiv(width, width.type(LANES))) as loop:
                 at = loop.index
                 scale, low = (
-                    _vector(builder, _moved(builder, end, at, 4 * LANES), FLOATS) for end in ends
+                    load(builder, moved(builder, end, at, 4 * LANES), FLOATS) for end in ends
                 )
-                value = _uint(bits)(builder, _moved(builder, codes, at, LANES * bits // 8))
+                value = _uint(bits)(builder, moved(builder, codes, at, LANES * bits // 8))
                 value = builder.fadd(builder.fmul(value, scale), low)
-                _store(builder, _moved(builder, to, at, 4 * LANES), value)
+                store(builder, moved(builder, to, at, 4 * LANES), value)
             return context.get_dummy_value()
 
         return types.void(to, codes, width, scales, lows), build
@@ -227,8 +203,7 @@ def _widen_brains(typingctx, to, at):
     """Write 16 bfloat16 at an address as float32."""
 
     def build(context, builder, signature, args):
-        held = builder.zext(_vector(builder, args[1], SHORTS), WORDS)
-        _store(builder, args[0], builder.bitcast(builder.shl(held, WORDS([16] * LANES)), FLOATS))
+        store(builder, args[0], widened(builder, load(builder, args[1], SHORTS)))
         return context.get_dummy_value()
 
     return types.void(to, at), build
@@ -239,7 +214,7 @@ def _widen_halves(typingctx, to, at):
     """Write 16 float16 at an address as float32."""
 
     def build(context, builder, signature, args):
-        _store(builder, args[0], builder.fpext(_vector(builder, args[1], HALVES), FLOATS))
+        store(builder, args[0], builder.fpext(load(builder, args[1], HALVES), FLOATS))
         return context.get_dummy_value()
 
     return types.void(to, at), build

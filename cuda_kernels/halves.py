@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic as numba_intrinsic
 
-intrinsic: Any = numba_intrinsic  # its signature in Python is not the one it compiles
+from .vectors import floats, intrinsic, ints, rounded, widened
+
 HALVES = (types.uint16, types.int16)
 
 
@@ -19,10 +18,9 @@ def widen(typingctx, x):
 
     def build(context, builder, signature, args):
         if x == types.uint16:
-            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(wide, ir.FloatType())
+            return widened(builder, args[0])
         if x == types.int16:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+            return builder.fpext(builder.bitcast(args[0], floats(16)), floats(32))
         return args[0]
 
     return (types.float32 if x in HALVES else x)(x), build
@@ -48,21 +46,18 @@ def _narrow(x: Any, like: Any, any_nan: bool) -> Any:
     def build(context, builder, signature, args):
         value = context.cast(builder, args[0], x, wide)
         if to == types.int16:
-            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+            return builder.bitcast(builder.fptrunc(value, floats(16)), ints(16))
         if to == types.uint16:
-            return _round_to_bfloat16(builder, value, any_nan)
+            return _to_bfloat16(builder, value, any_nan)
         return value
 
     return to(x, like), build
 
 
-def _round_to_bfloat16(builder: Any, value: Any, any_nan: bool) -> Any:
-    word = ir.IntType(32)
-    bits = builder.bitcast(value, word)
-    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-    rounded = builder.lshr(builder.add(builder.add(bits, word(0x7FFF)), odd), word(16))
-    if not any_nan:
-        return builder.trunc(rounded, ir.IntType(16))
-    quiet = builder.or_(builder.lshr(bits, word(16)), word(0x40))
-    kept = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
-    return builder.trunc(kept, ir.IntType(16))
+def _to_bfloat16(builder: Any, value: Any, any_nan: bool) -> Any:
+    word = ints(32)
+    nearest = builder.lshr(rounded(builder, value), word(16))
+    if any_nan:
+        quiet = builder.or_(builder.lshr(builder.bitcast(value, word), word(16)), word(0x40))
+        nearest = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+    return builder.trunc(nearest, ints(16))

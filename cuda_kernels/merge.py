@@ -24,7 +24,8 @@ from .gpu.vectors import VECTORS
 from .kernel_cache import njit
 from .numbers import LOOKS, bits_of
 from .room import room
-from .weighted import LINE, RUN, SHORT_RUN, blend_one, blend_past, blend_run, blend_short, fence
+from .vectors import fence
+from .weighted import LINE, RUN, SHORT_RUN, blend_one, blend_past, blend_run, blend_short
 from .workers import run_rows
 
 NEG_INF = float("-inf")

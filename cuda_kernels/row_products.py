@@ -9,41 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .halves import intrinsic
+from .vectors import floats, intrinsic, ints, load, load_wide, moved, shuffled, spread, store
 
 LANES = 16
-WORD = ir.IntType(32)
 
 
-def _load(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
-
-
-def _load_wide(builder: Any, address: Any, element: Any, wide: Any) -> Any:
-    """Load a vector of numbers, as `widen` reads them."""
-
-    def load(kind: Any) -> Any:
-        return _load(builder, address, ir.VectorType(kind, LANES))
-
-    if element == types.uint16:
-        words = ir.VectorType(WORD, LANES)
-        bits = builder.shl(builder.zext(load(ir.IntType(16)), words), words([16] * LANES))
-        held = builder.bitcast(bits, ir.VectorType(ir.FloatType(), LANES))
-    elif element == types.int16:
-        held = builder.fpext(load(ir.HalfType()), ir.VectorType(ir.FloatType(), LANES))
-    else:
-        held = load(ir.DoubleType() if element == types.float64 else ir.FloatType())
-    kind = ir.VectorType(wide, LANES)
+def _row(builder: Any, address: Any, element: Any, kind: Any) -> Any:
+    """Load part of a row."""
+    held = load_wide(builder, address, element, LANES)
     return held if held.type == kind else builder.fpext(held, kind)
-
-
-def _moved(builder: Any, address: Any, index: Any, step: int) -> Any:
-    """An address so many bytes on."""
-    return builder.add(address, builder.mul(index, index.type(step)))
 
 
 def _after(builder: Any, address: Any, step: Any, count: int) -> Any:
@@ -58,8 +35,7 @@ def _folded(builder: Any, a: Any, b: Any, groups: int) -> Any:
     halves = []
     for shift in (0, size // 2):
         own = [place + shift for place in lower]
-        which = ir.Constant(ir.VectorType(WORD, LANES), own + [LANES + place for place in own])
-        halves.append(builder.shuffle_vector(a, b, which))
+        halves.append(shuffled(builder, own + [LANES + place for place in own], a, b))
     return builder.fadd(*halves)
 
 
@@ -73,14 +49,10 @@ def _totals(builder: Any, sums: list[Any]) -> list[Any]:
     while size > 1:  # the lanes left of a part move to its first
         size //= 2
         near = [min(i + size, LANES - 1) for i in range(LANES)]
-        which = ir.Constant(ir.VectorType(WORD, LANES), near)
-        whole = builder.fadd(whole, builder.shuffle_vector(whole, whole, which))
-    return [builder.extract_element(whole, WORD(i * (LANES // groups))) for i in range(len(sums))]
-
-
-def _types(context: Any, like: Any) -> tuple[Any, int]:
-    wide = context.get_value_type(like.dtype)
-    return wide, 8 if wide == ir.DoubleType() else 4
+        whole = builder.fadd(whole, shuffled(builder, near, whole))
+    return [
+        builder.extract_element(whole, ints(32)(i * (LANES // groups))) for i in range(len(sums))
+    ]
 
 
 def _dots(queries: int) -> Any:
@@ -93,28 +65,25 @@ def _dots(queries: int) -> Any:
 
         def build(context, builder, signature, args):
             to, to_step, q, q_step, a, b, width, _, _ = args
-            wide, size = _types(context, signature.args[7])
-            kind, element = ir.VectorType(wide, LANES), signature.args[8].dtype
-            each = element.bitwidth // 8
+            wide, element = (like.dtype for like in signature.args[7:])
+            size, each = wide.bitwidth // 8, element.bitwidth // 8
+            kind = floats(wide.bitwidth, LANES)
             totals = [cgutils.alloca_once_value(builder, kind(None)) for _ in range(2 * queries)]
             with cgutils.for_range(builder, builder.sdiv(width, width.type(LANES))) as loop:
                 rows = [
-                    _load_wide(
-                        builder, _moved(builder, row, loop.index, each * LANES), element, wide
-                    )
+                    _row(builder, moved(builder, row, loop.index, each * LANES), element, kind)
                     for row in (a, b)
                 ]
                 for i in range(queries):
-                    place = _moved(builder, _after(builder, q, q_step, i), loop.index, size * LANES)
-                    asked = _load(builder, place, kind)
+                    place = moved(builder, _after(builder, q, q_step, i), loop.index, size * LANES)
+                    asked = load(builder, place, kind)
                     for row, total in zip(rows, totals[2 * i : 2 * i + 2], strict=True):
                         product = builder.fmul(asked, row, flags=("contract",))
                         held = builder.load(total)
                         builder.store(builder.fadd(held, product, flags=("contract",)), total)
             for at, total in enumerate(_totals(builder, [builder.load(t) for t in totals])):
                 place = _after(builder, to, to_step, at // 2)
-                place = builder.add(place, place.type(at % 2 * size))
-                builder.store(total, builder.inttoptr(place, wide.as_pointer()), align=1)
+                store(builder, builder.add(place, place.type(at % 2 * size)), total)
             return context.get_dummy_value()
 
         return types.void(to, to_step, q, q_step, a, b, width, like, row_like), build
@@ -132,31 +101,27 @@ def _sums(queries: int) -> Any:
 
         def build(context, builder, signature, args):
             to, to_step, weights, weights_step, *rows, width, _, _ = args
-            wide, size = _types(context, signature.args[9])
-            kind, element = ir.VectorType(wide, LANES), signature.args[10].dtype
-            each = element.bitwidth // 8
-            nothing, first = kind(ir.Undefined), ir.VectorType(WORD, LANES)(None)
-            spread = []
+            wide, element = (like.dtype for like in signature.args[9:])
+            size, each = wide.bitwidth // 8, element.bitwidth // 8
+            kind = floats(wide.bitwidth, LANES)
+            factors = []
             for i in range(4 * queries):
                 place = _after(builder, weights, weights_step, i // 4)
-                one = _load(builder, builder.add(place, place.type(i % 4 * size)), wide)
-                one = builder.insert_element(nothing, one, WORD(0))
-                spread.append(builder.shuffle_vector(one, nothing, first))
+                one = load(builder, builder.add(place, place.type(i % 4 * size)), kind.element)
+                factors.append(spread(builder, one, kind))
             with cgutils.for_range(builder, builder.sdiv(width, width.type(LANES))) as loop:
                 held = [
-                    _load_wide(
-                        builder, _moved(builder, row, loop.index, each * LANES), element, wide
-                    )
+                    _row(builder, moved(builder, row, loop.index, each * LANES), element, kind)
                     for row in rows
                 ]
                 for i in range(queries):
                     place = _after(builder, to, to_step, i)
-                    place = _moved(builder, place, loop.index, size * LANES)
-                    total = _load(builder, place, kind)
-                    for weight, row in zip(spread[4 * i : 4 * i + 4], held, strict=True):
+                    place = moved(builder, place, loop.index, size * LANES)
+                    total = load(builder, place, kind)
+                    for weight, row in zip(factors[4 * i : 4 * i + 4], held, strict=True):
                         product = builder.fmul(weight, row, flags=("contract",))
                         total = builder.fadd(total, product, flags=("contract",))
-                    builder.store(total, builder.inttoptr(place, kind.as_pointer()), align=1)
+                    store(builder, place, total)
             return context.get_dummy_value()
 
         return types.void(

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 
-from .halves import intrinsic, narrow_result, widen
+from .halves import narrow_result, widen
 from .kernel_cache import njit
+from .vectors import intrinsic, ints, load, same, shuffled, spread, store, vector
 
 LANES = 32
 GROUPS = 1024  # whose numbers are made at once
@@ -21,23 +21,15 @@ GROUPS = 1024  # whose numbers are made at once
 
 def _choose(builder: Any, codes: Any, values: list[Any]) -> Any:
     """Choose among four vectors by the 32 codes at an address."""
-    byte, word = ir.IntType(8), ir.IntType(32)
-    eight, lanes = ir.VectorType(byte, LANES // 4), ir.VectorType(byte, LANES)
-    held = builder.load(builder.inttoptr(codes, eight.as_pointer()), align=1)
-    spread = ir.VectorType(word, LANES)([i // 4 for i in range(LANES)])
-    held = builder.shuffle_vector(held, eight(ir.Undefined), spread)
+    lanes = ints(8, LANES)
+    held = load(builder, codes, ints(8, LANES // 4))
+    held = shuffled(builder, [i // 4 for i in range(LANES)], held)
+    picked = (lanes([bit << 2 * (i % 4) for i in range(LANES)]) for bit in (1, 2))
     low, high = (
-        builder.icmp_unsigned(
-            "!=", builder.and_(held, lanes([bit << 2 * (i % 4) for i in range(LANES)])), lanes(None)
-        )
-        for bit in (1, 2)
+        builder.icmp_unsigned("!=", builder.and_(held, bits), same(lanes, 0)) for bits in picked
     )
     upper, lower = builder.select(low, values[3], values[2]), builder.select(low, *values[1::-1])
     return builder.select(high, upper, lower)
-
-
-def _store(builder: Any, to: Any, chosen: Any) -> None:
-    builder.store(chosen, builder.inttoptr(to, chosen.type.as_pointer()), align=1)
 
 
 @intrinsic
@@ -45,15 +37,9 @@ def choose_of_four(typingctx, to, codes, a, b, c, d):
     """Write 32 numbers at address `to`: each a, b, c or d by the code at address `codes`."""
 
     def build(context, builder, signature, args):
-        vector = ir.VectorType(context.get_value_type(signature.args[2]), LANES)
-        nothing, first = vector(ir.Undefined), ir.VectorType(ir.IntType(32), LANES)(None)
-        spread = [
-            builder.shuffle_vector(
-                builder.insert_element(nothing, value, ir.IntType(32)(0)), nothing, first
-            )
-            for value in args[2:]
-        ]
-        _store(builder, args[0], _choose(builder, args[1], spread))
+        kind = vector(context.get_value_type(signature.args[2]), LANES)
+        values = [spread(builder, value, kind) for value in args[2:]]
+        store(builder, args[0], _choose(builder, args[1], values))
         return context.get_dummy_value()
 
     return types.void(to, codes, a, b, c, d), build
@@ -64,13 +50,13 @@ def choose_of_many(typingctx, to, codes, table, apart, like):
     """The same of four rows of elements of `like`, `apart` bytes from each other."""
 
     def build(context, builder, signature, args):
-        vector = ir.VectorType(context.get_value_type(signature.args[4].dtype), LANES)
+        kind = vector(context.get_value_type(signature.args[4].dtype), LANES)
         rows = []
         place = args[2]
         for _ in range(4):
-            rows.append(builder.load(builder.inttoptr(place, vector.as_pointer()), align=1))
+            rows.append(load(builder, place, kind))
             place = builder.add(place, args[3])
-        _store(builder, args[0], _choose(builder, args[1], rows))
+        store(builder, args[0], _choose(builder, args[1], rows))
         return context.get_dummy_value()
 
     return types.void(to, codes, table, apart, like), build

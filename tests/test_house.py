@@ -15,6 +15,9 @@ from setuptools import find_packages
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("parallel", "kvstore", "collectives", "cuda_kernels")
 MAX_FILE, MAX_FUNCTION = 400, 60
+LLVM = (
+    "cuda_kernels/vectors.py", "cuda_kernels/gpu/numba_cuda.py", "collectives/shm/memory.py",
+)  # fmt: skip
 # "path" or "path:function" -> the reason why it may be longer
 LONGER: dict[str, str] = {
     "cuda_kernels/paged_decode.py:body": "one kernel: its parts share registers that would all be arguments",
@@ -55,6 +58,8 @@ def forbidden(source: str, name: str) -> Iterator[str]:
                 yield f"{where} imports {module} by its bare name; write a relative import"
             if module.split(".")[0] in ("pickle", "dill", "cloudpickle", "shelve", "marshal"):
                 yield f"{where} imports {module}"
+            if module.split(".")[0] == "llvmlite" and name not in LLVM:
+                yield f"{where} imports llvmlite; say it in words of {LLVM[0]}"
         if name != "cuda_kernels/kernel_cache.py" and _compiles_with_numba(node):
             yield f"{where} takes Numba's njit or cfunc, whose cache is not safe; take kernel_cache's"
         if isinstance(node, ast.Global):
@@ -99,6 +104,7 @@ def test_files_keep_the_rules(path: Path) -> None:
         ("import pickle", "imports pickle"),
         ("def f():\n    global x\n    x = 1", "uses global"),
         ("from numba import njit, types", "kernel_cache"),
+        ("from llvmlite import ir", "imports llvmlite"),
         ("import os\nos.environ['X']", "reads the environment"),
         ("import os\nos.getenv('X')", "reads the environment"),
     ],

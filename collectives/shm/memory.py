@@ -3,27 +3,21 @@
 A tensor reaches a kernel as a *view*, a row of int64: address, number of dims (0: dense), bytes of an
 element, then `MAX_DIMS` sizes and as many strides in bytes. Elements count in logical order, whatever
 the strides, so ranks may lay the same tensor out differently.
-
-Numba caches a kernel by its own file only: after an edit here, touch the files that use it.
 """
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
-from numba.core import cgutils
 
-from ...cuda_kernels.halves import intrinsic
 from ...cuda_kernels.kernel_cache import njit
+from ...cuda_kernels.vectors import X86, called, intrinsic, ints
 
 MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
-
-X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
 memmove: Any = types.ExternalFunction(
@@ -31,8 +25,8 @@ memmove: Any = types.ExternalFunction(
 )  # regions may be one and the same (an in-place all-gather)
 
 
-def _pointer(builder: Any, address: Any, bits: int) -> Any:
-    return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, ints(64).as_pointer())
 
 
 @intrinsic
@@ -40,7 +34,7 @@ def load(typingctx, address):
     """Read an int64 that another process writes; what it wrote before is then seen too (acquire)."""
 
     def build(context, builder, signature, args):
-        return builder.load_atomic(_pointer(builder, args[0], 64), ordering="acquire", align=8)
+        return builder.load_atomic(_pointer(builder, args[0]), ordering="acquire", align=8)
 
     return types.int64(types.int64), build
 
@@ -50,7 +44,7 @@ def store(typingctx, address, value):
     """Write an int64 after everything written before it (release)."""
 
     def build(context, builder, signature, args):
-        pointer = _pointer(builder, args[0], 64)
+        pointer = _pointer(builder, args[0])
         builder.store_atomic(args[1], pointer, ordering="release", align=8)
         return context.get_dummy_value()
 
@@ -63,9 +57,7 @@ def pause(typingctx):
 
     def build(context, builder, signature, args):
         if X86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse2.pause"
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+            called(builder, "llvm.x86.sse2.pause")
         return context.get_dummy_value()
 
     return types.void(), build
@@ -168,7 +160,7 @@ def call_fold(typingctx, function, out, inputs, ranks, first, count, op, scratch
     """Call one of the functions of fold.py by its address."""
 
     def build(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 7)
+        kind = ir.FunctionType(ir.VoidType(), [ints(64)] * 7)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 

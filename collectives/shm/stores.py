@@ -5,19 +5,18 @@ On processors other than x86 stores are ordinary.
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
-from ...cuda_kernels.halves import intrinsic
 from ...cuda_kernels.kernel_cache import njit
-from .memory import X86, memmove, put, take
+from ...cuda_kernels.vectors import X86, called, fence, intrinsic, ints, load, store, store_past
+from .memory import memmove, put, take
 from .steps import WAY
 
 PAST = 0  # of state[WAY]
 LEAST = 1024  # bytes that are worth stores past the cache
 BEYOND = 12 << 20  # bytes of a result that is stored past the cache
 VECTOR = 32  # bytes of a store past the cache
+WORDS = ints(32, VECTOR // 4)
 
 
 @intrinsic
@@ -25,21 +24,9 @@ def cycles(typingctx):
     """Read the processor's clock."""
 
     def build(context, builder, signature, args):
-        kind = ir.FunctionType(ir.IntType(64), [])
-        name = "llvm.readcyclecounter"
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return called(builder, "llvm.readcyclecounter", ints(64))
 
     return types.int64(), build
-
-
-def _vector(builder, address):
-    return builder.inttoptr(address, ir.VectorType(ir.IntType(32), VECTOR // 4).as_pointer())
-
-
-def _store_past(builder, value, to):
-    stored = builder.store(value, _vector(builder, to), align=VECTOR)
-    one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-    stored.set_metadata("nontemporal", one)
 
 
 @intrinsic
@@ -48,7 +35,7 @@ def copy_past(typingctx, to, of):
 
     def build(context, builder, signature, args):
         to, of = args
-        _store_past(builder, builder.load(_vector(builder, of), align=1), to)
+        store_past(builder, to, load(builder, of, WORDS), VECTOR)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), build
@@ -60,26 +47,12 @@ def copy_twice(typingctx, past, home, of):
 
     def build(context, builder, signature, args):
         past, home, of = args
-        value = builder.load(_vector(builder, of), align=1)
-        _store_past(builder, value, past)
-        builder.store(value, _vector(builder, home), align=1)
+        held = load(builder, of, WORDS)
+        store_past(builder, past, held, VECTOR)
+        store(builder, home, held)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), build
-
-
-@intrinsic
-def fence(typingctx):
-    """Order stores past the cache before what is stored later; a release alone does not."""
-
-    def build(context, builder, signature, args):
-        if X86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            name = "llvm.x86.sse.sfence"
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
-        return context.get_dummy_value()
-
-    return types.void(), build
 
 
 @njit(nogil=True)

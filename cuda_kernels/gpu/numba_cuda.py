@@ -1,4 +1,4 @@
-"""Compile kernels with numba-cuda: the only file that knows its inside, and (beside halves.py, on the CPU) llvmlite."""
+"""Compile kernels with numba-cuda: the only file that knows its inside, and LLVM on CUDA (on the CPU: vectors.py)."""
 
 from __future__ import annotations
 
