@@ -6,6 +6,7 @@ from numba import carray
 
 from ...cuda_kernels.kernel_cache import njit
 from .memory import VIEW_WORDS, at, put, store, take
+from .places import pages, place, shown_by, shown_to
 from .single_copy import CARELESS, choose_copies, offer, read_there
 from .steps import (
     CODE,
@@ -14,13 +15,13 @@ from .steps import (
     KEPT,
     LARGEST,
     MISMATCH,
-    OFFERED,
     OFFERS,
     PEER,
     PHASE,
     PLACE,
     RANK,
     SENT,
+    SHOWN,
     SINGLE,
     SLOT_BYTES,
     STEP,
@@ -42,6 +43,7 @@ from .ways import compare, end, filled
 
 # bytes for a rank in the first step of a call, and in the next
 FIRST_TURN, NEXT_TURN = 512 << 10, 256 << 10
+IN_PLACE = -1  # of header word SHOWN: addresses stand in the slot
 # words of an exchange of even runs: two views, and the tables behind them
 SHARED, ITEM, SENDS, RECEIVES = 0, 1, 2, 2 + VIEW_WORDS
 TABLE = RECEIVES + VIEW_WORDS
@@ -109,9 +111,9 @@ def keeps(state, sends, sent, receives, received, shared, item):
 def fill(state, sends, sent, receives, received, shared, piece, item):
     """Copy this step's elements for each other rank into the own slot; and home, if the call `keeps` them."""
     rank, world, done = state[RANK], state[WORLD], state[PLACE]
-    slot = slot_of(state, rank, state[STEP])
     room = turn_of(state, piece, item)
     if shared:
+        slot = shown_by(state, rank)
         n = min(room, sent[rank, 1] - done)
         if n > 0 and state[KEPT]:
             out = receives[rank if receives.shape[0] > 1 else 0]
@@ -124,7 +126,7 @@ def fill(state, sends, sent, receives, received, shared, piece, item):
         n = min(room, sent[to, 1] - done)
         if to != rank and n > 0:
             view = sends[to if sends.shape[0] > 1 else 0]
-            show(state, view, sent[to, 0] + done, n, slot + to * piece)
+            show(state, view, sent[to, 0] + done, n, shown_to(state, rank, to))
 
 
 @njit(nogil=True)
@@ -144,16 +146,15 @@ def bring(state, peer, receives, received, shared, piece, item):
     """Take this step's elements of a rank from its slot, or all from its own memory; say whether it could."""
     rank, done, count = state[RANK], state[PLACE], received[peer, 1]
     out = receives[peer if receives.shape[0] > 1 else 0]
-    at_peer = slot_of(state, peer, state[STEP])
-    if not header_word(state, peer, OFFERED):
+    if header_word(state, peer, SHOWN) != IN_PLACE:
         n = min(turn_of(state, piece, item), count - done)
         if n > 0:
-            there = at_peer + (0 if shared else rank * piece)
+            there = shown_by(state, peer) if shared else shown_to(state, peer, rank)
             settle(out, received[peer, 0] + done, n, there, whole_of(received, item))
         return True
     if done > 0 or count == 0:
         return True
-    there = carray(at(at_peer, state), state[WORLD])[rank]
+    there = carray(at(slot_of(state, peer, state[STEP]), state), state[WORLD])[rank]
     if out[1] > 0:
         return land(state, peer, there, out, received[peer, 0], count)
     return read_there(state, peer, out[0] + received[peer, 0] * item, there, count * item)
@@ -179,19 +180,21 @@ def give_out(state, sends, sent, receives, received, shared, meet, piece, item, 
     largest = largest_of(sent, received)
     for r in range(world):
         tell(state, SENT + r, sent[r, 1])
-    slot = slot_of(state, rank, step)
     if state[PLACE] == 0:
         state[OFFERS] = state[KEPT] = 0
         if choose_copies(state, largest * item, meet):
-            offer(state, sends, sent, receives, received, shared, item, slot)
+            offer(state, sends, sent, receives, received, shared, item, slot_of(state, rank, step))
         if not state[OFFERS]:
             state[KEPT] = keeps(state, sends, sent, receives, received, shared, item)
     if state[OFFERS]:
         largest = 0  # the others say how many steps their elements need
+        tell(state, SHOWN, IN_PLACE)
     else:
+        step_bytes = min(turn_of(state, piece, item), max(0, largest - state[PLACE])) * item
+        span = min(pages(step_bytes), piece)
+        place(state, step_bytes if shared else (world - 1) * span, span, 0)
         fill(state, sends, sent, receives, received, shared, piece, item)
     filled(state)
-    tell(state, OFFERED, state[OFFERS])
     publish(state, code, sent[rank, 1], largest)
 
 
@@ -236,7 +239,7 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
         if meet:
             for r in range(world):
                 most = max(most, header_word(state, r, LARGEST))
-                offered |= header_word(state, r, OFFERED) != 0
+                offered |= header_word(state, r, SHOWN) == IN_PLACE
         if offered and state[PHASE] == 2:
             store(line_of(state, rank, step), 2 * step + 1)
             state[PEER] = 0

@@ -21,6 +21,7 @@ from .engine import KIND, Engine
 from .fold import SUM
 from .memory import call_fold, store
 from .norms import AS_E4M3, AS_INT8, AS_IS, NORM_WORDS, STATS, row_functions
+from .places import place_with_results, results_of, shown_by
 from .segment import RESULT, SLOT
 from .steps import (
     DONE,
@@ -32,7 +33,6 @@ from .steps import (
     PHASE,
     PLACE,
     RANK,
-    SLOT_BYTES,
     STEP,
     STUCK,
     WAITING,
@@ -44,7 +44,6 @@ from .steps import (
     line_of,
     may_fill,
     publish,
-    slot_of,
 )
 from .stores import give
 from .ways import NORM, choose, compare, end, filled
@@ -114,7 +113,7 @@ def _reduce(state, words, add, scale, done, first, run, shown, stats):
 def _find_inputs(state, bases, offset, place, shape):
     """Note where each rank's rows of this step lie; say whether all have the same shape."""
     for r in range(state[WORLD]):
-        state[FIRST_INPUT + r] = slot_of(state, r, state[STEP])
+        state[FIRST_INPUT + r] = shown_by(state, r)
         if offset != ELSEWHERE:
             state[FIRST_INPUT + r] = bases[r] + offset + place
         if header_word(state, r, LARGEST) != shape:
@@ -137,15 +136,14 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
         step, done = state[STEP], state[PLACE]
         rows = min(words[CHUNK], words[ROWS] - done)
         first, run = rows_of(rows, world, rank)
-        slot = slot_of(state, rank, step)
-        own = slot + state[SLOT_BYTES]
         place = done * row_bytes
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
             choose(state, NORM, words[ROWS] * row_bytes, 2, True)
+            place_with_results(state, rows * row_bytes, run * (row_bytes + STAT_BYTES))
             if offset == ELSEWHERE:
-                _fill(state, words, slot, words[X] + place, first, run, rows)
+                _fill(state, words, shown_by(state, rank), words[X] + place, first, run, rows)
             filled(state)
             publish(state, code, words[COUNTED], shape)
             state[PHASE] = 1
@@ -161,6 +159,7 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
             if words[ONE_SHOT]:
                 _reduce(state, words, add, scale, done, 0, rows, 0, stats.ctypes.data)
             else:
+                own = results_of(state, rank)
                 after = own + run * row_bytes
                 _reduce(state, words, add, scale, done, first, run, own, after)
                 store(line_of(state, rank, step), 2 * step + 1)
@@ -172,7 +171,7 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
                     if not has_come(state, peer, step, 2 * step + 1, patience):
                         return WAITING
                     first, run = rows_of(rows, world, peer)
-                    theirs = slot_of(state, peer, step) + state[SLOT_BYTES]
+                    theirs = results_of(state, peer)
                     words[STATS] = theirs + run * row_bytes
                     _normalise(words, scale, done, first, run, theirs)
                 state[PEER] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...cuda_kernels.kernel_cache import njit
 from .fold import BLOCK
 from .memory import call_fold, put, store
+from .places import pages, place, place_with_results, results_of, shown_by, shown_to
 from .steps import (
     CHUNK_BYTES,
     DONE,
@@ -73,11 +74,12 @@ def part_of(count, ranks, rank, item):
 def show_parts(state, view, done, n):
     """Show what others read of this step's elements: all, or (each reduces its part) all but the own part."""
     rank, item = state[RANK], view[2]
-    slot = slot_of(state, rank, state[STEP])
+    first, run = part_of(n, state[WORLD], rank, item)
+    place_with_results(state, n * item, run * item)
+    slot = shown_by(state, rank)
     if n * item <= ONE_SHOT or view[1] > 0:
         show(state, view, done, n, slot)
         return
-    first, run = part_of(n, state[WORLD], rank, item)
     after = first + run
     show(state, view, done, first, slot)
     show(state, view, done + after, n - after, slot + after * item)
@@ -110,10 +112,10 @@ def all_reduce(state, view, function, count, op, root, code, patience):
                 return MISMATCH
             compare(state)
             for r in range(world):
-                state[FIRST_INPUT + r] = slot_of(state, r, step)
+                state[FIRST_INPUT + r] = shown_by(state, r)
             if n * item > ONE_SHOT and view[1] == 0:
                 state[FIRST_INPUT + rank] = view[0] + done * item
-            result = slot_of(state, rank, step) + state[SLOT_BYTES]
+            result = results_of(state, rank)
             if n * item > ONE_SHOT:
                 first, run = part_of(n, world, rank, item)
                 fold_own(state, result, first, run, function, op, view, done, keep)
@@ -131,7 +133,7 @@ def all_reduce(state, view, function, count, op, root, code, patience):
                     if not has_come(state, peer, step, 2 * step + 1, patience):
                         return WAITING
                     first, run = part_of(n, world, peer, item)
-                    put(view, done + first, run, slot_of(state, peer, step) + state[SLOT_BYTES])
+                    put(view, done + first, run, results_of(state, peer))
                 state[PEER] += 1
         state[STEP] += 1
         state[PHASE] = state[PEER] = 0
@@ -203,11 +205,12 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             if not may_fill(state, patience):
                 return WAITING
             choose(state, SCATTER, count * item, 2, True)
-            slot = slot_of(state, rank, step)
+            span = min(pages(n * item), piece)
+            place(state, (world - stays) * span, span, 0)
             for r in range(world):
                 if r != rank or not stays:
                     view = views[r if views.shape[0] > 1 else 0]
-                    show(state, view, starts[r] + done, n, slot + r * piece)
+                    show(state, view, starts[r] + done, n, shown_to(state, rank, r))
             filled(state)
             publish(state, code, count, 0)
             state[PHASE] = 1
@@ -217,7 +220,7 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
             return MISMATCH
         compare(state)
         for r in range(world):
-            state[FIRST_INPUT + r] = slot_of(state, r, step) + rank * piece
+            state[FIRST_INPUT + r] = shown_to(state, r, rank)
         if stays:
             state[FIRST_INPUT + rank] = home + done * item
         if out[1] == 0:

@@ -30,17 +30,18 @@ SINGLE, OFFERS, PIECES = 17, 18, 19  # see single_copy.py; of PIECES there are 7
 # see ways.py; TABLES begins 360 words
 WAY, WAY_WORDS, SIZE, NOTED, BEGAN, FILLING, CAME = range(26, 33)
 KEPT = 33  # 1: an exchange brings its own elements home while it fills its slot
-TABLES = 34
+CURSORS, READY = 34, 36  # see places.py; of CURSORS there is one for each set
+TABLES = 37
 # from here an address for each rank, and then its process; INPUTS is where these words lie
 FIRST_INPUT = TABLES + 360
 # words of a line, written by one rank, read by all; from SENT what an exchange sends to each rank
-FLAG, CODE, COUNT, LARGEST, OFFERED, PRICES, SENT = range(7)
+FLAG, CODE, COUNT, LARGEST, PRICES, SHOWN, SPAN, SENT = range(8)
 
 LINE = 128  # bytes; two cache lines, for processors that fetch them in pairs
 
 
 def line_bytes(ranks: int) -> int:
-    """Count the bytes of a rank's line for a set: one LINE up to ten ranks."""
+    """Count the bytes of a rank's line for a set: one LINE up to eight ranks."""
     return -(-(SENT + ranks) * 8 // LINE) * LINE
 
 
@@ -52,7 +53,7 @@ def line_of(state, rank, step):
 
 @njit(nogil=True)
 def slot_of(state, rank, step):
-    """Find the slot of a rank for a step; behind it is the place of its results."""
+    """Find the slot of a rank for a step; behind it is room for results, or for a rank's own use."""
     return state[DATA] + ((step & state[SETS]) * state[WORLD] + rank) * state[STRIDE_BYTES]
 
 
