@@ -5,8 +5,10 @@
 Contenders take turns in one world. "gloo + torch": `all_reduce` over gloo, then add and norm by torch into tensors that
 were allocated before. "x symmetric": x was produced in `symmetric_empty`, which all ranks see. "ours unfused": the same
 `all_reduce` over shm, then our add and norm. "floor": three copies of x by memcpy in one process, for what cannot be
-spared: x to the other ranks, the sum and its norm. Times are us on rank 0, min / median / max over rounds of a mean of
-a few calls; ratios are taken round by round, then the median.
+spared: x to the other ranks, the sum and its norm. "copies" (two ranks): what fused and unfused move between the ranks
+and at home, by a compiled loop with nothing else (norm_copies.py), past the cache or through it. Each has a group of
+its own over shm, for a group learns the cheaper way. Times are us on rank 0, min / median / max over rounds of a mean
+of a few calls; ratios are of medians.
 `--realtime` (root) gives the ranks SCHED_FIFO and a core each, for a machine that others use too.
 """
 
@@ -23,14 +25,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from contest import heading, launch, launched, ratio, say, spread
+from norm_copies import copies
 from shm_collectives import hold_core, turn
 from torch import Tensor
 
 EPS = 1e-6
+COPIES = {
+    "copies past": (True, True),
+    "copies": (True, False),
+    "unfused copies past": (False, True),
+    "unfused copies": (False, False),
+}
+SHM = ("one-shot", "two-shot", "x symmetric", "ours unfused", "copies")
 
 
-def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Callable[[], Any]]:
-    """The same work on float32 tensors, by name."""
+def contenders(rows: int, hidden: int, gloo: Any, groups: Any) -> dict[str, Callable[[], Any]]:
+    """The same work on float32 tensors, by name; `groups` over shm by the names of `SHM`."""
     from plait.collectives import fused
     from plait.collectives.shm import fused as kernel
     from plait.collectives.shm import symmetric_empty
@@ -50,15 +60,15 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
         normed.mul_(weight)
 
     def unfused() -> None:
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, group=groups["ours unfused"])
         add_rms_norm(x, residual, weight, EPS)
 
-    def one_kernel(most: int, brought: Tensor) -> Callable[[], Any]:
+    def one_kernel(name: str, most: int, brought: Tensor) -> Callable[[], Any]:
         def call() -> None:
             if kernel.ONE_SHOT_BYTES[2] != most:  # the first, untimed call of a turn
                 kernel.ONE_SHOT_BYTES[2] = most
                 kernel.schedule.cache_clear()
-            fused.all_reduce_rms_norm(brought, residual, weight, EPS, group)
+            fused.all_reduce_rms_norm(brought, residual, weight, EPS, groups[name])
 
         return call
 
@@ -67,14 +77,19 @@ def contenders(rows: int, hidden: int, gloo: Any, group: Any) -> dict[str, Calla
         normed.copy_(x)
         square.copy_(x)
 
-    return {
-        "one-shot": one_kernel(1 << 40, x),
-        "two-shot": one_kernel(0, x),
-        "x symmetric": one_kernel(0, symmetric_empty((rows, hidden), group=group).copy_(x)),
+    shared = symmetric_empty((rows, hidden), group=groups["x symmetric"]).copy_(x)
+    found = {
+        "one-shot": one_kernel("one-shot", 1 << 40, x),
+        "two-shot": one_kernel("two-shot", 0, x),
+        "x symmetric": one_kernel("x symmetric", 0, shared),
         "ours unfused": unfused,
         "gloo + torch": gloo_and_torch,
         "floor": floor,
     }
+    if groups["copies"].size() == 2 and rows % 2 == 0:
+        for name, (fuse, past) in COPIES.items():
+            found[name] = copies(x, residual, groups["copies"], fused=fuse, past=past)
+    return found
 
 
 def work(options: argparse.Namespace) -> None:
@@ -87,26 +102,33 @@ def work(options: argparse.Namespace) -> None:
     shm.register()
     dist.init_process_group("gloo")  # after, so that its threads have the same priority
     ranks = list(range(dist.get_world_size()))
-    group: Any = dist.new_group(ranks, backend="shm")
+    groups: Any = {name: dist.new_group(ranks, backend="shm") for name in SHM}
     say(f"{heading('numba')}; {len(ranks)} ranks, hidden {options.hidden}, float32")
-    say(f"{'rows':>5} {'':14}{'min / median / max us':>28}{'of ours':>10}")
+    say(f"{'rows':>5} {'':22}{'min / median / max us':>28}{'of ours':>10}")
     sizes = {rows: rows * options.hidden * 4 for rows in options.rows}
     chosen = {
         rows: schedule(rows, options.hidden * 4, len(ranks))[1] for rows in sizes
     }  # before any is forced
     for rows in options.rows:
         size, ours = sizes[rows], "one-shot" if chosen[rows] else "two-shot"
-        calls = contenders(rows, options.hidden, dist.group.WORLD, group)
+        calls = contenders(rows, options.hidden, dist.group.WORLD, groups)
         times: dict[str, list[float]] = {name: [] for name in calls}
         with torch.inference_mode():
             for _ in range(options.rounds):
                 for name, call in calls.items():
-                    times[name].append(turn(call, size, lambda: dist.barrier(group)))
+                    times[name].append(turn(call, size, lambda: dist.barrier(groups["copies"])))
         for name, values in times.items():
             mark = " *" if name == ours else ""
             share = f"{ratio(values, times[ours]):.2f}"
-            say(f"{rows:>5} {name + mark:14}{spread(values):>28}{share:>10}")
-        least = statistics.median(times["floor"]) / statistics.median(times[ours])
+            say(f"{rows:>5} {name + mark:22}{spread(values):>28}{share:>10}")
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        if "copies" in medians:
+            bare, apart = (
+                min(medians[n], medians[f"{n} past"]) for n in ("copies", "unfused copies")
+            )
+            parts = f"{bare:.1f} fused, {apart:.1f} unfused: {apart / bare:.2f}"
+            say(f"{'':6}only the copies: {parts}; they are {bare / medians[ours]:.0%} of ours")
+        least = medians["floor"] / medians[ours]
         say(f"{'':6}{least:.0%} of the memcpy floor; * is what the table chooses")
     dist.destroy_process_group()
 

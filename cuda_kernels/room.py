@@ -22,7 +22,7 @@ def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     It starts where a cache line does: a vector that lies across two lines costs twice.
     """
     n_bytes = math.prod(shape) * dtype.itemsize
-    _keep_heap()
+    keep_heap()
     if n_bytes < HUGE:
         return torch.empty(shape, dtype=dtype)
     rough = np.empty(n_bytes + LINE, np.uint8)
@@ -31,7 +31,7 @@ def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _keep_heap() -> None:
+def keep_heap() -> None:
     """Show glibc once that large blocks come and go: it then keeps up to twice as much of free heap.
 
     Left to itself it keeps twice the largest block that was freed so far. Two results of one size are at that edge:

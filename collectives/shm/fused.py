@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...cuda_kernels.kernel_cache import njit
 from ...cuda_kernels.quantised import Quantised
+from ...cuda_kernels.room import keep_heap
 from .calls import code_of
 from .engine import KIND, Engine
 from .fold import SUM
@@ -46,7 +47,7 @@ from .steps import (
     publish,
 )
 from .stores import give
-from .ways import NORM, choose, compare, end, filled
+from .ways import NORM, SYMMETRIC_NORM, choose, compare, end, filled
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ONE_SHOT_BYTES = {2: 32 << 10}  # by the least number of ranks: up to these bytes of x
@@ -140,7 +141,8 @@ def all_reduce_norm(state, words, bases, add, scale, stats, code, patience):
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
-            choose(state, NORM, words[ROWS] * row_bytes, 2, True)
+            kind = NORM if offset == ELSEWHERE else SYMMETRIC_NORM
+            choose(state, kind, words[ROWS] * row_bytes, 2, True)
             place_with_results(state, rows * row_bytes, run * (row_bytes + STAT_BYTES))
             if offset == ELSEWHERE:
                 _fill(state, words, shown_by(state, rank), words[X] + place, first, run, rows)
@@ -248,6 +250,7 @@ def run(
 ) -> tuple[Tensor | Quantised, Tensor]:
     """Sum `x` over the ranks, add the residual, normalise; the sum and the normed rows are new tensors."""
     shape, dtype, width, ranks = x.shape, x.dtype, x.shape[-1], engine.members.ranks
+    keep_heap()
     total, normed = torch.empty_like(x), torch.empty_like(x, dtype=stored)
     scales = None if stored is None else torch.empty((*shape[:-1], 1), dtype=torch.float32)
     bases, offset = engine.place_of(x) or (_NOWHERE, ELSEWHERE)

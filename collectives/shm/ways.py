@@ -31,7 +31,7 @@ from .steps import (
 from .stores import PAST, cycles
 
 THROUGH, ONE = 1, 2  # of state[WAY], besides PAST
-EXCHANGE, REDUCE, SCATTER, NORM, SYMMETRIC = range(5)
+EXCHANGE, REDUCE, SCATTER, NORM, SYMMETRIC, SYMMETRIC_NORM = range(6)
 LEAST = 4 << 10  # bytes that are worth a choice
 CLASSES = 12  # of sizes, each twice the one before; the last one has no end
 # words of a class: how often it was chosen in, trials after the first, what all ranks hold to be cheapest, cycles for

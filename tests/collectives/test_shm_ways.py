@@ -33,6 +33,7 @@ from plait.collectives.shm.ways import (
     PAST,
     RETRY,
     SYMMETRIC,
+    SYMMETRIC_NORM,
     THROUGH,
     TRIAL,
 )
@@ -176,3 +177,12 @@ def test_every_class_has_words_of_its_own() -> None:
 def test_lines_of_any_world_are_whole_and_its_own(ranks: int) -> None:
     assert line_bytes(ranks) % LINE == 0
     assert Layout(ranks).notes == 2 * ranks * line_bytes(ranks)
+
+
+def test_each_kind_of_call_learns_apart() -> None:
+    begins = [
+        ways.words_of(kind, LEAST << size)
+        for kind in range(SYMMETRIC_NORM + 1)
+        for size in range(CLASSES)
+    ]
+    assert begins == list(range(TABLES, FIRST_INPUT, CLASS_WORDS))
