@@ -61,8 +61,9 @@ $(CUDA_READY): tools/install_cuda.py pyproject.toml
 check-cuda: $(CUDA_READY)  ## compile every CUDA kernel, without a GPU: registers, spills, accesses (an environment of its own)
 	.venv-cuda/bin/python -m pytest -o faulthandler_timeout=3600 tests/cuda_kernels/test_ptx_table.py
 
+# One worker, renewed when a kernel's fault or a test without end has cost it its CUDA context (tests/conftest.py).
 test-gpu: $(READY)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -n 1 --max-worker-restart 20 -o faulthandler_timeout=300
 
 sanitize-gpu: $(READY)  ## those of kernels again, under compute-sanitizer's memcheck and racecheck
 	$(BIN)/python tools/sanitize_gpu.py

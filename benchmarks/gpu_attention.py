@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_timing import MEGABYTE, Row, microseconds, rotating, share, tried
+from gpu_timing import MEGABYTE, Row, attempts, microseconds, rotating, share, tried
 from torch import Tensor
 
 from plait.cuda_kernels import coded_attention, paged_attention
@@ -20,17 +22,14 @@ FLEX_CASES = [(16, 4096), (16, 32768)]  # each compiles for half a minute
 CODES = (("e4m3", 0, DIM + 4), ("int4", 32, DIM // 2 + DIM // 8))
 
 
-def decodes(bandwidth: float) -> list[Row]:
-    found: list[Row] = []
-    for batch, tokens in CASES:
-        found += _case(batch, tokens, bandwidth)
-        torch.cuda.empty_cache()  # the next case is larger
-    return found
+def decodes(bandwidth: float) -> Iterator[Row]:
+    cases = ((f"paged decode, GQA {HEADS}/{KV_HEADS}, batch {b} x {n}", b, n) for b, n in CASES)
+    return attempts((name, partial(_case, name, b, n, bandwidth)) for name, b, n in cases)
 
 
-def _case(batch: int, tokens: int, bandwidth: float) -> list[Row]:
+def _case(name: str, batch: int, tokens: int, bandwidth: float) -> list[Row]:
     """Measure one batch and length; only one of bfloat16 pages and pages of codes lies in memory."""
-    name = f"paged decode, GQA {HEADS}/{KV_HEADS}, batch {batch} x {tokens}"
+    torch.cuda.empty_cache()  # the case before was smaller
     kv_bytes = 2 * batch * tokens * KV_HEADS * DIM * 2
     sets = rotating(kv_bytes)
     needed, free = 1.25 * sets * kv_bytes + 1024 * MEGABYTE, torch.cuda.mem_get_info()[0]

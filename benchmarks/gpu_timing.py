@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -87,13 +88,37 @@ def share(
     return row if torch_us is None else {**row, "torch / ours": torch_us / us}
 
 
+def attempts(cases: Iterable[tuple[str, Callable[[], list[Row]]]]) -> Iterator[Row]:
+    """Measure cases in turn: one that fails is told and the others go on, unless it took the device along."""
+    for name, measure in cases:
+        try:
+            yield from measure()
+            torch.cuda.synchronize()
+        except Exception as error:  # the others are still worth having
+            traceback.print_exc()
+            yield failure(name, first_line(error))
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                yield failure(f"all after {name}", "the kernel before has lost the CUDA context")
+                return
+
+
+def failure(name: str, why: str) -> Row:
+    """The row of what was not measured but should have been."""
+    return {"kernel": name, "skipped": f"FAILED, {why}", "goal": "", "failed": True}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 def tried(name: str, measure: Callable[[], float]) -> float | None:
     """Measure a peer; where it is absent or fails, say so and give None."""
     try:
         return measure()
     except Exception as error:  # whatever a peer raises, ours are still measured
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"  {name} not measured: {said[:160]}", flush=True)
+        print(f"  {name} not measured: {first_line(error)}", flush=True)
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """End a process whose CUDA context a kernel's fault has cost: xdist starts another, for no later test could pass."""
+    import torch
+
+    if "gpu" not in item.keywords or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        if hasattr(item.config, "workerinput"):
+            print(
+                f"{item.nodeid} has lost the CUDA context: {error}", file=sys.__stderr__, flush=True
+            )
+            os._exit(70)
+        pytest.exit(f"{item.nodeid} has lost the CUDA context: {error}", returncode=3)
 
 
 @pytest.fixture

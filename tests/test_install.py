@@ -110,3 +110,11 @@ def test_no_cpu_build_stops_and_says_what_to_do(
 
 def test_constraints_name_the_tested_torch(tool: ModuleType) -> None:
     assert tool.tested_version("torch").startswith("torch==2.")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_gpu_machine_gets_the_compiler_of_the_kernels(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.setattr(tool, "has_nvidia_gpu", lambda: gpu)
+    assert tool.extras_for("dev") == ("dev,cuda" if gpu else "dev")

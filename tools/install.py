@@ -50,8 +50,13 @@ def main() -> None:
         )
     python = make_venv(options.venv)
     version = installed_torch(python) or install_torch(python, options.target)
-    install_plait(python, options.extras, version)
+    install_plait(python, extras_for(options.extras), version)
     print(f"plait is installed in {options.venv} with torch {version}")
+
+
+def extras_for(asked: str) -> str:
+    """With a GPU the compiler of the CUDA kernels comes too: without it their tests have nothing to test."""
+    return f"{asked},cuda" if sys.platform == "linux" and has_nvidia_gpu() else asked
 
 
 def make_venv(folder: Path) -> Path:

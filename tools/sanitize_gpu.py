@@ -22,6 +22,8 @@ TESTS = [
     "gpu and not slow",
     "-k",
     "not two_processes and not toolchain and not torch_compile",
+    "-o",
+    "faulthandler_timeout=3600",
 ]
 FAULT = 86  # what compute-sanitizer ends with when it has found one
 

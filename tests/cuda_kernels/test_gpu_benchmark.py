@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -42,6 +44,9 @@ def gpu(monkeypatch):
 
     for module in (gpu, gpu_attention, gpu_timing):
         monkeypatch.setattr(module, "microseconds", once)
+    monkeypatch.setattr(gpu.toolchain, "problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu, "host_microseconds", lambda call: once(lambda _: call()))
     monkeypatch.setattr(gpu, "graphed", lambda call: lambda _: call())
     monkeypatch.setattr(gpu, "nvfp4_whole", lambda x: 0.5)
@@ -62,8 +67,10 @@ PARTS = ["merge", "copy", "codecs", "rows", "top-k", "norm", "partials", "decode
 def test_every_part_runs(gpu, tmp_path) -> None:
     assert list(gpu.PARTS) == PARTS
     with OnMeta():
-        assert gpu.measure(PARTS, tmp_path / "rows.json", 3600) == 0
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert gpu.measure(PARTS, tmp_path / "rows.json", 3600, gpu.rows_of) == 0
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["device"] == "a fake"
+    rows = kept["rows"]
     told = [row["kernel"] for row in rows]
     assert len(told) == len(set(told))
     assert sum("skipped" in row for row in rows) == 1, "64 x 131072 needs more than 40 GiB"
@@ -74,13 +81,60 @@ def test_every_part_runs(gpu, tmp_path) -> None:
         assert any(codec in kernel for kernel in told)
 
 
-def test_a_part_that_fails_does_not_take_the_others_along(gpu, monkeypatch, capsys) -> None:
-    def fails(bandwidth):
-        raise RuntimeError("no such instruction")
+def test_a_case_that_fails_does_not_take_the_others_along(gpu, monkeypatch, capsys) -> None:
+    merge_of = gpu.merge_of
 
-    monkeypatch.setitem(gpu.PARTS, "merge", (fails, ""))
+    def fails(rows, bandwidth):
+        if rows == 64:
+            raise RuntimeError("no such instruction")
+        return merge_of(rows, bandwidth)
+
+    monkeypatch.setattr(gpu, "merge_of", fails)
     with OnMeta():
-        assert gpu.measure(["merge", "launch"], None, 3600) == 1
-        assert "launch: operator" in capsys.readouterr().out
-        assert gpu.measure(["launch"], None, -1) == 0
+        assert gpu.measure(["merge", "launch"], None, 3600, gpu.rows_of) == 1
+        told = capsys.readouterr().out
+        assert "64 rows" in told
+        assert "FAILED, no such instruction" in told
+        assert told.count(" MB ") == 2
+        assert "launch: operator" in told
+        assert gpu.measure(["launch"], None, -1, gpu.rows_of) == 0
     assert "minutes are over" in capsys.readouterr().out
+
+
+def test_after_a_lost_context_a_part_ends(gpu, monkeypatch) -> None:
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with OnMeta():
+        *_, first, last = gpu.rows_of("merge")
+    assert "illegal memory access" in first["skipped"]
+    assert "lost the CUDA context" in last["skipped"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of a process that has threads
+def test_parts_have_processes_of_their_own(gpu, monkeypatch, capsys, tmp_path) -> None:
+    def dies(bandwidth):
+        yield {"kernel": "before", "us": 1.0, "goal": ""}
+        os._exit(9)
+
+    def hangs(bandwidth):
+        yield {"kernel": "also", "us": 1.0, "goal": ""}
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu, "PART_SECONDS", 5)
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 3e12)
+    for name, part in (("merge", dies), ("copy", hangs)):
+        monkeypatch.setitem(gpu.PARTS, name, (part, ""))
+    assert gpu.measure(["merge", "copy"], tmp_path / "rows.json", 3600) == 2
+    kernels = [row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert kernels == ["before", "merge, the rest", "also", "copy, the rest"]
+    told = capsys.readouterr().out
+    assert "ended with 9" in told
+    assert "no end after 5 s" in told
+
+
+def test_without_a_device_it_says_so(gpu, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.measure(["merge"], None, 3600, gpu.rows_of) == 0
+    assert "not measured: no CUDA device" in capsys.readouterr().out
