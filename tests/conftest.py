@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """End a process whose CUDA context a kernel's fault has cost: in it no later test could pass; xdist starts another."""
+    """End a process whose CUDA context is lost to a kernel's fault: in it no test could pass; xdist starts another."""
     import torch
 
     if "gpu" not in item.keywords or not torch.cuda.is_initialized():
