@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.distributed import ProcessGroup
 
 from ..cuda_kernels.add_rms_norm import add_layer_norm, add_rms_norm, rms_norm_reference
 from ..cuda_kernels.quantised import TOPS, quantise_rows
@@ -62,6 +63,7 @@ def all_reduce_rms_norm(
 
     Raises:
         ValueError: the shapes do not belong together, or a quantised output is to be differentiated.
+        TypeError: this rank is not in the group.
     """
     return _all_reduce_norm(x, residual, weight, None, eps, group, quantised)
 
@@ -94,6 +96,11 @@ def _all_reduce_norm(
         raise ValueError(
             f"all-reduce and norm: x {list(x.shape)}, residual {list(residual.shape)} and weight {list(weight.shape)} "
             "do not fit; use x and residual [..., hidden] with weight (and bias) [hidden]"
+        )
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"all-reduce and norm: {group!r} is no process group of this rank; give one that it belongs to, or None "
+            "for one rank alone"
         )
     records = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, residual, weight, bias)

@@ -177,7 +177,15 @@ def symmetric_empty(
 
         return shared(shape, dtype, found)
     count = math.prod(shape)
-    buffer = symmetric_buffer(max(1, count) * dtype.itemsize, found)
+    try:
+        buffer = symmetric_buffer(max(1, count) * dtype.itemsize, found)
+    except PeerMemoryError as error:
+        if torch.cuda.is_available():
+            raise
+        raise PeerMemoryError(
+            f"{error}; on the CPU give a group of backend 'shm': plait.init('shm'), or new_group(backend='shm') after "
+            "plait.collectives.shm.register()"
+        ) from error
     return buffer.own.view(dtype)[:count].view(*shape)
 
 

@@ -68,6 +68,31 @@ def tensors_of_no_use(can: Abilities) -> None:
     goes_on()
 
 
+def dtypes_without_sums(can: Abilities) -> None:
+    """The message names the dtype and says what would do; what has sums goes on."""
+    for dtype in (torch.float8_e4m3fn, torch.uint16):
+        x = torch.ones(3).to(dtype)
+        calls: list[Callable[[], object]] = [
+            lambda x=x: dist.all_reduce(x),
+            lambda x=x: dist.reduce(x, 0),
+            lambda x=x: dist.reduce_scatter(torch.empty_like(x), [x] * size()),
+        ]
+        for call in calls:
+            with pytest.raises((ValueError, TypeError), match=r"convert|cast") as refusal:
+                call()
+            assert str(dtype).removeprefix("torch.") in str(refusal.value)
+    goes_on()
+
+
+def groups_that_are_gone(can: Abilities) -> None:
+    group = dist.new_group(list(range(size())))
+    assert isinstance(group, dist.ProcessGroup)
+    dist.destroy_process_group(group)
+    with pytest.raises(RuntimeError, match="is closed"):
+        group.allreduce([torch.ones(3)])
+    goes_on()
+
+
 def strides_are_kept_or_refused(can: Abilities) -> None:
     """Never taken for dense memory: gloo alone would sum the wrong elements."""
 
@@ -152,6 +177,8 @@ REFUSALS: Sequence[Check] = (
     ranks_that_are_not_there,
     exchanges_that_cannot_be,
     tensors_of_no_use,
+    dtypes_without_sums,
+    groups_that_are_gone,
     strides_are_kept_or_refused,
     exchanges_in_place,
     what_follows_a_call_may_call,

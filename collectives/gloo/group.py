@@ -28,6 +28,10 @@ from .strides import check_dense, strided
 STOPPED_S = 30.0  # a process that is stopped (SIGSTOP) is given up after this, whatever the timeout
 SLOW_S = 1.0  # a call that takes longer is told to the others, who may be elsewhere
 LINGER_S = 5.0  # ranks that waited for each other give up one after the other, and read where the others were
+OTHER_DTYPES = (
+    "it knows float32, float64, bfloat16, float16, int8, uint8, int32, int64 and bool; convert the tensor, or, to move "
+    "it and not to sum it, use backend 'shm' or 'mpi'"
+)
 END_TAG = 0x7E4D  # of a message that is never sent, see `_end_all`
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
     dist.AllreduceOptions(), AllgatherOptions(), dist.ReduceScatterOptions(), dist.AllToAllOptions()
@@ -161,6 +165,8 @@ class GlooGroup(PythonGroup):
         """Turn what gloo raised into what the person can use, and end what else is under way after a loss."""
         self.forget(call)
         text = str(error)
+        if text.startswith("Invalid scalar type"):
+            return ValueError(f"gloo cannot do {call} in group {self._name}: {OTHER_DTYPES}")
         if self.lost is None and not LOST.search(text):
             return error
         with self._ending:
@@ -244,6 +250,8 @@ class GlooGroup(PythonGroup):
         lookout().groups.discard(self)
         if self.has_left_open():
             self._end_all()  # or the process could not end before its timeout
+        if self.lost is None:
+            self.lost = RuntimeError(f"group {self._name} is closed")
         self.members.close()
 
     abort = shutdown

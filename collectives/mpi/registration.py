@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..errors import BackendUnavailable
+from ..launch import Launch
 
 if TYPE_CHECKING:
     from .group import MPIGroup
@@ -54,6 +55,7 @@ def _group(
     name: str,
     rank: int | None = None,
     size: int | None = None,
+    who: str = "torch",
 ) -> MPIGroup:
     try:
         from mpi4py import MPI
@@ -66,7 +68,7 @@ def _group(
     world = MPI.COMM_WORLD
     if not ranks and rank is not None and (rank, size) != (world.rank, world.size):
         raise BackendUnavailable(
-            f"torch counts this as rank {rank} of {size}, but MPI as rank {world.rank} of {world.size}: backend 'mpi' "
+            f"{who} counts this as rank {rank} of {size}, but MPI as rank {world.rank} of {world.size}: backend 'mpi' "
             "needs ranks started by the mpirun of the MPI that mpi4py uses; under torchrun use gloo"
         )
     return MPIGroup(ranks or range(world.size), timeout, name, NAME)
@@ -78,7 +80,12 @@ class _Slot:
     @staticmethod
     def create(ranks: list[int]) -> MPIGroup:
         name = "mpi/" + ",".join(map(str, ranks))
-        return _group(ranks, distributed_c10d.default_pg_timeout, name)
+        timeout = distributed_c10d.default_pg_timeout
+        if ranks:
+            return _group(ranks, timeout, name)
+        # torch asks MPI for rank and size: ranks of another launcher would each be a world of its own
+        found = Launch.detect()
+        return _group(ranks, timeout, name, found.rank, found.world_size, found.launcher)
 
 
 def _fill_slot() -> None:

@@ -43,8 +43,12 @@ class Segment:
         a container) is no limit.
         """
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(fd, size)
-        return Segment(fd, size), fd
+        try:
+            os.ftruncate(fd, size)
+            return Segment(fd, size), fd
+        except BaseException:
+            os.close(fd)
+            raise
 
     @staticmethod
     def open(pid: int, fd: int, size: int) -> Segment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Sequence
@@ -12,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import PeerMemoryError
 from .group import ShmGroup
 from .segment import HALF_PAGE, PAGE, Segment
+
+MOST = (1 << 63) - 1  # that a message can say
 
 
 def symmetric_empty(
@@ -29,28 +33,60 @@ def symmetric_empty(
 
     Raises:
         TypeError: the group is not of backend `shm`.
+        ValueError: a size below 0.
+        PeerMemoryError: on every rank alike: ranks ask for different sizes, or one cannot have so much.
     """
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, ShmGroup):
         raise TypeError(
             f"symmetric_empty needs a group of backend 'shm', not {group!r}; use torch.empty"
         )
+    if any(length < 0 for length in shape):
+        raise ValueError(f"symmetric_empty: {list(shape)} has a size below 0")
     size = max(1, math.prod(shape)) * dtype.itemsize
     room = -(-size // PAGE) * PAGE + PAGE
-    segment, fd = Segment.create("plait-symmetric", room)
+    segment, fd = _tried(room)
     try:
         found = torch.empty(group.size(), 3, dtype=torch.int64)
-        own = torch.tensor([os.getpid(), fd, size])
+        own = torch.tensor([os.getpid(), fd, min(size, MOST)])
         group.all_gather_single(found, own).wait()
+        told = found.tolist()
+        _check(told)
+        assert segment is not None
         bases = np.zeros(group.size(), np.int64)
         segments = [
             segment if r == group.rank() else Segment.open(pid, theirs, room)
-            for r, (pid, theirs, _) in enumerate(found.tolist())
+            for r, (pid, theirs, _) in enumerate(told)
         ]
         bases[:] = [each.address + HALF_PAGE for each in segments]
         group.barrier().wait()  # all have opened it
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
     group.engine.adopt(segments, bases, size)
     flat = torch.frombuffer(segment.bytes, dtype=torch.uint8, count=size, offset=HALF_PAGE)
     return flat.view(dtype).view(*shape)
+
+
+def _tried(room: int) -> tuple[Segment | None, int]:
+    """Make a segment; where the system refuses, give what it said as a number below 0 for the file."""
+    try:
+        return Segment.create("plait-symmetric", room)
+    except OverflowError:  # more than an address can count
+        return None, -errno.ENOMEM
+    except OSError as error:
+        return None, -(error.errno or errno.ENOMEM)
+
+
+def _check(told: list[list[int]]) -> None:
+    sizes = [size for _, _, size in told]
+    if len(set(sizes)) > 1:
+        raise PeerMemoryError(
+            f"symmetric_empty: ranks ask for {sizes} bytes; give the same shape and dtype on all"
+        )
+    for rank, (_, fd, size) in enumerate(told):
+        if fd < 0:
+            raise PeerMemoryError(
+                f"symmetric_empty: rank {rank} cannot have {size} bytes of shared memory: {os.strerror(-fd)}; "
+                "ask for less, or use torch.empty"
+            )

@@ -125,19 +125,27 @@ def test_a_killed_rank_is_named_by_a_fault_tolerant_mpi(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_cannot_start_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("opens", "who"),
+    [
+        ("init(register(), timeout_s=60)", "torch"),
+        ("register(), init_process_group('mpi')", "torchrun"),
+    ],
+)
+def test_torchrun_cannot_start_it(opens: str, who: str, tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(
         "import os\n"
+        "from torch.distributed import init_process_group\n"
         "from plait.collectives import BackendUnavailable, init\n"
         "from plait.collectives.mpi import register\n"
         "try:\n"
-        "    init(register(), timeout_s=60)\n"
+        f"    {opens}\n"
         "except BackendUnavailable as error:\n"
         "    os.write(1, f'refused: {error}\\n'.encode())  # in one piece: two ranks write at once\n"
     )
     ended = run_job([*torchrun(2), str(job)], tmp_path / "reports")
-    assert ended.output.count("refused: torch counts this as rank") == 2, ended.output
+    assert ended.output.count(f"refused: {who} counts this as rank") == 2, ended.output
     assert "under torchrun use gloo" in ended.output
 
 

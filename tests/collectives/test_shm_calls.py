@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from plait.collectives import Trace, shm
+from plait.collectives.errors import PeerMemoryError
 from world import current_rank, run_calls, run_world
 
 RANKS = 4
@@ -56,8 +57,31 @@ def test_symmetric_tensors_are_reduced_where_they_lie(tmp_path: Path) -> None:
     cases = [(torch.float32, dist.ReduceOp.SUM), (torch.bfloat16, dist.ReduceOp.SUM)]
     cases.append((torch.int64, dist.ReduceOp.MAX))
     calls = [(open_world, str(tmp_path)), *((reduces_in_place, *case) for case in cases)]
+    calls.append((refuses_what_cannot_be_had,))
     answers = run_calls([*calls, (refuses_different_places,)], RANKS, backend=None)
+    for found in [answer[-2] for answer in answers]:
+        assert "ranks ask for [12, 16, 20, 24] bytes" in found[0]
+        assert "rank 0 cannot have" in found[1]
+        assert found == answers[0][-2]
     assert all("different calls" in answer[-1] or "given up" in answer[-1] for answer in answers)
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def refuses_what_cannot_be_had() -> list[str]:
+    """The same words on all ranks, and nothing is left open."""
+    files, found = open_files(), []
+    for shape in ((3 + dist.get_rank(),), (1 << 50,), (1 << 62,)):
+        with pytest.raises(PeerMemoryError) as refusal:
+            shm.symmetric_empty(shape)
+        found.append(str(refusal.value))
+    with pytest.raises(ValueError, match="below 0"):
+        shm.symmetric_empty((-1, 2))
+    assert open_files() == files
+    dist.barrier()  # the group still works
+    return found
 
 
 # ---- mistakes

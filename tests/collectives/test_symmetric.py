@@ -113,6 +113,7 @@ def test_no_device_is_an_error_on_every_rank() -> None:
     first, second = run_world(without_a_device, 2)
     assert first == second
     assert "rank 0, 1" in first
+    assert "give a group of backend 'shm'" in first
 
 
 def on_the_cpu(folder: str) -> None:
