@@ -1,6 +1,6 @@
 """RMSNorm with a residual, and the merge of partials by lse, against memcpy of equal bytes.
 
-    python benchmarks/row_kernels.py [--rounds 15] [--threads 1]
+    python benchmarks/row_kernels.py [--rounds 15] [--threads 1] [--only norm]
 
 Bytes: the norm reads x and residual and writes their sum and its norm (4 tensors); a merge of N partials reads N and
 writes one. "memcpy" moves half as many bytes from and half to memory that was touched, with as many threads. "operator"
@@ -30,6 +30,7 @@ from plait.cuda_kernels.workers import run_shares
 
 Calls = dict[str, Callable[[], object]]
 DTYPES = (torch.float32, torch.bfloat16)
+NORMS = ((16, 4096), (64, 4096), (512, 4096), (2048, 1024), (128, 16384), (4096, 4096))
 
 
 def copies(n_bytes: int, threads: int) -> Callable[[], object]:
@@ -43,21 +44,23 @@ def copies(n_bytes: int, threads: int) -> Callable[[], object]:
     return lambda: run_shares(part, threads)
 
 
-def touched(make: Callable[..., torch.Tensor], kept: dict[tuple, torch.Tensor]):
+def touched(make: Callable[[torch.Tensor], torch.Tensor], kept: dict[tuple, torch.Tensor]):
     """Allocate a result once, and give it again."""
     count = iter(range(1 << 60))
 
-    def room(shape, dtype):
-        key = (next(count) % 2, tuple(shape), dtype)
+    def room_like(x):
+        key = (next(count) % 2, tuple(x.shape), x.dtype)
         if key not in kept:
-            kept[key] = make(shape, dtype).zero_()
+            kept[key] = make(x).zero_()
         return kept[key]
 
-    return room
+    return room_like
 
 
-def norms(rows: int, dtype: torch.dtype) -> tuple[int, Calls]:
-    x, residual, weight = (torch.randn(s).to(dtype) for s in ((rows, 4096), (rows, 4096), (4096,)))
+def norms(rows: int, width: int, dtype: torch.dtype) -> tuple[int, Calls]:
+    x, residual, weight = (
+        torch.randn(s).to(dtype) for s in ((rows, width), (rows, width), (width,))
+    )
     return 4 * x.nbytes, {"operator": lambda: norm.add_rms_norm(x, residual, weight, 1e-5)}
 
 
@@ -73,18 +76,18 @@ def merges(shards: int, rows: int, dtype: torch.dtype) -> tuple[int, Calls]:
 def measure(name: str, n_bytes: int, calls: Calls, module, rounds: int, threads: int) -> None:
     clock = time.thread_time if threads == 1 else time.perf_counter
     turns = max(1, (8 << 20) // n_bytes)
-    plain, kept = module.room, touched(module.room, {})
+    plain, kept = module.room_like, touched(module.room_like, {})
     calls = {"memcpy": copies(n_bytes, threads), "kernel": calls["operator"], **calls}
     took: dict[str, list[float]] = {one: [] for one in calls}
     for number in range(rounds + 1):
         for one, call in calls.items():
-            module.room = kept if one == "kernel" else plain
+            module.room_like = kept if one == "kernel" else plain
             begin = clock()
             for _ in range(turns if one != "torch" else 1):
                 call()
             if number:
                 took[one].append((clock() - begin) / (turns if one != "torch" else 1))
-    module.room = plain
+    module.room_like = plain
     base = took.pop("memcpy")
     told = f"{name:38}{n_bytes / 1e6:8.1f} MB {n_bytes / 1e9 / statistics.median(base):6.1f} GB/s"
     for one, seconds in took.items():
@@ -99,16 +102,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=["norm", "merge"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     print(heading("numba"))
     for dtype in DTYPES:
-        for rows in (16, 64, 512, 4096):
-            n_bytes, calls = norms(rows, dtype)
-            name = f"add + RMSNorm, {rows} x 4096, {str(dtype)[6:]}"
+        for rows, width in NORMS if args.only != "merge" else ():
+            n_bytes, calls = norms(rows, width, dtype)
+            name = f"add + RMSNorm, {rows} x {width}, {str(dtype)[6:]}"
             measure(name, n_bytes, calls, norm, args.rounds, args.threads)
-        for shards in (2, 8):
+        for shards in (2, 8) if args.only != "norm" else ():
             for rows in (1, 16, 512, 2048):
                 n_bytes, calls = merges(shards, rows, dtype)
                 name = f"merge of {shards}, {math.prod((rows, 32))} x 128, {str(dtype)[6:]}"

@@ -7,17 +7,20 @@ Source: RMSNorm (arXiv 1910.07467) as transformers computes it: fp32 inside, rou
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .add_norm_gpu import add_norm_cuda, serves
 from .gpu.toolchain import usable
-from .kernel_cache import njit
 from .merge import direct
-from .room import room
+from .norm_rows import norm_rows
+from .numbers import LIKE, addressable
+from .room import room_like
+from .runs import RUN
+from .vectors import LINE
 from .workers import run_rows
 
+BEYOND = 8 << 20  # bytes of a result stored past the cache: measured, with a reader after it too
 ROWS_A_THREAD = 64  # a thread's start costs about 30 us
 
 
@@ -42,104 +45,26 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-# NaN, infinities and each value's rounding stay torch's: only the sum of squares is taken in another order.
-FAST = {"reassoc", "contract", "nsz"}
-LOW, HALF = np.uint32(16), np.uint32(0xFFFF0000)
-
-
-@njit(nogil=True, fastmath=FAST)
-def _rows_float32(x, residual, weight, eps, normed, total, start, stop):
-    """Rows start..stop, each through a slice of its own: with two indices the loops do not become vector code."""
-    width = x.shape[1]
-    for r in range(start, stop):
-        a, b, new, out = x[r], residual[r], total[r], normed[r]
-        squares = np.float32(0)
-        for i in range(width):
-            value = a[i] + b[i]
-            new[i] = value
-            squares += value * value
-        scale = np.float32(1) / np.sqrt(squares / np.float32(width) + np.float32(eps))
-        for i in range(width):
-            out[i] = new[i] * scale * weight[i]
-
-
-@njit(nogil=True)
-def _low(pair):
-    return np.uint32(pair << LOW).view(np.float32)
-
-
-@njit(nogil=True)
-def _high(pair):
-    return np.uint32(pair & HALF).view(np.float32)
-
-
-@njit(nogil=True)
-def _to_even(value):
-    """Bits whose upper half is the nearest bfloat16. A NaN of ours has zeros below, as bfloat16 has: it stays one."""
-    bits = np.float32(value).view(np.uint32)
-    return np.uint32(bits + np.uint32(0x7FFF) + ((bits >> LOW) & np.uint32(1)))
-
-
-@njit(nogil=True)
-def _pair(low, high):
-    return np.uint32((_to_even(low) >> LOW) | (_to_even(high) & HALF))
-
-
-@njit(nogil=True, fastmath=FAST)
-def _rows_bfloat16(x, residual, weight, eps, normed, total, start, stop):
-    """The same on pairs of bfloat16 in a word, rounded where torch rounds; half the work is that rounding."""
-    width = x.shape[1]
-    for r in range(start, stop):
-        a, b, new, out = x[r], residual[r], total[r], normed[r]
-        lows, highs = np.float32(0), np.float32(0)
-        for i in range(width):
-            pair = _pair(_low(a[i]) + _low(b[i]), _high(a[i]) + _high(b[i]))
-            new[i] = pair
-            lows += _low(pair) * _low(pair)
-            highs += _high(pair) * _high(pair)
-        mean = (lows + highs) / np.float32(2 * width)
-        scale = np.float32(1) / np.sqrt(mean + np.float32(eps))
-        for i in range(width):
-            low = _high(_to_even(_low(new[i]) * scale))
-            high = _high(_to_even(_high(new[i]) * scale))
-            out[i] = _pair(low * _low(weight[i]), high * _high(weight[i]))
-
-
-KERNELS = {torch.float32: _rows_float32, torch.bfloat16: _rows_bfloat16}
-
-
-def _words(x: Tensor) -> np.ndarray:
-    """See float32 as it is, bfloat16 as pairs."""
-    x = x.detach()
-    return (x if x.dtype == torch.float32 else x.view(torch.uint32)).numpy()
-
-
 def _served(*tensors: Tensor) -> bool:
-    """Say whether the CPU kernels take them: contiguous, of one dtype, bfloat16 in whole words."""
-    first = tensors[0]
-    if first.dtype not in KERNELS or not first.numel() or first.device.type != "cpu":
-        return False
-    return all(
-        t.dtype == first.dtype and t.is_contiguous() and t.shape[-1] * t.element_size() % 4 == 0
-        and t.storage_offset() * t.element_size() % 4 == 0
-        for t in tensors
-    )  # fmt: skip
+    """Say whether the CPU kernel takes them: contiguous, of one dtype."""
+    dtype = tensors[0].dtype
+    fit = all(t.dtype == dtype and t.is_contiguous() and t.numel() for t in tensors)
+    return fit and dtype in LIKE and addressable(*tensors)
 
 
 def add_rms_norm_plain(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute without autograd: in Numba for float32 and bfloat16 on the CPU, else torch."""
+    """Compute without autograd: in Numba on the CPU, else torch."""
     if not _served(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps)
-    normed, total = room(x.shape, x.dtype), room(x.shape, x.dtype)
-    w, rows_of = _words(weight), KERNELS[x.dtype]
-    a, b, out, new = (_words(t).reshape(-1, w.size) for t in (x, residual, normed, total))
-
-    def part(start: int, stop: int) -> None:
-        rows_of(a, b, w, eps, out, new, start, stop)
-
-    run_rows(part, a.shape[0], ROWS_A_THREAD)
+    normed, total = room_like(x), room_like(x)
+    rows, width = x.numel() // weight.numel(), weight.numel()
+    x_at, *others = (t.data_ptr() for t in (x, residual, weight, normed, total))
+    past = normed.nbytes >= BEYOND and width % RUN == 0
+    past = past and others[-2] % LINE == 0 and others[-1] % LINE == 0
+    words = (*others, width, float(eps), past, *LIKE[x.dtype])
+    run_rows(lambda start, stop: norm_rows(x_at, *words, start, stop), rows, ROWS_A_THREAD)
     return normed, total
 
 

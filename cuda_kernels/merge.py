@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from .exp import exp_each, log_rows
@@ -22,10 +23,11 @@ from .gpu.ptx import device_function, f32, i32, u32, u64
 from .gpu.toolchain import usable
 from .gpu.vectors import VECTORS
 from .kernel_cache import njit
-from .numbers import LOOKS, bits_of
-from .room import room
-from .vectors import fence
-from .weighted import LINE, RUN, SHORT_RUN, blend_one, blend_past, blend_run, blend_short
+from .numbers import LIKE, LOOKS, addressable
+from .room import room_like
+from .runs import RUN
+from .vectors import LINE, at, fence
+from .weighted import SHORT_RUN, blend_far, blend_one, blend_past, blend_run, blend_short
 from .workers import run_rows
 
 NEG_INF = float("-inf")
@@ -34,10 +36,9 @@ LOG2E, LN2 = f32(1.4426950408889634), f32(0.6931471805599453)
 LOWEST = f32(-3.0e38)  # finite: an all-empty row must not become inf - inf
 ELEMENTS_A_THREAD = 1 << 17  # of the partials: a thread's start costs about 30 us
 TILE = 64  # places whose weights are made at once
-BEYOND = (
-    8 << 20
-)  # bytes of a result that is stored past the cache: an ordinary store reads the line first
 GONE = -1.0  # the weight of an empty shard, whose numbers are not looked at
+FAR = 8 << 20  # bytes of partials that come from memory, not from the caches
+BEYOND = 4 << 20  # bytes of a result stored past the cache: measured, with a reader after it too
 WIDE = (torch.float32, torch.float64)
 
 
@@ -127,43 +128,45 @@ def _weigh(lse, first, sink, place, weights, tops):
 
 
 @njit(nogil=True)
-def _merge(o, lse, sink, out, out_lse, first, stop):
-    """Places (rows x heads) first..stop: weights tile by tile, as vector code, then one pass over the partials."""
-    shards, places, width = lse.shape[0], out_lse.size, o.shape[3]
-    lse, out_lse = lse.reshape(shards, places), out_lse.reshape(places)
-    weights, tops = np.empty((shards, TILE), lse.dtype), np.empty(TILE, lse.dtype)
-    item, step = o.itemsize, weights.strides[0]
+def _merge(o, lse, sink, out, out_lse, sizes, far, past, like, wide, start, stop):
+    """Places (rows x heads) start..stop: weights tile by tile, as vector code, then one pass over the partials."""
+    shards, places, width, logits = sizes
+    held, sinks = carray(at(lse, wide), (shards, places)), carray(at(sink, wide), logits)
+    merged_lse = carray(at(out_lse, wide), places)
+    weights, tops = np.empty((shards, TILE), wide.dtype), np.empty(TILE, wide.dtype)
+    item, step = like.itemsize, weights.strides[0]
     apart = places * width * item
     runs = width - width % RUN
     shorts = runs + (width - runs) // SHORT_RUN * SHORT_RUN
-    past = out.nbytes >= BEYOND and runs == width and out.ctypes.data % LINE == 0
-    for start in range(first, stop, TILE):
-        count = min(TILE, stop - start)
+    for first in range(start, stop, TILE):
+        count = min(TILE, stop - first)
         if count == TILE:
-            _weigh(lse, start, sink, start, weights, tops)
+            _weigh(held, first, sinks, first, weights, tops)
         else:
-            rest = np.empty((shards, TILE), lse.dtype)
+            rest = np.empty((shards, TILE), wide.dtype)
             for s in range(shards):
                 for t in range(TILE):
-                    rest[s, t] = lse[s, start + t] if t < count else -np.inf
-            _weigh(rest, 0, sink, start, weights, tops)
+                    rest[s, t] = held[s, first + t] if t < count else -np.inf
+            _weigh(rest, 0, sinks, first, weights, tops)
         for t in range(count):
-            out_lse[start + t] = tops[t]
+            merged_lse[first + t] = tops[t]
             w = weights.ctypes.data + t * weights.itemsize
-            of = o.ctypes.data + (start + t) * width * item
-            to = out.ctypes.data + (start + t) * width * item
+            of = o + (first + t) * width * item
+            to = out + (first + t) * width * item
             for x in range(0, runs, RUN):
                 y = x * item
                 if past:
-                    blend_past(to + y, of + y, apart, shards, w, step, o, lse)
+                    blend_past(to + y, of + y, apart, shards, w, step, like, wide)
+                elif far:
+                    blend_far(to + y, of + y, apart, shards, w, step, like, wide)
                 else:
-                    blend_run(to + y, of + y, apart, shards, w, step, o, lse)
+                    blend_run(to + y, of + y, apart, shards, w, step, like, wide)
             for x in range(runs, shorts, SHORT_RUN):
                 y = x * item
-                blend_short(to + y, of + y, apart, shards, w, step, o, lse)
+                blend_short(to + y, of + y, apart, shards, w, step, like, wide)
             for x in range(shorts, width):
                 y = x * item
-                blend_one(to + y, of + y, apart, shards, w, step, o, lse)
+                blend_one(to + y, of + y, apart, shards, w, step, like, wide)
     if past:
         fence()
 
@@ -176,21 +179,24 @@ def merge_plain(
         gone = (lse[0] == NEG_INF).unsqueeze(-1)
         return o[0].masked_fill(gone, 0.0), lse[0].clone()
     alike = o.dtype == lse.dtype or o.dtype in LOOKS
-    if not alike or lse.dtype not in WIDE or o.device.type != "cpu" or not lse.numel():
+    if not (alike and lse.dtype in WIDE and lse.numel() and addressable(o, lse)):
         return merge_states_reference(o, lse, sink, empty)
     if empty is not None:
         lse = lse.masked_fill(empty.unsqueeze(-1) if empty.dim() < lse.dim() else empty, NEG_INF)
-    merged, merged_lse = room(o.shape[1:], o.dtype), lse.new_empty(lse.shape[1:])
-    # as they are: each view by torch would cost as much as the merge of a few rows
-    flat, held = bits_of(o.contiguous()), bits_of(lse.contiguous())
-    sinks = held[0, 0, :0] if sink is None else bits_of(sink.to(lse.dtype).contiguous())
-    out, out_lse = bits_of(merged), bits_of(merged_lse)
-    places, width = held[0].size, flat.shape[-1]
+    sinks = lse if sink is None else sink.detach().to(lse)
+    o, lse, sinks = o.contiguous(), lse.contiguous(), sinks.contiguous()
+    merged, merged_lse = room_like(o[0]), torch.empty_like(lse[0])
+    shards, width = o.shape[0], o.shape[-1]
+    sizes = (shards, merged_lse.numel(), width, 0 if sink is None else sinks.numel())
+    past = merged.nbytes >= BEYOND and width % RUN == 0 and merged.data_ptr() % LINE == 0
+    far = o.nbytes >= FAR
+    addresses = tuple(t.data_ptr() for t in (o, lse, sinks, merged, merged_lse))
+    words = (sizes, far, past, LIKE[o.dtype][0], LIKE[lse.dtype][0])
 
-    def part(first: int, stop: int) -> None:
-        _merge(flat, held, sinks, out, out_lse, first, stop)
+    def part(start: int, stop: int) -> None:
+        _merge(*addresses, *words, start, stop)
 
-    run_rows(part, places, ELEMENTS_A_THREAD // max(1, o.shape[0] * width))
+    run_rows(part, sizes[1], ELEMENTS_A_THREAD // max(1, shards * width))
     return merged, merged_lse
 
 

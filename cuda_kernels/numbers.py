@@ -5,12 +5,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .halves import narrow, widen
 from .kernel_cache import njit
 
 LOOKS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 BITS_OF_HALF = {torch.bfloat16: np.dtype(np.uint16), torch.float16: np.dtype(np.int16)}
+
+# What a kernel that is given addresses is told of a dtype: an array of its elements, and of those it computes with.
+LIKE = {
+    torch.float64: (np.empty(0, np.float64), np.empty(0, np.float64)),
+    torch.float32: (np.empty(0, np.float32), np.empty(0, np.float32)),
+    torch.bfloat16: (np.empty(0, np.uint16), np.empty(0, np.float32)),
+    torch.float16: (np.empty(0, np.int16), np.empty(0, np.float32)),
+}
+
+
+def addressable(*tensors: Tensor) -> bool:
+    """Say whether a CPU kernel may be given their addresses: plain tensors in host memory, whose numbers lie there."""
+    return all(type(t) in (Tensor, Parameter) and t.is_cpu and not t.is_neg() for t in tensors)
 
 
 def bits_of(x: Tensor) -> np.ndarray:

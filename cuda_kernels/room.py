@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .vectors import LINE
+
 HUGE = 4 << 20  # bytes from which NumPy asks for huge pages
-LINE = 64  # bytes of a cache line
 LARGEST_OF_HEAP = (
     32 << 20
 )  # bytes; glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger it maps and unmaps each time
@@ -28,6 +29,14 @@ def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     rough = np.empty(n_bytes + LINE, np.uint8)
     start = -rough.ctypes.data % LINE
     return torch.from_numpy(rough[start : start + n_bytes]).view(dtype).view(shape)
+
+
+def room_like(x: Tensor) -> Tensor:
+    """Get room for what a contiguous tensor of host memory holds; a small one costs a third of `room`'s time."""
+    if x.nbytes >= HUGE:
+        return room(x.shape, x.dtype)
+    keep_heap()
+    return torch.empty_like(x)
 
 
 @cache

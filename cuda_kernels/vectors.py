@@ -16,6 +16,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 intrinsic: Any = numba_intrinsic  # its signature in Python is not the one it compiles
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+LINE = 64  # bytes of a cache line
 UPPER = 0xFFFF0000  # half of a word
 
 
@@ -57,6 +58,16 @@ def store_past(builder: Any, to: Any, held: Any, align: int) -> None:
     """Store past the cache, to a multiple of `align`; see `fence`."""
     stored = builder.store(held, builder.inttoptr(to, held.type.as_pointer()), align=align)
     stored.set_metadata("nontemporal", builder.module.add_metadata([ints(32)(1)]))
+
+
+def fetch(builder: Any, address: Any, n_bytes: int) -> None:
+    """Have lines brought into the second cache; an address without memory does no harm."""
+    byte, word = ints(8).as_pointer(), ints(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    for line in range(0, n_bytes, LINE):
+        place = builder.inttoptr(builder.add(address, address.type(line)), byte)
+        builder.call(prefetch, [place, word(0), word(2), word(1)])  # to read, of data
 
 
 def moved(builder: Any, address: Any, index: Any, step: int) -> Any:
@@ -108,6 +119,16 @@ def called(builder: Any, name: str, result: Any = None) -> Any:
     """Call one of LLVM's own functions, without arguments."""
     kind = ir.FunctionType(result or ir.VoidType(), [])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+
+
+@intrinsic
+def at(typingctx, address, like):
+    """Make a pointer to elements like those of an array."""
+
+    def build(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), build
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import carray, types
 
 from ...cuda_kernels.kernel_cache import njit
-from ...cuda_kernels.vectors import X86, called, intrinsic, ints
+from ...cuda_kernels.vectors import X86, at, called, intrinsic, ints
 
 MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
@@ -70,16 +70,6 @@ def idle(turns, spins):
         pause()
     else:
         sched_yield()
-
-
-@intrinsic
-def at(typingctx, address, like):
-    """Make a pointer to elements like those of an array."""
-
-    def build(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), build
 
 
 _U8, _U16, _U32, _U64 = (np.empty(0, f"u{n}") for n in (1, 2, 4, 8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from plait.cuda_kernels import add_rms_norm as module
 from plait.cuda_kernels.add_norm_gpu import norm_launch, serves
 from plait.cuda_kernels.add_rms_norm import (
     add_layer_norm,
@@ -14,6 +15,7 @@ from plait.cuda_kernels.add_rms_norm import (
     add_rms_norm_plain,
     add_rms_norm_reference,
 )
+from plait.cuda_kernels.numbers import LIKE
 
 SHAPES = [(1, 8), (3, 5, 64), (130, 33), (2, 0, 16), (257, 1024)]
 
@@ -43,8 +45,18 @@ def test_float32_is_near_float64(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_rounds_where_torch_rounds(shape: tuple[int, ...]) -> None:
-    x, residual, weight = drawn(shape, torch.bfloat16)
+def test_float64_is_exact(shape: tuple[int, ...]) -> None:
+    x, residual, weight = drawn(shape, torch.float64)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    want, want_total = add_rms_norm_reference(x, residual, weight, 1e-5)
+    assert torch.equal(total, want_total)
+    torch.testing.assert_close(normed, want, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_halves_round_where_torch_rounds(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual, weight = drawn(shape, dtype)
     found, total = add_rms_norm(x, residual, weight, 1e-6)
     expected, expected_total = add_rms_norm_reference(x, residual, weight, 1e-6)
     assert torch.equal(total, expected_total)
@@ -54,11 +66,36 @@ def test_bfloat16_rounds_where_torch_rounds(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("width", [128, 960, 1000])
+@pytest.mark.parametrize("dtype", LIKE)
+def test_no_bit_depends_on_the_way_the_place_or_the_threads(
+    dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the cache or through it, a row alone, inputs at odd places: rows of whole runs and others."""
+    args, ways, kernel = drawn((150, width), dtype), [], module.norm_rows
+    want = add_rms_norm(*args, 1e-5)
+
+    def noted(*words) -> None:
+        ways.append(words[7])
+        kernel(*words)
+
+    monkeypatch.setattr(module, "norm_rows", noted)
+    monkeypatch.setattr(module, "BEYOND", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    odd = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in args]
+    for found in (add_rms_norm(*args, 1e-5), add_rms_norm(*odd, 1e-5)):
+        assert all(map(torch.equal, found, want))
+    assert ways == [width % 64 == 0] * 4, "two calls of two threads, past the cache"
+    alone = add_rms_norm(args[0][7:8], args[1][7:8], args[2], 1e-5)
+    assert all(torch.equal(a[0], b[7]) for a, b in zip(alone, want, strict=True))
+    assert not torch.equal(want[0], add_rms_norm(*args, 30.0)[0])
+
+
 def test_special_values_pass_through() -> None:
     x = torch.zeros(3, 4, dtype=torch.bfloat16)
     residual = torch.tensor([[float("nan"), 1, 2, 3], [float("inf"), 1, 2, 3], [0, 0, 0, 0]])
     weight = torch.ones(4, dtype=torch.bfloat16)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in LIKE:
         args = (x.to(dtype), residual.to(dtype), weight.to(dtype), 1e-5)
         for found, expected in zip(
             add_rms_norm_plain(*args), add_rms_norm_reference(*args), strict=True
