@@ -16,17 +16,34 @@ from .scores import Interleave, attention_reference, check_attention
 
 CHUNK_ROWS = 256  # query rows per flash call: bounds the mask and the waste at the diagonal
 WORKSPACE_BYTES = 256 << 20  # scores and masks alive at once never take more
+FEW = 16  # keys, fewer than which torch's operator gives zeros where all scores of a row are NaN
 
 
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Call torch's CPU flash operator (GQA, natural-log lse) on `[tokens, heads, d]` tensors."""
+    if k.shape[0] < FEW:
+        return _few(q, k, v, scale, mask, causal)
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None],
         0.0, causal, attn_mask=mask, scale=scale,
     )  # fmt: skip
     return o[0].transpose(0, 1), lse[0].T
+
+
+def _few(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Do what `_flash` does by torch math."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (t.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("rhd,thd->hrt", q.to(wide) * scale, keys)
+    if causal:
+        mask = torch.full(scores.shape[1:], float("-inf")).triu_(1)
+    scores = scores if mask is None else scores + mask
+    o = torch.einsum("hrt,thd->rhd", scores.softmax(-1), values)
+    return o.to(q.dtype), scores.logsumexp(-1).T
 
 
 def _edge(

@@ -48,7 +48,7 @@ class Regions:
                 )
         if len({tensor.device for tensor in self.tensors}) > 1:
             raise ValueError("Regions: all must be on one device")
-        self.pages = min((tensor.shape[0] for tensor in self.tensors), default=0)
+        self.pages = min([tensor.shape[0] for tensor in self.tensors]) if self.tensors else 0
         self.direct = all(map(direct, self.tensors))
         self.shapes = [(tensor.shape[1:], tensor.dtype) for tensor in self.tensors]
         self.table = np.array([_row(t) for t in self.tensors], np.int64).reshape(-1, 3)
@@ -99,7 +99,9 @@ def copy_pages_op(
 ) -> None:
     """Copy behind torch's dispatcher: Numba on the CPU, torch elsewhere."""
     if all(map(direct, (*to, *of))):
-        _copy(Regions(to).table, to_pages.numpy(), Regions(of).table, of_pages.numpy())
+        a, b = Regions(to), Regions(of)
+        places, sources = _checked(to_pages, a.pages), _checked(of_pages, b.pages)
+        _copy(a.table, places.numpy(), b.table, sources.numpy())
     else:
         copy_pages_reference(to, to_pages, of, of_pages)
 
@@ -147,18 +149,19 @@ def copy_pages(
     if a.shape != b.shape or a.dim() != 1:
         told = f"{tuple(b.shape)} pages cannot go to {tuple(a.shape)}"
         raise ValueError(f"copy_pages: {told}; give two equal rows")
-    compiling = torch.compiler.is_compiling()
-    if to.direct and of.direct and not compiling:
+    if torch.compiler.is_compiling():
+        torch.ops.plait.copy_pages(to.tensors, a, of.tensors, b)
+    elif to.direct and of.direct:
         _copy(to.table, a.numpy(), of.table, b.numpy())
-    elif to.cuda and of.cuda and not compiling:
+    elif to.cuda and of.cuda:
         _copy_cuda(to, a, of, b)  # with the tables that are there already
     else:
         torch.ops.plait.copy_pages(to.tensors, a, of.tensors, b)
 
 
 def _checked(pages: np.ndarray | Tensor, there: int) -> Tensor:
-    """See page numbers as a tensor; those in host memory must exist."""
-    if isinstance(pages, Tensor) and pages.device.type != "cpu":
+    """See page numbers as a tensor; those in host memory must exist. In a compiled graph the operator looks."""
+    if isinstance(pages, Tensor) and (pages.device.type != "cpu" or torch.compiler.is_compiling()):
         return pages
     held = np.ascontiguousarray(pages, np.int64)
     if held.size and not 0 <= held.min() <= held.max() < there:

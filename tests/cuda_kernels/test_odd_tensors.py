@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -211,3 +212,39 @@ def test_every_operator_has_a_fake_and_serves_cuda() -> None:
         for key in ("CPU", "CUDA", "Meta"):
             served = torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key)
             assert served, f"{name} has nothing for {key}"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_in_one_compiled_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph breaks, and the compiler sees what the fakes say."""
+    inputs: list[Tensor] = []
+
+    def taken(x: Tensor) -> Tensor:
+        inputs.append(x.clone())
+        return x
+
+    want = CALLS[name](taken)
+    monkeypatch.setattr(sys.modules[__name__], "draw", torch.zeros)  # not drawn inside the graph
+
+    def call(*given: Tensor) -> Any:
+        left = iter(given)
+        return CALLS[name](lambda _: next(left))
+
+    torch._dynamo.reset()
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(found, want)
+
+
+def test_page_numbers_are_looked_at_in_a_compiled_graph_too() -> None:
+    to, of = torch.zeros(3, 4, 2, 8), draw(3, 4, 2, 8)
+    regions = kernels.Regions([to]), kernels.Regions([of])
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def copy(places: Tensor, sources: Tensor) -> None:
+        kernels.copy_pages(regions[0], places, regions[1], sources)
+
+    copy(torch.tensor([2, 0]), torch.tensor([1, 2]))
+    assert torch.equal(to[[2, 0]], of[[1, 2]])
+    for wrong in ([2, 3], [-1, 0]):
+        with pytest.raises(ValueError, match=r"must be in \[0, 3\)"):
+            copy(torch.tensor(wrong), torch.tensor([1, 2]))
