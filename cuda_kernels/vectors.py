@@ -121,6 +121,12 @@ def called(builder: Any, name: str, result: Any = None) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
 
 
+def called_at(builder: Any, address: Any, given: Sequence[Any]) -> Any:
+    """Call a C function that returns an int by its address."""
+    kind = ir.FunctionType(ints(32), [x.type for x in given])
+    return builder.call(builder.inttoptr(address, kind.as_pointer()), given)
+
+
 @intrinsic
 def at(typingctx, address, like):
     """Make a pointer to elements like those of an array."""

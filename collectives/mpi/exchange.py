@@ -18,8 +18,6 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -27,7 +25,8 @@ from torch import Tensor
 
 from .reduction import Reduction
 from .scratch import Room, Scratch
-from .wire import Wire, memory, span
+from .swap import MOST_BYTES, Swap, in_pieces
+from .wire import Message, Wire, memory, span
 
 # Up to this many gathered bytes everyone sends all to all and reduces alone: one step.
 ONE_SHOT_BYTES = 512 * 1024
@@ -52,10 +51,12 @@ class Peers:
     rank: int
     size: int
     scratch: Scratch = field(default_factory=Scratch)
+    swap: Swap = field(init=False)
     others: tuple[int, ...] = field(init=False)
     _tags: Iterator[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.swap = Swap(self.inner)
         # starting after this one: no rank is everybody's first
         self.others = (*range(self.rank + 1, self.size), *range(self.rank))
         bound = self.inner.Get_attr(MPI.TAG_UB)
@@ -84,11 +85,17 @@ def meet(comm: MPI.Intracomm, ranks: Sequence[int], name: str) -> Steps:
 
 
 def complete(requests: Requests) -> bool:
-    """Test requests, dropping those that are complete; say whether all are."""
+    """Test requests, dropping those that are complete; say whether all are.
+
+    One that is not complete is tested again after all others: it may wait for a rank that gave up because of another's
+    death, which only the request to the dead tells.
+    """
     if isinstance(requests, MPI.Request):
         return requests.Test()
     while requests and requests[-1].Test():
         requests.pop()
+    if requests:
+        requests.insert(0, requests.pop())
     return not requests
 
 
@@ -103,19 +110,24 @@ def broadcast(peers: Peers, t: Tensor, root: int) -> Steps:
         peers.wire.land(twin, t)
 
 
-def all_reduce(peers: Peers, t: Tensor, by: Reduction) -> Steps:
+def all_reduce(peers: Peers, t: Tensor, by: Reduction, spins: int = 0) -> Steps:
     tag = peers.tag()
     if peers.size == 1:
         return
     twin = peers.wire.lend(t, read=True)
-    if peers.size * twin.nbytes <= ONE_SHOT_BYTES:
-        yield from _fold_all(peers, twin, by, tag)
-    else:
+    n = twin.nbytes
+    if peers.size * n > ONE_SHOT_BYTES:
         runs = _runs(twin, peers.size)
         own = _elements(twin, runs[peers.rank])
         yield from _reduce_to(peers, own, own, runs, by, tag)
         yield _give_all(peers, own, runs, tag)
-    peers.wire.land(twin, t)
+    elif by.kernel is not None and twin.is_cpu:
+        address = twin.data_ptr()
+        yield from peers.swap.reduce(address, 0, address, n, by.kernel, tag, spins)
+    else:
+        yield from _fold_all(peers, twin, by, tag)
+    if twin is not t:
+        peers.wire.land(twin, t)
 
 
 def _fold_all(peers: Peers, t: Tensor, by: Reduction, tag: int) -> Steps:
@@ -126,7 +138,7 @@ def _fold_all(peers: Peers, t: Tensor, by: Reduction, tag: int) -> Steps:
     before = peers.size - 1 - rank  # the pieces of the ranks after this one come first
     pieces = (*room.pieces[before:], t, *room.pieces[:before])
     by.fold(pieces[0], pieces)
-    bring(pieces[0], t)
+    peers.wire.land(pieces[0], t)
     peers.scratch.give_back(room)
 
 
@@ -153,34 +165,39 @@ def reduce_scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], by: Redu
         peers.wire.land(brought[0], out)
         return
     twin = peers.wire.lend(out, read=False)
+    brought = [b if r == peers.rank else _apart(b, twin) for r, b in enumerate(brought)]
     own = brought[peers.rank].view(twin.shape)
     yield from _reduce_to(peers, twin, own, [(b.data_ptr(), b.nbytes) for b in brought], by, tag)
     peers.wire.land(twin, out)
 
 
-def reduce_scatter_single(peers: Peers, out: Tensor, t: Tensor, by: Reduction) -> Steps:
+def reduce_scatter_single(
+    peers: Peers, out: Tensor, t: Tensor, by: Reduction, spins: int = 0
+) -> Steps:
     """The same for parts that lie end to end."""
     tag = peers.tag()
     brought, twin = peers.wire.lend(t, read=True), peers.wire.lend(out, read=False)
+    address, n = brought.data_ptr(), twin.nbytes
+    if twin.data_ptr() != address + peers.rank * n:
+        brought = _apart(brought, twin)
+        address = brought.data_ptr()
     if peers.size == 1:
         peers.wire.land(brought.view(out.shape), out)
         return
-    address, n, rank = brought.data_ptr(), twin.nbytes, peers.rank
-    if n * (peers.size - 1) > SEGMENT_BYTES:
+    if peers.size * n <= ONE_SHOT_BYTES and by.kernel is not None and twin.is_cpu:
+        yield from peers.swap.reduce(address, n, twin.data_ptr(), n, by.kernel, tag, spins)
+    else:
         runs = [(address + r * n, n) for r in range(peers.size)]
-        own = brought.view(peers.size, *twin.shape)[rank]
+        own = brought.view(peers.size, *twin.shape)[peers.rank]
         yield from _reduce_to(peers, twin, own, runs, by, tag)
-    else:  # one message to each rank: what Python must prepare is prepared while they travel
-        room, requests = _receive(peers, twin, tag)
-        requests += [peers.inner.Isend(span(address + r * n, n), r, tag) for r in peers.others]
-        if twin.is_cpu:
-            ctypes.memmove(twin.data_ptr(), address + rank * n, n)
-        else:
-            twin.copy_(brought.view(peers.size, *twin.shape)[rank])
-        yield requests
-        by.fold(twin, (twin, *room.pieces))
-        peers.scratch.give_back(room)
-    peers.wire.land(twin, out)
+    if twin is not out:
+        peers.wire.land(twin, out)
+
+
+def _apart(brought: Tensor, out: Tensor) -> Tensor:
+    """Keep what is sent from what is written meanwhile."""
+    shared = brought.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    return brought.clone() if shared else brought
 
 
 def _runs(t: Tensor, ranks: int) -> list[Run]:
@@ -222,17 +239,6 @@ def _reduce_to(
     yield sends
 
 
-def bring(piece: Tensor, home: Tensor) -> None:
-    """Copy a piece into another of the same kind."""
-    if piece is home:
-        return
-    if home.is_cpu:
-        # a fifth of the time of torch's copy
-        ctypes.memmove(home.data_ptr(), piece.data_ptr(), home.nbytes)
-    else:
-        home.copy_(piece)
-
-
 def _split(t: Tensor, step: int) -> Sequence[Tensor]:
     if t.numel() <= step:
         return (t,) if t.numel() else ()
@@ -253,20 +259,43 @@ def _give_all(peers: Peers, own: Tensor, runs: Sequence[Run], tag: int) -> list[
     return requests + [inner.Isend(message, r, tag) for r in peers.others]
 
 
-def all_gather_single(peers: Peers, out: Tensor, t: Tensor) -> Steps:
+def all_gather_single(peers: Peers, out: Tensor, t: Tensor, spins: int = 0) -> Steps:
     """Gather equal parts; point to point, which beats MPI's own from 32 KB and equals it below."""
-    tag = peers.tag()
     twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
-    address, n = twin.data_ptr(), own.nbytes
-    runs = [(address + r * n, n) for r in range(peers.size)]
-    requests = _give_all(peers, own, runs, tag)
-    home = runs[peers.rank][0]
-    if twin.is_cpu:
-        ctypes.memmove(home, own.data_ptr(), n)  # a fifth of the time of torch's copy
-    elif home != own.data_ptr():
-        _elements(twin, runs[peers.rank]).copy_(own.view(-1))
+    yield from _swap(peers, own, 0, twin, own.nbytes, spins)
+    if twin is not out:
+        peers.wire.land(twin, out)
+
+
+def _swap(peers: Peers, own: Tensor, step: int, to: Tensor, n: int, spins: int) -> Steps:
+    """Send each rank `n` bytes of `own`, `step` bytes apart; put what comes into `to`, end to end."""
+    address, goal, ranks = own.data_ptr(), to.data_ptr(), range(peers.size)
+    if to.is_cpu and n <= MOST_BYTES:
+        yield from peers.swap.move(address, step, goal, n, n, peers.tag(), spins)
+    else:
+        given = [(address + r * step, n) for r in ranks]
+        yield from _exchange(peers, own, given, to, [(goal + r * n, n) for r in ranks])
+
+
+def _exchange(
+    peers: Peers, own: Tensor, given: Sequence[Run], to: Tensor, taken: Sequence[Run]
+) -> Steps:
+    """Send each rank its run of `own`, and take its run of `to` from each."""
+    tag, inner = peers.tag(), peers.inner
+    requests = [inner.Irecv(m, r, tag) for r in peers.others for m in _messages(*taken[r])]
+    requests += [inner.Isend(m, r, tag) for r in peers.others for m in _messages(*given[r])]
+    (home, n), (place, _) = taken[peers.rank], given[peers.rank]
+    if to.is_cpu:
+        ctypes.memmove(home, place, n)
+    elif home != place:
+        _elements(to, (home, n)).copy_(_elements(own, (place, n)))
     yield requests
-    peers.wire.land(twin, out)
+
+
+def _messages(address: int, n: int) -> list[Message]:
+    """As the kernel cuts it: ranks may differ in which of the two they need."""
+    piece = in_pieces(n)
+    return [span(address + at, min(piece, n - at)) for at in range(0, max(1, n), max(1, piece))]
 
 
 def all_gather(peers: Peers, outputs: Sequence[Tensor], t: Tensor) -> Steps:
@@ -284,27 +313,30 @@ def all_gather(peers: Peers, outputs: Sequence[Tensor], t: Tensor) -> Steps:
 
 
 def all_to_all_single(
-    peers: Peers, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int]
+    peers: Peers,
+    out: Tensor,
+    t: Tensor,
+    receive: Sequence[int],
+    send: Sequence[int],
+    spins: int = 0,
 ) -> Steps:
-    """Exchange runs of rows of dim 0; empty counts mean equal runs."""
+    """Exchange runs of rows of dim 0; empty counts mean equal runs. Ranks may differ in whether they give counts."""
     twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
-    ranks = peers.size
-    yield peers.comm.Ialltoallv(_by_rows(own, send, ranks), _by_rows(twin, receive, ranks))
-    peers.wire.land(twin, out)
+    if send or receive:
+        even = [(t.shape[0] if t.dim() else 1) // peers.size] * peers.size
+        runs = _by_rows(own, send or even), _by_rows(twin, receive or even)
+        yield from _exchange(peers, own, runs[0], twin, runs[1])
+    else:
+        n = own.nbytes // peers.size
+        yield from _swap(peers, own, n, twin, n, spins)
+    if twin is not out:
+        peers.wire.land(twin, out)
 
 
-def _by_rows(t: Tensor, rows: Sequence[int], size: int) -> list[Any]:
-    length = t.shape[0] if t.dim() else 1
-    row = t.nbytes // max(1, length)
-    counts, places = _runs_of(tuple(rows) or (length // size,) * size, row)
-    return [memory(t)[0], counts, places, MPI.BYTE]
-
-
-@lru_cache(maxsize=1024)
-def _runs_of(rows: tuple[int, ...], row: int) -> tuple[list[int], list[int]]:
-    """Bytes for each rank, and where they begin; nobody writes to the lists, which are given again."""
-    counts = [n * row for n in rows]
-    return counts, [0, *itertools.accumulate(counts[:-1])]
+def _by_rows(t: Tensor, rows: Sequence[int]) -> list[Run]:
+    row = t.nbytes // max(1, t.shape[0] if t.dim() else 1)
+    ends = itertools.accumulate((n * row for n in rows), initial=t.data_ptr())
+    return [(address, n * row) for address, n in zip(ends, rows, strict=False)]
 
 
 def all_to_all(peers: Peers, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Steps:

@@ -16,6 +16,7 @@ from . import exchange
 from .exchange import Steps
 from .member import Member
 from .reduction import one_dtype, reduction
+from .swap import SPINS
 
 _SCATTER = dist.ReduceScatterOptions()
 
@@ -28,24 +29,26 @@ class MPIGroup(Member):
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         opts = dist.AllreduceOptions() if opts is None else opts
         (t,) = tensors = listed(tensors)
-        by = reduction(opts.reduceOp.op.value, t.dtype)
-        return self._run("all_reduce", tensors, exchange.all_reduce(self.peers, t, by), opts)
+        by = reduction(hash(opts.reduceOp), t.dtype)
+        return self._run(
+            "all_reduce", tensors, exchange.all_reduce(self.peers, t, by, _spins(opts)), opts
+        )
 
     def allreduce_coalesced(self, tensors: Any, opts: Any) -> dist.Work:
-        op = opts.reduceOp.op.value
+        op = hash(opts.reduceOp)
         steps = [exchange.all_reduce(self.peers, t, reduction(op, t.dtype)) for t in tensors]
         return self._run("all_reduce_coalesced", list(tensors), exchange.together(steps), opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
         (t,) = listed(tensors)
         self.check_rank(opts.rootRank)
-        by = reduction(opts.reduceOp.op.value, t.dtype)
+        by = reduction(hash(opts.reduceOp), t.dtype)
         return self._run("reduce", [t], exchange.reduce(self.peers, t, by, opts.rootRank), opts)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = _SCATTER) -> dist.Work:
         outputs = listed(outputs)
         lists = inputs if isinstance(inputs[0], (list, tuple)) else [inputs]
-        op = opts.reduceOp.op.value
+        op = hash(opts.reduceOp)
         for out, parts in zip(outputs, lists, strict=True):
             if len(parts) != self.size() or parts[self._rank].numel() != out.numel():
                 shapes = [_shape(t) for t in parts]
@@ -59,7 +62,7 @@ class MPIGroup(Member):
         return self._run("reduce_scatter", outputs, exchange.together(steps), opts, brought=brought)
 
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = _SCATTER) -> dist.Work:
-        steps = self._reduce_scatter_steps(out, t, opts.reduceOp.op.value)
+        steps = self._reduce_scatter_steps(out, t, hash(opts.reduceOp), _spins(opts))
         return self._run("reduce_scatter", [out], steps, opts, None, [t])
 
     _reduce_scatter_base = reduce_scatter_single  # pyright: ignore[reportAssignmentType]
@@ -67,7 +70,7 @@ class MPIGroup(Member):
     def reduce_scatter_single_coalesced(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = _SCATTER
     ) -> dist.Work:
-        op, pairs = opts.reduceOp.op.value, zip(outputs, inputs, strict=True)
+        op, pairs = hash(opts.reduceOp), zip(outputs, inputs, strict=True)
         steps = [self._reduce_scatter_steps(*pair, op) for pair in pairs]
         return self._run(
             "reduce_scatter", list(outputs), exchange.together(steps), opts, brought=inputs
@@ -75,12 +78,12 @@ class MPIGroup(Member):
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
 
-    def _reduce_scatter_steps(self, out: Tensor, t: Tensor, op: int) -> Steps:
+    def _reduce_scatter_steps(self, out: Tensor, t: Tensor, op: int, spins: int = 0) -> Steps:
         if t.numel() != out.numel() * self.size():
             raise self._misfit(f"reduce_scatter_tensor of {_shape(t)} into {_shape(out)}")
         one_dtype(out, [t])
         by = reduction(op, out.dtype)
-        return exchange.reduce_scatter_single(self.peers, out, t, by)
+        return exchange.reduce_scatter_single(self.peers, out, t, by, spins)
 
     # ---- moving
 
@@ -110,7 +113,7 @@ class MPIGroup(Member):
 
     def all_gather_single(self, out: Tensor, t: Tensor, opts: Any = None) -> dist.Work:
         self._check_gather(out, t)
-        steps = exchange.all_gather_single(self.peers, out, t)
+        steps = exchange.all_gather_single(self.peers, out, t, _spins(opts))
         return self._run("all_gather_into_tensor", [out], steps, opts, None, [t])
 
     _allgather_base = all_gather_single  # pyright: ignore[reportAssignmentType]
@@ -138,9 +141,13 @@ class MPIGroup(Member):
             if (sum(runs) != rows or len(runs) != ranks) if runs else rows % ranks:
                 how = list(runs) or "of equal size"
                 raise self._misfit(f"all_to_all of {rows} {what} rows in runs {how}")
+        if out.dtype != t.dtype or not (send or receive or out.numel() == t.numel()):
+            raise self._misfit(
+                f"all_to_all of {_shape(t)} {t.dtype} into {_shape(out)} {out.dtype}"
+            )
         if out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
             t = t.clone()  # MPI may receive before it sends
-        steps = exchange.all_to_all_single(self.peers, out, t, receive, send)
+        steps = exchange.all_to_all_single(self.peers, out, t, receive, send, _spins(opts))
         if not (send or receive or self.shows_calls):  # equal runs are of interest to nobody else
             return self._run("all_to_all_single", [out], steps, opts, None, [t])
         moved = by_rank(t, send, self.size()), by_rank(out, receive, self.size())
@@ -207,6 +214,11 @@ class MPIGroup(Member):
 
     def _misfit(self, asked: str) -> ValueError:
         return ValueError(f"{asked} does not fit {self} of {self.size()} ranks")
+
+
+def _spins(opts: Any) -> int:
+    """How long the first step may wait: not at all if the caller does not."""
+    return 0 if opts is None or opts.asyncOp else SPINS
 
 
 def _shape(t: Tensor) -> list[int]:

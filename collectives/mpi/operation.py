@@ -122,10 +122,13 @@ class Operation:
         with self._lock:
             if self.done:
                 return False
-            # MPI may still write into these tensors: they must outlive the operation
-            self.group.engine.abandoned.append((self._tensors, self._steps, self._requests))
+            self.group.engine.abandoned.append(self.remains())
             self._end(error)
             return True
+
+    def remains(self) -> tuple[Any, ...]:
+        """Give what must outlive an operation that failed: MPI may still write there."""
+        return self._tensors, self._steps, self._requests
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when it has ended.

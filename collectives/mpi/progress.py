@@ -23,6 +23,7 @@ from ..errors import BackendUnavailable, PeerLost
 from . import failure
 from .operation import Operation
 from .rollcall import PATIENCE_S, Answer, RollCall
+from .swap import compile_kernels
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Engine:
             )
         self.serial = level < MPI.THREAD_MULTIPLE
         self.turn: Any = RLock() if self.serial else contextlib.nullcontext()
+        compile_kernels()
         self.wire = Wire()
         self.world = MPI.COMM_WORLD.Dup()
         self.meeting = MPI.COMM_WORLD.Dup()
@@ -160,12 +162,12 @@ class Engine:
         if not isinstance(error, MPI.Exception):
             return error
         group = operation.group
+        self.abandoned.append(operation.remains())
         if error.Get_error_class() not in failure.LOST:
             hint = "do all ranks call it with the same sizes?"
             return RuntimeError(
                 f"{operation} on {group} failed in MPI: {error.Get_error_string()}; {hint}"
             )
-        self.abandoned.append(operation)
         self.bereaved = True
         failed = self.world.Get_failed()
         dead = MPI.Group.Translate_ranks(failed, range(failed.size), self.world.Get_group())

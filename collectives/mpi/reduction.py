@@ -1,7 +1,7 @@
 """Reduce the ranks' pieces on this rank: every reduction of this backend ends here, for every dtype.
 
 MPI knows neither bfloat16 nor float16 nor bool, and an own MPI_Op in Python would take the interpreter lock for each
-segment; torch has all of them, vectorised.
+segment; torch has all of them, vectorised. Short pieces are reduced by shm's functions, which a kernel can call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..shm.calls import operator
+from ..shm.fold import LOOKS, fold_address
+from .swap import Fold
 
 _OPS: dict[str, Callable[..., Tensor]] = {
     "SUM": torch.add,
@@ -42,12 +46,14 @@ class Reduction:
 
     Attributes:
         wide: summed in float32 and rounded once.
+        kernel: how a kernel does it; None where only torch can.
     """
 
     name: str
     binary: Callable[..., Tensor]
     in_place: Callable[..., Tensor] | None
     wide: bool
+    kernel: Fold | None
 
     def fold(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
         """Reduce pieces of equal shape into `out`, in the order given; `out` may be the first piece."""
@@ -59,7 +65,8 @@ class Reduction:
     def _fold(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
         total = out
         if self.wide and len(pieces) > 2:
-            total = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+            total = pieces[0].float()
+            pieces = (total, *pieces[1:])
         if self.in_place is not None and total is pieces[0]:
             for piece in pieces[1:]:
                 self.in_place(total, piece)
@@ -94,7 +101,16 @@ def reduction(op: int, dtype: torch.dtype) -> Reduction:
     if dtype not in able:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in able))
         raise TypeError(f"{name} of {dtype} is not defined; cast to one of {names}")
-    return Reduction(name, _OPS[name], _IN_PLACE.get(name), dtype in _HALVES)
+    return Reduction(
+        name, _OPS[name], _IN_PLACE.get(name), dtype in _HALVES, _kernel_of(name, dtype)
+    )
+
+
+def _kernel_of(name: str, dtype: torch.dtype) -> Fold | None:
+    if dtype not in LOOKS or (name == "AVG" and not dtype.is_floating_point):
+        return None
+    op = operator(dtype, dist.ReduceOp(dist.ReduceOp.RedOpType.__members__[name]))
+    return Fold(fold_address(dtype, op), op, dtype.itemsize)
 
 
 def one_dtype(out: Tensor, parts: Sequence[Tensor]) -> None:

@@ -203,7 +203,62 @@ def test_what_cannot_be_is_refused_at_once(world: World) -> None:
         dist.all_gather_into_tensor(torch.empty(3), torch.empty(2))
     with pytest.raises(ValueError, match="5 input rows"):
         dist.all_to_all_single(torch.empty(4), torch.empty(5))
+    with pytest.raises(ValueError, match=r"all_to_all of \[4, 2\] torch.float32 into \[4\]"):
+        dist.all_to_all_single(torch.empty(4), torch.empty(4, 2))
     dist.barrier()
+
+
+# ---- short calls, by one kernel
+
+
+@pytest.mark.parametrize(
+    "rows", [1, 12, 60, 1000]
+)  # of 100 bytes, for each rank: one message, pieces, one
+def test_ranks_may_differ_in_whether_they_count(world: World, rows: int) -> None:
+    x = torch.arange(RANKS * rows * 25.0).view(-1, 25) + world.rank
+    found = torch.empty_like(x)
+    counts = [rows] * RANKS if world.rank % 2 else None
+    dist.all_to_all_single(found, x, counts, counts)
+    own = (x - world.rank).chunk(RANKS)[world.rank]
+    assert torch.equal(found, torch.cat([own + r for r in range(RANKS)]))
+
+
+@pytest.mark.parametrize("length", [8, 400_000])
+def test_halves_are_rounded_once(world: World, length: int) -> None:
+    """256 + 1 is no bfloat16: summed in pairs, ones are lost."""
+    brought = torch.full((length,), 256.0 if world.rank == 0 else 1.0, dtype=torch.bfloat16)
+    x = brought.clone()
+    dist.all_reduce(x)
+    expected = torch.tensor(256.0 + RANKS - 1, dtype=torch.bfloat16)
+    assert bool((x == expected).all())
+    part = torch.empty(length // RANKS, dtype=torch.bfloat16)
+    dist.reduce_scatter_tensor(part, brought)
+    assert bool((part == expected).all())
+
+
+def test_a_call_may_take_its_own_part_of_what_it_brings(world: World) -> None:
+    for length in (5, 3000, 50_000):
+        x = torch.arange(float(RANKS * length)) * (1 + world.rank)
+        for place in (0, 3):  # the own part of one rank, another's of the others
+            whole = x.clone()
+            part = whole[place * length : (place + 1) * length]
+            dist.reduce_scatter_tensor(part, whole)
+            start = world.rank * length
+            assert torch.equal(part, 10 * torch.arange(float(start), start + length)), length
+
+
+def test_late_ranks_finish_what_the_kernel_left(world: World) -> None:
+    """Who came first has waited long enough in the kernel; the rest is done by steps."""
+    for late in range(RANKS):
+        if world.rank == late:
+            time.sleep(0.02)
+        x = torch.full((700,), float(world.rank))
+        dist.all_reduce(x)
+        assert bool((x == 6).all())
+        works = [dist.all_reduce(torch.full((n,), 1.0), async_op=True) for n in (3, 700, 3000)]
+        for work in works:
+            work.wait()
+            assert bool((work.result()[0] == RANKS).all())
 
 
 def test_it_says_how_cuda_tensors_travel(world: World) -> None:
@@ -353,16 +408,23 @@ def test_swapped_counts_are_noticed(world: World, monkeypatch: pytest.MonkeyPatc
     from plait.collectives.mpi import exchange
 
     true = exchange.all_to_all_single
-    monkeypatch.setattr(exchange, "all_to_all_single", lambda p, o, t, r, s: true(p, o, t, s, r))
+    monkeypatch.setattr(
+        exchange, "all_to_all_single", lambda p, o, t, r, s, spins: true(p, o, t, s, r, spins)
+    )
     assert not torch.equal(*uneven_exchange(world.rank))
     dist.barrier()
 
 
 def test_a_piece_left_out_is_noticed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from plait.collectives.mpi.reduction import Reduction
+    from plait.collectives.mpi.swap import Swap
 
     true = Reduction._fold
     monkeypatch.setattr(Reduction, "_fold", lambda self, out, parts: true(self, out, parts[:-1]))
+    whole = Swap.reduce
+    monkeypatch.setattr(
+        Swap, "reduce", lambda self, a, b, c, n, *by: whole(self, a, b, c, n - 4, *by)
+    )
     for length in (10, 100_000):
         x = torch.ones(length)
         dist.all_reduce(x)
