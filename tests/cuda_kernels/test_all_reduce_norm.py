@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,8 +58,10 @@ class Ranks:
             seed=self.seed, timeout=30,
         )  # fmt: skip
         for rank in range(1, self.world):
-            assert torch.equal(total[rank], total[0]), "ranks differ"
-            assert torch.equal(normed[rank].view(torch.uint8), normed[0].view(torch.uint8))
+            for each in (total, normed):
+                assert torch.equal(each[rank].view(torch.uint8), each[0].view(torch.uint8)), (
+                    "ranks differ"
+                )
         check(xs, residual, weight, bias if layer_norm else None, normed[0], total[0], scales[0])
 
     def steps(self, schedule: str, count: int) -> None:
@@ -79,14 +83,15 @@ def check(xs, residual, weight, bias, normed, total, scales) -> None:
     wide = (t.double() if t is not None else None for t in (xs, residual, weight, bias))
     want, want_total = all_reduce_norm_reference(*wide, 1e-5)
     coarse = {torch.bfloat16: 2.0**-7, torch.float32: 1e-5}[total.dtype]
-    torch.testing.assert_close(total.double(), want_total, rtol=coarse, atol=4 * coarse)
+    near = partial(torch.testing.assert_close, equal_nan=True)
+    near(total.double(), want_total, rtol=coarse, atol=4 * coarse)
     if normed.dtype == torch.float8_e4m3fn:
         got, coarse = normed.double() * scales.double()[:, None], 2.0**-4
         assert (normed.float().abs().amax(-1)[:-1] == 448).all()
         assert scales[-1] == 1 or bias is not None
     else:
         got = normed.double()
-    torch.testing.assert_close(got, want, rtol=4 * coarse, atol=8 * coarse)
+    near(got, want, rtol=4 * coarse, atol=8 * coarse)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -99,6 +104,21 @@ def test_schedules_change_from_step_to_step(world) -> None:
     ranks.step(TWO, dtype=torch.float32)
     ranks.step(ONE, dtype=torch.float32, blocks=3)
     ranks.step(TWO, fp8=True, blocks=1)
+
+
+@pytest.mark.parametrize("schedule", [ONE, TWO, SWITCH])
+def test_nan_and_infinity_of_one_rank_are_seen_by_all(schedule, monkeypatch) -> None:
+    draw = drawn
+
+    def extreme(*args):
+        xs, *rest = draw(*args)
+        xs[1, 0, 3], xs[0, 1, 5] = torch.nan, torch.inf
+        xs[0, 2, 6], xs[1, 2, 6] = torch.inf, -torch.inf
+        xs[:, 3] *= 2.0**-133  # subnormal
+        return xs, *rest
+
+    monkeypatch.setattr(sys.modules[__name__], "drawn", extreme)
+    Ranks(2).step(schedule)
 
 
 def test_steps_go_on_where_their_number_wraps() -> None:
