@@ -100,6 +100,23 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
+    # what the model does outside its layers: it multiplies embeddings it is given too,
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "attention_multiplier": 0.4,
+        },
+    ),
+    # and normalises without a parameter
+    "olmo": (
+        "OlmoConfig",
+        "OlmoForCausalLM",
+        {"clip_qkv": 0.5, "hidden_size": 64, "head_dim": None},
+    ),
 }
 
 
@@ -158,7 +175,7 @@ def keep_float64(model: Any) -> Any:
     """
     for module in model.modules():
         kind: Any = type(module)
-        if any(word in kind.__name__ for word in ("RMSNorm", "Router", "Rotary")):
+        if any(word in kind.__name__ for word in ("RMSNorm", "OlmoLayerNorm", "Router", "Rotary")):
             module.__class__ = type(kind.__name__, (kind,), {"forward": _in_float64(kind.forward)})
     return model
 

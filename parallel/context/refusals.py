@@ -9,7 +9,7 @@ from torch import Tensor
 from ..attention.mla import Mla
 from ..attention.role import Attention
 from ..errors import PlanError
-from ..families import roles_of
+from ..families import decoder_layers, roles_of
 from ..plan import Plan
 from ..shape import ModelShape
 
@@ -21,6 +21,8 @@ def refuse_model(model: Any, shape: ModelShape, plan: Plan) -> None:
     name = f"cp={plan.cp.size} on {type(model).__name__}"
     if model.config.get_text_config(decoder=True) is not model.config:
         raise PlanError(name, "has parts beside its decoder", "use cp=1, or the decoder alone")
+    if model.get_submodule(decoder_layers(model)[0].rpartition(".")[0]) is not model.base_model:
+        raise PlanError(name, "runs its decoder past its base model", "use cp=1")
     if not getattr(model, "_supports_attention_backend", False):
         raise PlanError(
             name, "does not reach its attention through transformers' registry", "use cp=1"

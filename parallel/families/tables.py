@@ -15,6 +15,7 @@ from ..roles import STYLES, Column, Embedding, Head, Region, Role, Row, ungroupe
 from ..rules import matches, snippet
 from ..shape import ModelShape
 from . import attention_names, experts
+from .leftovers import activations_in, refuse_leftovers
 
 REFUSED = ("linear_attention", "mamba", "conv", "recurrent")
 
@@ -76,6 +77,8 @@ def roles_of(model: Any, shape: ModelShape, plan: Plan) -> dict[str, Role]:
             f"finds no experts it knows how to cut in {type(model).__name__}",
             "use ep=1 and etp=1, or give rules",
         )
+    if plan.tp.size * plan.kvp.size > 1:
+        refuse_leftovers(model, roles)
     return roles | _ends(model)
 
 
@@ -122,6 +125,7 @@ def _feed_forward(
         role = _linear_role(name.rsplit(".", 1)[-1], style)
         if role is not None:
             roles[f"{path}.{name}"] = role
+    roles |= activations_in(path, block, roles)
     weights = {
         f"{path}.{n}"
         for n, m in block.named_modules()

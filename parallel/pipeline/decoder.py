@@ -15,7 +15,7 @@ from ..errors import PlanError
 from ..labels import ignored_label, item_count
 from ..ranks import ModelRanks
 from .microbatches import Microbatch, microbatches
-from .passage import Passage, place_of
+from .passage import Crossing, Passage, place_of
 from .routers import LOGITS, hooked, widths
 from .run import PipelinedModel
 from .split import Split
@@ -41,6 +41,7 @@ class PipelinedDecoder(PipelinedModel):
         self.layers = list(model.get_submodule(split.layers))  # before some of them leave
         self._widths: list[list[int]] | None = None
         self._logits: list[Tensor] = []
+        self.crossing = Crossing()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model over all stages."""
@@ -121,8 +122,9 @@ class PipelinedDecoder(PipelinedModel):
 
     def leaving(self, out: Any) -> list[Tensor]:
         """What leaves a chunk: activations, and the router logits so far."""
-        logits = out.get(LOGITS) or ()
-        return [out.last_hidden_state, *(x.to(self.precise) for x in logits)]
+        hidden, self.crossing.left = self.crossing.left, None
+        assert hidden is not None
+        return [hidden, *(x.to(self.precise) for x in out.get(LOGITS) or ())]
 
     def run_layers(self, chunk: int, received: list[Tensor], values: dict[str, Any]) -> Any:
         """Run the model's own forward over the layers of one chunk; the last one with its head."""
@@ -132,8 +134,9 @@ class PipelinedDecoder(PipelinedModel):
             whole = given_tokens(values)
             length = None if hidden is None or whole is None else whole.shape[1]
             self.context.passing = Passing(length, not last)
+        self.crossing.arrived, self.crossing.left = hidden, None
         if hidden is not None:
-            values |= {"input_ids": None, "inputs_embeds": hidden}
+            values |= {"input_ids": None, "inputs_embeds": self.crossing.embeddings()}
         with self.only(chunk):
             if last:
                 return self.original(**values)
@@ -148,7 +151,7 @@ class PipelinedDecoder(PipelinedModel):
         start, stop = self.split.bounds[chunk : chunk + 2]
         parent, name = place_of(self.model, self.split.layers)
         layers = [
-            layer if start <= i < stop else Passage(layer)
+            layer if start <= i < stop else Passage(layer, None, self.crossing, i < start)
             for i, layer in enumerate(getattr(parent, name))
         ]
         ends = self.split.last if chunk < self.split.chunks - 1 else ()

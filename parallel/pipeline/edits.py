@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -38,7 +39,9 @@ def pipeline_edits(model: Any, split: Split, ranks: ModelRanks) -> tuple[list[Ed
         refuse(model)
         run = PipelinedDecoder(model, split, ranks, activation_dtype(model, ranks))
         after = [AddHook(lambda: model.base_model.register_forward_hook(run.put_before))]
-        stand_ins = {path: partial(Passage, number=number) for path, number in gone.items()}
+        stand_ins = {
+            path: passage(run, number, split.bounds[stage]) for path, number in gone.items()
+        }
     forward = functools.wraps(model.forward)(lambda *a, **k: run.forward(*a, **k))
 
     def drop(_: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -53,6 +56,15 @@ def pipeline_edits(model: Any, split: Split, ranks: ModelRanks) -> tuple[list[Ed
         AddHook(lambda: model.register_load_state_dict_pre_hook(drop)),
     ]
     return edits, after
+
+
+def passage(
+    run: PipelinedDecoder, number: int | None, start: int
+) -> Callable[[nn.Module], nn.Module]:
+    """What stands in for a module: of a layer, it is where activations come from or go to."""
+    if number is None:
+        return Passage
+    return partial(Passage, number=number, crossing=run.crossing, before=number < start)
 
 
 def noting(model: nn.Module, run: PipelinedModule, path: str) -> Edit:

@@ -9,30 +9,88 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ...collectives.primitive import Group
 from ..checkpoint.weights import rank_device
+from ..errors import PlanError
 from ..ranks import ModelRanks
 from .split import Split
 
 
+@dataclass
+class Crossing:
+    """What comes to the layers of a chunk, and what goes from them.
+
+    The model's own forward may do more than run its layers: multiply the embeddings it is given, normalise at the end
+    without a parameter. So what crosses stages is what the layers themselves are given and give.
+
+    State: ``arrived``, from the chunk before; ``left``, by the chunk's last layer; both of the chunk that runs.
+    """
+
+    arrived: Tensor | None = None
+    left: Tensor | None = None
+    known: bool = False
+
+    def embeddings(self) -> Tensor | None:
+        """What a later stage's forward is given in place of embeddings, which it has not: nothing may come of it."""
+        if self.arrived is None:
+            return None
+        return self.arrived.new_full((), torch.nan).expand(self.arrived.shape)
+
+    def comes(self, given: Any) -> Tensor:
+        """Give the first own layer its input.
+
+        Raises:
+            PlanError: layers are given something else that is made of the embeddings.
+        """
+        assert self.arrived is not None
+        for x in tree_leaves(given) if not self.known else ():
+            if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any()):
+                raise PlanError(
+                    "pp of a model that gives its embeddings to every layer",
+                    "would need them on all stages, and the first has them",
+                    "use pp1",
+                )
+        self.known = True
+        return self.arrived
+
+    def goes(self, hidden: Tensor) -> Tensor:
+        """Keep what the last own layer gave."""
+        self.left = hidden if self.left is None else self.left
+        return hidden
+
+
 class Passage(nn.Module):
-    """Hands activations on unchanged, in the place of a module that another stage runs.
+    """Stands in the place of a module that another stage runs, and hands activations on unchanged.
 
     In the place of a layer it also keeps the cache's count of tokens, one element of key and value each: positions and
     masks of this stage's layers are read off the cache's first layers, which may be elsewhere.
 
+    Args:
+        crossing: of a layer: where what arrives is found (``before`` the own layers), or what leaves is put.
+
     Shape: [batch, seq, hidden] -> the same
     """
 
-    def __init__(self, module: nn.Module, number: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        number: int | None = None,
+        crossing: Crossing | None = None,
+        before: bool = False,
+    ) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.crossing, self.before = number, crossing, before
         for name, value in vars(module).items():  # models ask a layer for its kind of attention
             if isinstance(value, str):
                 setattr(self, name, value)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.crossing is not None:
+            given = args, kwargs
+            crossing, come = self.crossing, self.before
+            hidden_states = crossing.comes(given) if come else crossing.goes(hidden_states)
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None and self.number is not None:
             count = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)

@@ -27,6 +27,8 @@ CASES = {
         case("pp2:zero-bubble,microbatches=4", "gemma3"),
         case("pp2:interleaved,microbatches=4", "mixtral", layers=4),
         case("pp2", "gpt_neox"),
+        case("pp2", "granite"),
+        case("pp2:interleaved,microbatches=4", "olmo", layers=4),
     ],
     4: [
         case("pp2 tp2", "llama"),
@@ -36,7 +38,8 @@ CASES = {
         case("pp2 tp2 ep2", "mixtral"),
         case("pp2 dp2 ep2", "qwen2_moe"),
         case("pp2 dp2:shard", "llama"),
-        case("pp2 tp2:sp", "qwen3"),
+        case("pp2 tp2:sp", "granite"),
+        case("pp2 tp2:sp", "olmo"),
         case("pp2:interleaved,microbatches=4 dp2:shard", "qwen3", layers=4),
     ],
 }

@@ -13,6 +13,7 @@ from models import FAMILIES, tiny
 from plait.parallel import Pipeline, Plan, PlanError
 from plait.parallel.labels import item_count
 from plait.parallel.pipeline.microbatches import microbatches
+from plait.parallel.pipeline.passage import Crossing, Passage
 from plait.parallel.pipeline.split import balanced, split_of
 
 
@@ -92,3 +93,22 @@ def test_microbatches_differ_by_a_row_and_what_fills_up_does_not_count() -> None
     assert values["labels"].min() == 0
     assert item_count(values) == 15
     assert sum(item_count(p.values) for p in pieces) == 15
+
+
+def test_nothing_may_come_of_embeddings_that_a_later_stage_has_not() -> None:
+    hidden, table = torch.randn(2, 3, 4), torch.randn(3, 4)
+    crossing = Crossing(arrived=hidden)
+    embeddings = crossing.embeddings()
+    assert embeddings is not None
+    assert embeddings.shape == hidden.shape
+    assert crossing.comes((table, {"position_embeddings": (table, table)})) is hidden
+    with pytest.raises(PlanError, match="gives its embeddings to every layer"):
+        Crossing(arrived=hidden).comes(((), {"first": (table, embeddings * 2)}))
+    assert Crossing().embeddings() is None, "the first stage has its own"
+
+
+def test_what_leaves_is_what_the_last_own_layer_gave() -> None:
+    crossing, hidden = Crossing(), torch.randn(2, 3, 4)
+    after = [Passage(torch.nn.Identity(), n, crossing) for n in (1, 2)]
+    assert after[1](after[0](hidden) * 2) is not hidden
+    assert crossing.left is hidden

@@ -44,7 +44,7 @@ def cases(draw: Any, ranks: int, family: str) -> Case:
     if not mla:
         changes["hidden"] = (
             heads * draw(st.sampled_from([4, 8]))
-            if family in {"qwen2", "phi3", "gpt_neox"}
+            if family in {"qwen2", "phi3", "gpt_neox", "olmo"}
             else heads * draw(st.integers(2, 6))
         )
     changes["kv_heads"] = kv_heads
