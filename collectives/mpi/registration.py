@@ -12,6 +12,7 @@ from torch.distributed import distributed_c10d
 
 from ..errors import BackendUnavailable
 from ..launch import Launch
+from .leftovers import sweep
 
 if TYPE_CHECKING:
     from .group import MPIGroup
@@ -71,6 +72,8 @@ def _group(
             f"{who} counts this as rank {rank} of {size}, but MPI as rank {world.rank} of {world.size}: backend 'mpi' "
             "needs ranks started by the mpirun of the MPI that mpi4py uses; under torchrun use gloo"
         )
+    if not ranks:
+        sweep()
     return MPIGroup(ranks or range(world.size), timeout, name, NAME)
 
 
