@@ -100,6 +100,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
+    # an activation that learns two numbers
+    "apertus": ("ApertusConfig", "ApertusForCausalLM", {}),
     # what the model does outside its layers: it multiplies embeddings it is given too,
     "granite": (
         "GraniteConfig",

@@ -1,8 +1,9 @@
-"""Parameters inside a cut block of which the tables say nothing: a cut would use them wrongly, or add up wrongly."""
+"""What a model has of which the tables say nothing: a cut would use it wrongly, or add up its gradients wrongly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +46,16 @@ def refuse_leftovers(model: nn.Module, roles: Mapping[str, Role]) -> None:
                 f"would cut what {', '.join(left)} is used on, of which plait does not know how",
                 "use tp=1 and kvp=1 for this model, or give rules",
             )
+
+
+def refuse_alibi(model: Any) -> None:
+    """Refuse positions by a bias of each head, which a model makes for all its heads."""
+    if getattr(model.config, "alibi", False) or hasattr(model.base_model, "build_alibi_tensor"):
+        raise PlanError(
+            f"tp or kvp of {type(model).__name__}",
+            "makes a bias of positions (ALiBi) for all heads, of which a rank has some",
+            "use tp=1 and kvp=1 for this model",
+        )
 
 
 def _blocks(roles: Mapping[str, Role]) -> Iterator[tuple[str, set[str]]]:

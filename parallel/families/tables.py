@@ -15,7 +15,7 @@ from ..roles import STYLES, Column, Embedding, Head, Region, Role, Row, ungroupe
 from ..rules import matches, snippet
 from ..shape import ModelShape
 from . import attention_names, experts
-from .leftovers import activations_in, refuse_leftovers
+from .leftovers import activations_in, refuse_alibi, refuse_leftovers
 
 REFUSED = ("linear_attention", "mamba", "conv", "recurrent")
 
@@ -78,6 +78,7 @@ def roles_of(model: Any, shape: ModelShape, plan: Plan) -> dict[str, Role]:
             "use ep=1 and etp=1, or give rules",
         )
     if plan.tp.size * plan.kvp.size > 1:
+        refuse_alibi(model)
         refuse_leftovers(model, roles)
     return roles | _ends(model)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -14,6 +17,7 @@ from torch import nn
 from ..axes import Shard
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
+from ..families import decoder_layers
 from ..ranks import ModelRanks
 from .decoder import PipelinedDecoder
 from .module import Absent, PipelinedModule
@@ -113,3 +117,26 @@ def refuse(model: Any) -> None:
         raise PlanError(
             f"pp of {type(model).__name__}", "has no head that makes logits", "use a ForCausalLM"
         )
+    for kind in {type(layer) for layer in decoder_layers(model)[1]}:
+        if not gives_hidden_states(kind):
+            raise PlanError(
+                f"pp of {type(model).__name__}",
+                f"has layers ({kind.__name__}) that give more than hidden states, which stages do not hand on",
+                "use pp1",
+            )
+
+
+def gives_hidden_states(kind: type) -> bool:
+    """Say whether a layer is called and answers as transformers' layers do today: hidden states, and no tuple."""
+    if not any(c.__name__ == "GradientCheckpointingLayer" for c in kind.__mro__):
+        return False
+    function = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+    nodes = list(ast.walk(function))
+    tuples = {
+        ast.dump(target).replace("Store", "Load")
+        for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for target in node.targets
+    }
+    given = [node.value for node in nodes if isinstance(node, ast.Return) and node.value]
+    return not any(isinstance(value, ast.Tuple) or ast.dump(value) in tuples for value in given)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import FAMILIES, tiny
 from plait.parallel import Pipeline, Plan, PlanError
 from plait.parallel.labels import item_count
+from plait.parallel.pipeline.edits import gives_hidden_states
 from plait.parallel.pipeline.microbatches import microbatches
 from plait.parallel.pipeline.passage import Crossing, Passage
 from plait.parallel.pipeline.split import balanced, split_of
@@ -112,3 +113,13 @@ def test_what_leaves_is_what_the_last_own_layer_gave() -> None:
     after = [Passage(torch.nn.Identity(), n, crossing) for n in (1, 2)]
     assert after[1](after[0](hidden) * 2) is not hidden
     assert crossing.left is hidden
+
+
+def test_layers_that_give_tuples_are_told_from_those_of_today() -> None:
+    from transformers.models.bloom.modeling_bloom import BloomBlock
+    from transformers.models.ctrl.modeling_ctrl import EncoderLayer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.trocr.modeling_trocr import TrOCRDecoderLayer
+
+    kinds = [LlamaDecoderLayer, BloomBlock, EncoderLayer, TrOCRDecoderLayer]
+    assert [gives_hidden_states(kind) for kind in kinds] == [True, False, False, False]

@@ -19,6 +19,8 @@ CASES = [
     case("tp2 etp2", "mixtral"),
     case("tp2 etp2", "deepseek"),
     case("tp2", "gpt_oss"),
+    case("tp2", "apertus"),
+    case("tp2:sp", "apertus"),
     case("tp2:sp", "llama"),
     case("tp2:sp", "qwen3"),
     case("tp2:sp", "gemma3"),
