@@ -1,9 +1,10 @@
 """The k greatest of each row, exactly; of equal values the lowest index; with a hint of where they were last time.
 
-Guess-Verify-Refine (arXiv 2604.22312) with its holes closed. Guess a threshold, from the values at the hint and from a
-sample of the row; verify in one pass that at least k and not too many values reach it, keeping them; refine among
-these alone. Whatever was guessed, an answer is given only from candidates that contain it: when the guesses fail, all
-values are candidates. The refinement is a radix select on the values' bits, whose time does not depend on them.
+Guess-Verify-Refine (arXiv 2604.22312) with its holes closed. Guess a threshold, from a sample of the row, on a GPU from
+the values at the hint as well; verify in one pass that at least k and not too many values reach it, keeping them;
+refine among these alone. Whatever was guessed, an answer is given only from candidates that contain it: when the
+guesses fail, all values are candidates. The refinement is a radix select on the values' bits, whose time does not
+depend on them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from .top_k_gpu import serves, top_k_launch
 from .workers import run_shares
 
 SAMPLE = 1024  # values looked at for a guess
-HINTS = 256  # places of a hint looked at
 SHORT = 4 * SAMPLE  # rows below this are all candidates
 DIGIT = 11  # bits of one round of the radix select
 MIN_SHARE_VALUES = 1 << 15  # per thread
@@ -81,8 +81,8 @@ def _kth_of(x, where, n, k, keys, counts):
 
 
 @njit(nogil=True, error_model="numpy")
-def _guess_from_sample(x, k, where, keys, counts):
-    """Give the place of a value that k others surely reach, by one value of each of SAMPLE runs of the row."""
+def _guess(x, k, margin, where, keys, counts):
+    """Give the place of a value that k others likely reach, by one value of each of SAMPLE runs of the row."""
     n = x.shape[0]
     odd = np.int64(12345)
     for j in range(SAMPLE):
@@ -90,23 +90,9 @@ def _guess_from_sample(x, k, where, keys, counts):
         odd = (odd * 1103515245 + 12345) & 0x7FFFFFFF
         where[j] = first + (odd >> 8) % (stop - first)
     share = k * SAMPLE / n
-    rank = np.int64(share + 3 * np.sqrt(share) + 2)
+    rank = np.int64(share + margin * np.sqrt(share) + 2)
     # np.int64: a literal is a type of its own, for which all would be compiled once more
     return _kth_of(x, where, np.int64(SAMPLE), min(rank, SAMPLE), keys, counts)
-
-
-@njit(nogil=True, error_model="numpy")
-def _guess_from_hint(x, hint, where, keys, counts):
-    """Give the place of nearly the least value at some places of the hint that lie in the row, or -1."""
-    step = max(1, hint.shape[0] // HINTS)
-    count = np.int64(0)
-    for j in range(0, hint.shape[0], step):
-        if 0 <= hint[j] < x.shape[0] and count < where.shape[0]:
-            where[count] = hint[j]
-            count += 1
-    if count == 0:
-        return np.int64(-1)
-    return _kth_of(x, where, count, count - count // 64, keys, counts)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -128,16 +114,12 @@ def _reaching(x, least, k, room, where):
 
 
 @njit(nogil=True, error_model="numpy")
-def _candidates(x, k, hint, where, keys, counts):
+def _candidates(x, k, where, keys, counts):
     """Fill `where` with a few places that contain the k greatest, ascending; give their number, 0 if none is found."""
-    room = min(max(8 * k, SHORT), x.shape[0])
-    for guess in range(2):
-        # On a CPU a sample costs less than the hint's values and guesses closer: the hint is the second chance.
-        if guess == 0:
-            place = _guess_from_sample(x, k, where, keys, counts)
-        else:
-            place = _guess_from_hint(x, hint, where, keys, counts)
-        if place >= 0 and widen(x[place]) == widen(x[place]):  # nothing is less than NaN
+    room = where.shape[0]
+    for margin in (3, 9):  # standard deviations of how many of a sample are among the k greatest
+        place = _guess(x, k, margin, where, keys, counts)
+        if widen(x[place]) == widen(x[place]):  # nothing is less than NaN
             count = _reaching(x, widen(x[place]), k, room, where)
             if k <= count <= room:
                 return count
@@ -145,17 +127,16 @@ def _candidates(x, k, hint, where, keys, counts):
 
 
 @njit(nogil=True, error_model="numpy")
-def _row(x, k, hint, out):
+def _row(x, k, out):
     n = x.shape[0]
     counts = np.empty(1 << DIGIT, np.int64)
-    where, keys = np.empty(n, np.int64), np.empty(n, np.uint64)
-    count = 0
+    count, room = 0, min(max(8 * k, SHORT), n)
+    where, keys = np.empty(room, np.int64), np.empty(room, np.uint64)
     if n >= SHORT and 4 * k <= n:
-        count = _candidates(x, k, hint, where, keys, counts)
+        count = _candidates(x, k, where, keys, counts)
     if count == 0:
         count = n
-        for j in range(n):
-            where[j] = j
+        where, keys = np.arange(n), np.empty(n, np.uint64)
     for j in range(count):
         keys[j] = _key(x[where[j]])
     kth = _greatest(keys, count, k, counts)
@@ -172,26 +153,23 @@ def _row(x, k, hint, out):
 
 
 @njit(nogil=True, error_model="numpy")
-def _rows(x, k, hint, out, first, stop, width):
+def _rows(x, k, out, first, stop, width):
     """Rows `[first, stop)` of x, which lie end to end."""
     for r in range(first, stop):
-        _row(x[r * width : (r + 1) * width], k, hint[r if hint.shape[0] > 1 else 0], out[r])
+        _row(x[r * width : (r + 1) * width], k, out[r])
 
 
-def _top_k_cpu(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
+def _top_k_cpu(x: Tensor, k: int) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // max(1, width)
     out = torch.empty(*x.shape[:-1], k, dtype=torch.int64)
     if k == 0 or rows == 0:
         return out
     values, into = flat(x.detach().contiguous()), out.view(rows, k).numpy()
-    old = np.empty((1, 0), np.int64)
-    if hint is not None:
-        old = hint.reshape(rows, -1).long().contiguous().numpy()
     shares = max(1, min(rows, torch.get_num_threads(), x.numel() // MIN_SHARE_VALUES))
 
     def share(i: int) -> None:
-        _rows(values, k, old, into, rows * i // shares, rows * (i + 1) // shares, width)
+        _rows(values, k, into, rows * i // shares, rows * (i + 1) // shares, width)
 
     run_shares(share, shares)
     return out
@@ -200,7 +178,7 @@ def _top_k_cpu(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
 @torch.library.custom_op("plait::top_k", mutates_args=())
 def top_k_op(x: Tensor, k: int, hint: Tensor | None) -> Tensor:
     """Run it behind torch's dispatcher: Numba on CPU, `top_k_gpu.py` on CUDA, a stable sort elsewhere."""
-    return _top_k_cpu(x, k, hint) if x.device.type == "cpu" else top_k_reference(x, k)
+    return _top_k_cpu(x, k) if x.device.type == "cpu" else top_k_reference(x, k)
 
 
 @top_k_op.register_kernel("cuda")
@@ -225,7 +203,7 @@ def top_k(x: Tensor, k: int, hint: Tensor | None = None) -> Tensor:
 
     Args:
         hint: where the greatest are likely to be, such as the answer for the row before; places may repeat, and those
-            outside the row are passed over.
+            outside the row are passed over. A CPU does not look: a sample guesses closer, and costs as little.
 
     Shape: x `[..., n]` float, hint `[..., any]` -> `[..., k]` int64
 
@@ -240,4 +218,4 @@ def top_k(x: Tensor, k: int, hint: Tensor | None = None) -> Tensor:
         raise ValueError(f"top_k: hint {list(hint.shape)} {hint.dtype}; use places [..., any]")
     if hint is not None and hint.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"top_k: hint {list(hint.shape)} must have the rows of x {list(x.shape)}")
-    return (_top_k_cpu if direct(x) else torch.ops.plait.top_k)(x, k, hint)
+    return _top_k_cpu(x, k) if direct(x) else torch.ops.plait.top_k(x, k, hint)
