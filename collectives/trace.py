@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 _NAMES = {
@@ -203,7 +204,7 @@ def _returns_before(func: Any, args: Any, kwargs: Any) -> bool:
 
 def listening() -> bool:
     """Say whether anything listens; this costs next to nothing."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    return _len_torch_dispatch_stack() > 0
 
 
 def tell_traces(

@@ -56,6 +56,15 @@ def cfunc(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+def entry(kernel: Any) -> Callable[..., Any]:
+    """Find the C function of a kernel that is compiled for one signature, and whose arguments are plain numbers.
+
+    Past the dispatcher, which looks at the types of all arguments, a call costs 0.1 us less.
+    """
+    (compiled,) = kernel.overloads.values()
+    return compiled.entry_point
+
+
 def kept_in() -> str | None:
     """Say which folder keeps the CPU kernels of this package; None where none can be written."""
     return KernelCache(njit).cache_path

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...cuda_kernels.kernel_cache import entry
 from ..errors import CallMismatch, anew
 from ..shown_call import is_on
 from ..trace import listening, tell_traces
@@ -64,6 +65,7 @@ from .work import PATIENCE, Pending
 
 KIND = {name: number for number, name in enumerate(KINDS)}
 Kernel = Callable[..., int]
+EvenCall = tuple[int, int, int, Any]  # where its words stand, its code and elements, the words
 MOST_EVEN = 4096  # calls of even runs that are remembered
 
 
@@ -89,7 +91,8 @@ class Engine:
         state[FIRST_INPUT + members.ranks :] = [card["pid"] for card in members.cards]
         state[LINE_BYTES] = line_bytes(members.ranks)
         state[SINGLE] = BY_COST if members.readable else NEVER
-        self._even: dict[Any, tuple[Any, int, int] | None] = {}
+        self._even: dict[Any, EvenCall | None] = {}
+        self._state_at, self._evenly_at = state.ctypes.data, entry(exchange_evenly)
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self._finished = Finished()
         self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
@@ -196,7 +199,7 @@ class Engine:
 
     def _expected(self, kernel: Kernel, arguments: Any) -> Any:
         """Find what an exchange expects of each rank: first element and number."""
-        if kernel is exchange_evenly:
+        if kernel == self._evenly:
             return arguments[0][-2 * self.members.ranks :].reshape(-1, 2)
         return arguments[3] if kernel is exchange else None
 
@@ -303,21 +306,24 @@ class Engine:
             return None
         if known is None or not (output.is_contiguous() and input.is_contiguous()):
             return None
-        words, code, count = known
+        at, code, count, words = known
         progress, work = self.progress, None
         # most calls: what `run` does, in less time
         if wait and not self._shows_calls and not listening():
             with progress.lock:
                 if not progress.collectives and progress.broken is None:
-                    if exchange_evenly(self.state, words, code, PATIENCE) == DONE:
+                    if self._evenly_at(self._state_at, at, code, PATIENCE) == DONE:
                         return self._finished
-                    work = self._pend(exchange_evenly, (words,), code, count, [output], [input])
+                    work = self._pend(self._evenly, (words,), code, count, [output], [input])
         if work is None:
-            return self.run(exchange_evenly, (words,), code, count, [output], wait, [input])
+            return self.run(self._evenly, (words,), code, count, [output], wait, [input])
         work.wait()
         return work
 
-    def _note_even(self, kind: str, output: Tensor, input: Tensor) -> tuple[Any, int, int] | None:
+    def _evenly(self, state: Any, words: Any, code: int, patience: int) -> int:
+        return self._evenly_at(self._state_at, words.ctypes.data, code, patience)
+
+    def _note_even(self, kind: str, output: Tensor, input: Tensor) -> EvenCall | None:
         """Write such a call down at the addresses of its tensors; most calls come again."""
         if not (output.is_cpu and input.is_cpu):
             return None
@@ -342,8 +348,8 @@ class Engine:
 def even_words(
     kind: str, ranks: int, to: int, of: int, into: torch.Size, shape: torch.Size,
     dtype: torch.dtype, sent: torch.dtype,
-) -> tuple[Any, int, int] | None:  # fmt: skip
-    """Write down what `exchange_evenly` takes, with the call's code and elements; None where the tensors do not fit."""
+) -> EvenCall | None:  # fmt: skip
+    """Write down what `exchange_evenly` takes; None where the tensors do not fit."""
     count, shared, item = shape.numel(), kind == "all_gather", dtype.itemsize
     step = count if shared else count // ranks
     whole = shape[:1].numel() % ranks == 0 and into[:1].numel() % ranks == 0
@@ -353,4 +359,4 @@ def even_words(
     table = even_table(ranks, count, 0) if shared else received
     views = dense_view(of, item), dense_view(to, item)
     words = np.concatenate([(shared, item), *views, table.ravel(), received.ravel()])
-    return words, code_of(KIND[kind], dtype), count
+    return words.ctypes.data, code_of(KIND[kind], dtype), count, words

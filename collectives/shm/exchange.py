@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numba import carray
 
 from ...cuda_kernels.kernel_cache import njit
@@ -12,6 +13,7 @@ from .steps import (
     CODE,
     COUNT,
     DONE,
+    FIRST_INPUT,
     KEPT,
     LARGEST,
     MISMATCH,
@@ -47,9 +49,10 @@ IN_PLACE = -1  # of header word SHOWN: addresses stand in the slot
 # words of an exchange of even runs: two views, and the tables behind them
 SHARED, ITEM, SENDS, RECEIVES = 0, 1, 2, 2 + VIEW_WORDS
 TABLE = RECEIVES + VIEW_WORDS
+_WORDS = np.empty(0, np.int64)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def whole_of(received, item):
     """Count the bytes that a call brings this rank."""
     elements = 0
@@ -58,7 +61,7 @@ def whole_of(received, item):
     return elements * item
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def largest_of(sent, received):
     """Find the longest run of this rank."""
     largest = 0
@@ -67,13 +70,13 @@ def largest_of(sent, received):
     return largest
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def turn_of(state, piece, item):
     """Count the elements for a rank in this step: first a large turn, then such as stay in the second cache."""
     return min(piece, FIRST_TURN if state[PLACE] == 0 else NEXT_TURN) // item
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def copy_own(state, sends, sent, receives, received, item):
     """Move what a rank sends to itself, by way of the memory behind its slot where both ends are strided."""
     rank = state[RANK]
@@ -96,7 +99,7 @@ def copy_own(state, sends, sent, receives, received, item):
             put(out, received[rank, 0] + start, n, slot)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def keeps(state, sends, sent, receives, received, shared, item):
     """Say whether what a rank shows is kept by it too, and can be copied to both places while it is read once."""
     rank = state[RANK]
@@ -107,7 +110,7 @@ def keeps(state, sends, sent, receives, received, shared, item):
     return whole_of(received, item) < BEYOND and abs(here - there) >= count * item
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def fill(state, sends, sent, receives, received, shared, piece, item):
     """Copy this step's elements for each other rank into the own slot; and home, if the call `keeps` them."""
     rank, world, done = state[RANK], state[WORLD], state[PLACE]
@@ -129,7 +132,7 @@ def fill(state, sends, sent, receives, received, shared, piece, item):
             show(state, view, sent[to, 0] + done, n, shown_to(state, rank, to))
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def fits(state, peer, count, shared, code):
     """Check that a rank is in the same call and sends what is expected of it."""
     sends = header_word(state, peer, COUNT)
@@ -141,7 +144,7 @@ def fits(state, peer, count, shared, code):
     return False
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def bring(state, peer, receives, received, shared, piece, item):
     """Take this step's elements of a rank from its slot, or all from its own memory; say whether it could."""
     rank, done, count = state[RANK], state[PLACE], received[peer, 1]
@@ -173,7 +176,7 @@ def land(state, peer, there, out, first, count):
     return True
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def give_out(state, sends, sent, receives, received, shared, meet, piece, item, code):
     """Fill the slot of this step, or (once for a call) show in it where the elements lie; then publish it."""
     rank, world, step = state[RANK], state[WORLD], state[STEP]
@@ -198,7 +201,7 @@ def give_out(state, sends, sent, receives, received, shared, meet, piece, item, 
     publish(state, code, sent[rank, 1], largest)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def exchange(state, sends, sent, receives, received, shared, meet, item, code, patience):
     """Move elements between ranks: `sent[r]` is the first element and their number for rank r, `received[r]` from it.
 
@@ -256,12 +259,13 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
 
 
 @njit(nogil=True)
-def exchange_evenly(state, words, code, patience):
-    """Do an `exchange` whose arguments `even_words` has written down: one array costs less to pass than four."""
-    world, first = state[WORLD], words.ctypes.data
-    sends = carray(at(first + 8 * SENDS, words), (1, VIEW_WORDS))
-    receives = carray(at(first + 8 * RECEIVES, words), (1, VIEW_WORDS))
-    sent = carray(at(first + 8 * TABLE, words), (world, 2))
-    received = carray(at(first + 8 * TABLE + 16 * world, words), (world, 2))
+def exchange_evenly(state_at, words_at, code, patience):
+    """Do an `exchange` whose arguments `even_words` has written down: addresses cost less to pass than arrays."""
+    state, words = carray(at(state_at, _WORDS), FIRST_INPUT), carray(at(words_at, _WORDS), TABLE)
+    world, tables = state[WORLD], words_at + 8 * TABLE
+    sends = carray(at(words_at + 8 * SENDS, _WORDS), (1, VIEW_WORDS))
+    receives = carray(at(words_at + 8 * RECEIVES, _WORDS), (1, VIEW_WORDS))
+    sent = carray(at(tables, _WORDS), (world, 2))
+    received = carray(at(tables + 16 * world, _WORDS), (world, 2))
     shared, item = words[SHARED], words[ITEM]
     return exchange(state, sends, sent, receives, received, shared, 1, item, code, patience)

@@ -42,6 +42,7 @@ class ShmGroup(PythonGroup):
         self._members = members
         self._name = self._description = ""
         self.engine = Engine(self, members, timeout_s, spins)
+        self._evenly = self.engine.exchange_evenly
         self._mailbox = Mailbox(members, self.engine.progress, self.engine.state)
 
     # ---- who it is
@@ -116,7 +117,7 @@ class ShmGroup(PythonGroup):
         )  # fmt: skip
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
-        work = self.engine.exchange_evenly("all_gather", output, input, not opts.asyncOp)
+        work = self._evenly("all_gather", output, input, not opts.asyncOp)
         if work is not None:
             return work
         n = input.numel()
@@ -225,7 +226,7 @@ class ShmGroup(PythonGroup):
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
         if not output_splits and not input_splits:
-            work = self.engine.exchange_evenly("all_to_all", output, input, not opts.asyncOp)
+            work = self._evenly("all_to_all", output, input, not opts.asyncOp)
             if work is not None:
                 return work
         sent, received = self._split(input, input_splits), self._split(output, output_splits)

@@ -23,12 +23,14 @@ from .steps import (
     SPAN,
     STEP,
     WAY,
+    WAY_WORDS,
     WORLD,
     header_word,
     slot_of,
     tell,
 )
 from .stores import PAST
+from .ways import MOVED
 
 STAYS = 4  # the part of a slot that does not move on is one in so many; so is the most that does
 LEAST = 4 << 10  # bytes that are worth it
@@ -70,6 +72,8 @@ def place(state, count, span, more):
         if shown < stays or shown + size > state[SLOT_BYTES]:
             shown = stays
         state[cursor] = shown + size
+        if state[WAY_WORDS]:
+            state[state[WAY_WORDS] + MOVED] += size
     tell(state, SHOWN, shown)
     tell(state, SPAN, span)
 

@@ -27,13 +27,13 @@ SETS = 14  # 1: steps alternate between two sets of slots; 0, one set, is for te
 CHUNK_BYTES = 15  # of an all-reduce in a step, no more than a slot
 LINE_BYTES = 16  # of a rank's line for a set
 SINGLE, OFFERS, PIECES = 17, 18, 19  # see single_copy.py; of PIECES there are 7
-# see ways.py; TABLES begins 432 words
+# see ways.py; TABLES begins 504 words
 WAY, WAY_WORDS, SIZE, NOTED, BEGAN, FILLING, CAME = range(26, 33)
 KEPT = 33  # 1: an exchange brings its own elements home while it fills its slot
 CURSORS, READY = 34, 36  # see places.py; of CURSORS there is one for each set
 TABLES = 37
 # from here an address for each rank, and then its process; INPUTS is where these words lie
-FIRST_INPUT = TABLES + 432
+FIRST_INPUT = TABLES + 504
 # words of a line, written by one rank, read by all; from SENT what an exchange sends to each rank
 FLAG, CODE, COUNT, LARGEST, PRICES, SHOWN, SPAN, SENT = range(8)
 

@@ -23,7 +23,7 @@ _SIGNATURES = (
     (all_reduce_norm, (_ROW, _ROW, _ROW, _WORD, _WORD, _REALS, _WORD, _WORD)),
     (reduce_scatter, (_ROW, _TABLE, _ROW, _ROW, *[_WORD] * 5)),
     (exchange, (_ROW, *[_TABLE] * 4, *[_WORD] * 5)),
-    (exchange_evenly, (_ROW, _ROW, _WORD, _WORD)),
+    (exchange_evenly, (_WORD,) * 4),
     (push, (_ROW, _WORD, _ROW, _ROW, *[_WORD] * 4)),
     (pull, (_WORD, _ROW, _ROW, *[_WORD] * 2)),
     (look, (_WORD, _ROW, _WORD)),

@@ -35,8 +35,8 @@ EXCHANGE, REDUCE, SCATTER, NORM, SYMMETRIC, SYMMETRIC_NORM = range(6)
 LEAST = 4 << 10  # bytes that are worth a choice
 CLASSES = 12  # of sizes, each twice the one before; the last one has no end
 # words of a class: how often it was chosen in, trials after the first, what all ranks hold to be cheapest, cycles for
-# a KB by each way
-CALLS, TRIALS, BEST, COST = range(4)
+# a KB by each way; bytes moved on by (places.py) since through the cache was held to be best
+CALLS, TRIALS, BEST, MOVED, COST = range(5)
 CLASS_WORDS = COST + 3
 TRIAL, SETTLING = 4, 2  # calls of a trial, of which the first, as the first after it, do not count
 # from so many bytes half of these, for one call of many steps goes through both sets of slots
@@ -44,6 +44,9 @@ LONG = 2 << 20
 RETRY = 512  # calls from one trial to the next
 # calls after which the first trials are doubted, and again after twice as many, up to RETRY
 EARLY = 32
+# Who moves on meets lines that nobody has touched for long, until it comes round: so far what a call costs is taken for
+# this share of it. (Half as much was seen after the first turn, and several times as much where it is the wrong way.)
+TURN_BYTES, FRESH = 3 << 19, 0.625
 BITS = 21  # of a header's word for what a way costs
 
 
@@ -79,6 +82,8 @@ def choose(state, kind, count, ways, timed):
         return
     words = words_of(kind, count)
     best = state[words + BEST]
+    if best != THROUGH:
+        state[words + MOVED] = 0
     state[WAY] = best if best < ways else PAST
     if not timed:
         return
@@ -140,8 +145,11 @@ def end(state):
     begin(state)
     if not state[NOTED]:
         return
-    word = state[WAY_WORDS] + COST + state[WAY]
+    words = state[WAY_WORDS]
+    word = words + COST + state[WAY]
     cost, known = (cycles() - state[CAME] + state[FILLING]) * 1024 // state[SIZE], state[word]
+    if state[WAY] == THROUGH and 0 < state[words + MOVED] < TURN_BYTES:
+        cost = int(cost * FRESH)
     if 0 < known < cost:
         cost = known + (min(cost, 2 * known) - known) // 8 + 1
     state[word] = max(1, cost)
