@@ -36,8 +36,8 @@ demo: $(READY)  ## a language model reads a long text on 4 ranks under a Helix p
 test: $(READY)  ## all tests that this machine can run, multi-process and mpirun ones too
 	$(BIN)/python -m pytest $(ON_ALL_CORES)
 
-test-compositions: $(READY)  ## every composition of axes in the table and many random plans against one process; a host lost under torchrun
-	$(BIN)/python -m pytest -m "table or not table" -o faulthandler_timeout=3600 tests/parallel/test_*compositions.py tests/parallel/test_elastic.py
+test-compositions: $(READY)  ## every composition of axes in the table and many random plans against one process; every family of transformers; a host lost under torchrun
+	$(BIN)/python -m pytest -m "table or not table" -o faulthandler_timeout=3600 tests/parallel/test_*compositions.py tests/parallel/test_elastic.py tests/parallel/test_every_family.py
 
 test-mpi-%: $(READY)  ## the tests of tests/mpi on % ranks of mpirun
 	$(BIN)/mpirun --oversubscribe -n $* $(BIN)/python -m pytest --with-mpi tests/mpi
