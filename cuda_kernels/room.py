@@ -12,9 +12,8 @@ from torch import Tensor
 from .vectors import LINE
 
 HUGE = 4 << 20  # bytes from which NumPy asks for huge pages
-LARGEST_OF_HEAP = (
-    32 << 20
-)  # bytes; glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger it maps and unmaps each time
+# bytes; glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger it maps and unmaps each time
+LARGEST_OF_HEAP = 32 << 20
 
 
 def room(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:

@@ -11,9 +11,8 @@ from .runs import RUN, add_product, load_run, run_bytes, run_of, sums_of
 from .vectors import LINE, fetch, intrinsic, load, spread, store, store_past
 
 SHORT_RUN = 16
-AHEAD = (
-    16 << 10
-)  # bytes of each shard that are brought near before they are needed, if they come from memory
+# bytes of each shard that are brought near before they are needed, if they come from memory
+AHEAD = 16 << 10
 
 
 def _blend(count: int, far: bool, past: bool) -> Any:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import inspect
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,7 @@ from ..collectives.fused import all_reduce_rms_norm
 from ..collectives.primitive import Group
 from ..cuda_kernels.add_rms_norm import add_rms_norm
 from .edits import Edit, SetAttribute, SwapClass
-from .families import decoder_layers, is_transformers
+from .families import decoder_layers, forward_code, is_transformers
 from .outlet import Outlet, run
 from .ranks import ModelRanks
 from .tensor import Link, RowLinear
@@ -208,12 +206,9 @@ def only_row(module: nn.Module, rows: set[int]) -> nn.Module | None:
 
 def is_pre_norm(kind: type) -> bool:
     """Say whether a decoder layer's forward is, statement for statement, the one that `StreamLayer` stands in for."""
-    try:
-        source = textwrap.dedent(inspect.getsource(kind.forward))
-    except (OSError, TypeError):
+    function = forward_code(kind)
+    if function is None:
         return False
-    function = ast.parse(source).body[0]
-    assert isinstance(function, ast.FunctionDef)
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return [ast.dump(s) for s in body] == [ast.dump(s) for s in ast.parse(PRE_NORM).body]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -17,7 +15,7 @@ from torch import nn
 from ..axes import Shard
 from ..edits import AddHook, Edit, SetAttribute
 from ..errors import PlanError
-from ..families import decoder_layers
+from ..families import decoder_layers, forward_code
 from ..ranks import ModelRanks
 from .decoder import PipelinedDecoder
 from .module import Absent, PipelinedModule
@@ -130,7 +128,9 @@ def gives_hidden_states(kind: type) -> bool:
     """Say whether a layer is called and answers as transformers' layers do today: hidden states, and no tuple."""
     if not any(c.__name__ == "GradientCheckpointingLayer" for c in kind.__mro__):
         return False
-    function = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+    function = forward_code(kind)
+    if function is None:
+        return False
     nodes = list(ast.walk(function))
     tuples = {
         ast.dump(target).replace("Store", "Load")

@@ -55,10 +55,9 @@ class Crossing:
         self.known = True
         return self.arrived
 
-    def goes(self, hidden: Tensor) -> Tensor:
+    def goes(self, hidden: Tensor) -> None:
         """Keep what the last own layer gave."""
         self.left = hidden if self.left is None else self.left
-        return hidden
 
 
 class Passage(nn.Module):
@@ -87,10 +86,10 @@ class Passage(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.crossing is not None:
-            given = args, kwargs
-            crossing, come = self.crossing, self.before
-            hidden_states = crossing.comes(given) if come else crossing.goes(hidden_states)
+        if self.crossing is not None and self.before:
+            hidden_states = self.crossing.comes((args, kwargs))
+        elif self.crossing is not None:
+            self.crossing.goes(hidden_states)
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None and self.number is not None:
             count = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
