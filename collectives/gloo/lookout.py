@@ -11,7 +11,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .group import GlooGroup
+    from .ledger import Ledger
 
 ROUND_S = 0.25
 
@@ -20,7 +20,7 @@ class Lookout:
     """Rounds of four a second over the groups that are alive."""
 
     def __init__(self) -> None:
-        self.groups: weakref.WeakSet[GlooGroup] = weakref.WeakSet()
+        self.ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
         self._told = ""
         self._kept: list[object] = []
         Thread(target=self._run, name="plait-gloo", daemon=True).start()
@@ -29,30 +29,32 @@ class Lookout:
     def _run(self) -> None:
         while True:
             time.sleep(ROUND_S)
-            self._look(list(self.groups))
+            self._look(list(self.ledgers))
 
-    def _look(self, groups: list[GlooGroup]) -> None:
+    def _look(self, ledgers: list[Ledger]) -> None:
         """Tell the other ranks of this process' oldest slow call, and give up ranks that stay stopped."""
-        slow = [(call.since, group.where(call)) for group in groups for call in group.slow_calls()]
+        slow = [
+            (call.since, ledger.where(call)) for ledger in ledgers for call in ledger.slow_calls()
+        ]
         where = min(slow)[1] if slow else ""
-        if where != self._told and groups:
+        if where != self._told and ledgers:
             self._told = where
-            groups[0].members.say_where(where)
-        for group in groups:
-            group.give_up_the_stopped()
+            ledgers[0].members.say_where(where)
+        for ledger in ledgers:
+            ledger.give_up_the_stopped()
 
-    def orphan(self, group: GlooGroup, gloo: object) -> None:
+    def orphan(self, ledger: Ledger, gloo: object) -> None:
         """In a fork: forget a group, but keep gloo's, whose end would wait for threads that are not here."""
-        self.groups.discard(group)
+        self.ledgers.discard(ledger)
         self._kept.append(gloo)
 
     def _end(self) -> None:
         """Where this process ends with an error, say so: others may wait for it."""
         error = getattr(sys, "last_value", None)
         reason = f"{type(error).__name__}: {error}".removesuffix(": ") if error else ""
-        for group in list(self.groups):
-            if error is not None or group.has_left_open():
-                group.leave(reason)
+        for ledger in list(self.ledgers):
+            if error is not None or ledger.has_left_open():
+                ledger.leave(reason)
 
 
 @cache

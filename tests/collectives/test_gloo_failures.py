@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lost_ranks import CALLS, PATIENCE_S, RANKS, with_victim
 from plait.collectives import PeerLost, gloo
-from plait.collectives.gloo import group
+from plait.collectives.gloo import ledger
 from world import current_rank, run_world
 
 
@@ -83,7 +83,7 @@ def test_a_rank_that_comes_too_late_is_told(tmp_path: Path) -> None:
 def stops_for_long(folder: str) -> str:
     """The group would wait for five minutes; a process that is stopped is given up before."""
     store = dist.FileStore(f"{folder}/store", 2)
-    group.STOPPED_S = 1.0
+    ledger.STOPPED_S = 1.0
     if child := os.fork():
         dist.init_process_group(gloo.register(), store=store, rank=0, world_size=2)
         future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
