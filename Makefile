@@ -18,7 +18,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 ON_ALL_CORES := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-compositions test-mpi-% test-vllm oracles test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults soak bench clean
+.PHONY: help setup demo test test-compositions test-mpi-% test-mpich test-vllm oracles test-gpu check-cuda sanitize-gpu check lint format wheel wheel-smoke faults soak bench clean
 
 help:  ## this list
 	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,14 @@ test-compositions: $(READY)  ## every composition of axes in the table and many 
 
 test-mpi-%: $(READY)  ## the tests of tests/mpi on % ranks of mpirun
 	$(BIN)/mpirun --oversubscribe -n $* $(BIN)/python -m pytest --with-mpi tests/mpi
+
+MPICH_READY := .venv-mpich/.ready
+$(MPICH_READY): tools/install_mpich.py $(READY)
+	$(PYTHON) tools/install_mpich.py
+	@touch $@
+
+test-mpich: $(MPICH_READY)  ## the mpi backend on four ranks of MPICH, which has other handles than Open MPI (an environment of its own)
+	.venv-mpich/bin/mpiexec -n 4 .venv-mpich/bin/python -m pytest --with-mpi -q -p no:cacheprovider tests/mpi
 
 VLLM_READY := .venv-vllm/.ready
 $(VLLM_READY): tools/install_vllm.py pyproject.toml
@@ -102,4 +110,4 @@ bench: $(READY)  ## benchmarks, as ratios against their peers
 	$(BIN)/python -m plait bench
 
 clean:  ## remove what make made
-	rm -rf $(VENV) .venv-vllm .venv-cuda .venv-oracles build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-mpich .venv-vllm .venv-cuda .venv-oracles build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

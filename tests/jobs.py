@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,23 @@ def find_mpirun() -> str:
 
 
 def mpirun(size: int, *options: str) -> list[str]:
-    return [find_mpirun(), "--oversubscribe", "-n", str(size), *options, sys.executable]
+    found = find_mpirun()
+    more_than_cores = (
+        ["--oversubscribe"] if is_openmpi(found) else []
+    )  # Hydra, MPICH's, needs no leave
+    return [found, *more_than_cores, "-n", str(size), *options, sys.executable]
+
+
+def mpi_launcher() -> str:
+    """Name this environment's mpirun as `Launch.launcher` does."""
+    return "openmpi" if is_openmpi(find_mpirun()) else "mpich"
+
+
+@cache
+def is_openmpi(mpirun: str) -> bool:
+    """Say whether an mpirun is Open MPI's, whose options are its own."""
+    said = subprocess.run([mpirun, "--version"], capture_output=True, text=True, env=environment())
+    return "Open MPI" in said.stdout
 
 
 def pytest_on(size: int, folder: Path) -> list[str]:
@@ -56,7 +73,8 @@ def pytest_on(size: int, folder: Path) -> list[str]:
     their own, and keep all.
     """
     return [
-        *mpirun(size, "-x", f"PYTEST_DEBUG_TEMPROOT={folder}"),
+        *("env", f"PYTEST_DEBUG_TEMPROOT={folder}"),
+        *mpirun(size),
         *("-m", "pytest", "-p", "no:cacheprovider", "-q", "--with-mpi"),
         *("-o", "tmp_path_retention_count=99"),
     ]

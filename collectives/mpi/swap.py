@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,7 @@ class Swap:
         functions = (library.MPI_Irecv, library.MPI_Isend, library.MPI_Test)
         addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
         handles = comm.handle, MPI.BYTE.handle
-        self._words = np.array([*addresses, *handles, comm.rank, comm.size], np.int64)
+        self._words = as_words([*addresses, *handles, comm.rank, comm.size])
         self._size = comm.size
         self._rooms: list[Room] = []
         self._free: defaultdict[int, list[Room]] = defaultdict(list)
@@ -113,6 +113,11 @@ class Swap:
         first = INPUTS + self._size
         handles = room.words[first : first + left].tolist()
         return [MPI.Request.fromhandle(handle) for handle in handles]
+
+
+def as_words(numbers: Sequence[int | None]) -> np.ndarray:
+    """Write addresses and handles as the kernel's words: MPICH's are ints below 0, and mpi4py gives them unsigned."""
+    return np.array(numbers, np.uint64).view(np.int64)
 
 
 def in_pieces(n: int) -> int:

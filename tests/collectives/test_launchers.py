@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import environment, finish, mpirun, run_job, start, torchrun
+from jobs import environment, finish, mpi_launcher, mpirun, run_job, start, torchrun
 
 SCRIPT = str(Path(__file__).with_name("job_init.py"))
 
@@ -36,7 +36,7 @@ def test_torchrun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_mpirun_needs_no_mpi4py(tmp_path: Path, size: int) -> None:
     ended = run_job([*mpirun(size), SCRIPT], tmp_path)
-    check(ended, size, "openmpi")
+    check(ended, size, mpi_launcher())
     for report in ended.reports.values():
         assert not report["mpi4py"]
         assert 1 <= report["threads"] <= report["cpus"]
@@ -69,8 +69,11 @@ def test_mpirun_over_hosts_meets_through_mpi4py(tmp_path: Path) -> None:
     pytest.importorskip("mpi4py")
     command = [*mpirun(2), "-c"]
     # one rank on each of two hosts, as far as the variables tell
-    pretend = "import os, runpy; os.environ['OMPI_COMM_WORLD_LOCAL_SIZE'] = '1'; "
-    pretend += f"os.environ['OMPI_COMM_WORLD_LOCAL_RANK'] = '0'; runpy.run_path({SCRIPT!r})"
+    ranks, rank = "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
+    if mpi_launcher() == "mpich":
+        ranks, rank = "MPI_LOCALNRANKS", "MPI_LOCALRANKID"
+    pretend = f"import os, runpy; os.environ[{ranks!r}] = '1'; os.environ[{rank!r}] = '0'; "
+    pretend += f"runpy.run_path({SCRIPT!r})"
     ended = run_job([*command, pretend], tmp_path)
     assert ended.code == 0, ended.output
     assert [ended.reports[rank]["total"] for rank in range(2)] == [3.0, 3.0]
@@ -82,7 +85,7 @@ def test_two_jobs_at_the_same_time(tmp_path: Path) -> None:
     jobs = [start([*mpirun(2), SCRIPT, folder.name], folder) for folder in folders]
     for job, folder in zip(jobs, folders, strict=True):
         ended = finish(job, folder)
-        check(ended, 2, "openmpi")
+        check(ended, 2, mpi_launcher())
         assert {tuple(report["job"]) for report in ended.reports.values()} == {(folder.name,)}
 
 

@@ -123,6 +123,14 @@ def test_who_walks_depends_on_the_library() -> None:
     assert least_run("another", 1 << 20) == least_run("MPICH", 1 << 20)
 
 
+def test_handles_of_any_mpi_are_words() -> None:
+    """MPICH's are ints below 0, which mpi4py gives as numbers above 2**63; Open MPI's are addresses."""
+    from plait.collectives.mpi.swap import as_words
+
+    words = as_words([0xFFFFFFFF84000002, 0x7F2020A58300, 4])
+    assert words.tolist() == [0x84000002 - (1 << 32), 0x7F2020A58300, 4]
+
+
 def test_uneven_exchange_of_strided_rows(world: World) -> None:
     assert torch.equal(*uneven_exchange(world.rank))
 
