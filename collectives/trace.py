@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,23 +16,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _NAMES = {
     "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "reduce_": "reduce",
     "allgather_": "all_gather",
+    "allgather_coalesced_": "all_gather",
     "_allgather_base_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
     "reduce_scatter_": "reduce_scatter",
     "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
     "alltoall_base_": "all_to_all",
     "alltoall_": "all_to_all",
     "broadcast_": "broadcast",
     "send": "send",
     "recv_": "recv",
+    "recv_any_source_": "recv",
     "barrier": "barrier",
+    "monitored_barrier_": "barrier",
     "gather_": "gather",
     "scatter_": "scatter",
 }
+_BELOW = torch._C.DispatchKey.CompositeExplicitAutograd  # where functional collectives call c10d
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,8 @@ class Trace(TorchDispatchMode):
         return id(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "_c10d_functional":
+            return self._functional(func, args, kwargs or {})
         if func.namespace != "c10d":
             return func(*args, **(kwargs or {}))
         start = time.perf_counter()
@@ -108,16 +121,27 @@ class Trace(TorchDispatchMode):
         self._record(func, args, tensors, start, work)
         return result
 
+    def _functional(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a functional collective (DTensor's) so that this trace sees the collective of c10d inside."""
+        plain = tree_map_only(AsyncCollectiveTensor, AsyncCollectiveTensor.trigger_wait, args)
+        tensors = _tensors_of(plain)
+        if any(
+            type(x) not in {Tensor, Parameter} for x in tensors
+        ) or not func.has_kernel_for_dispatch_key(_BELOW):
+            return func(*args, **kwargs)
+        with self:
+            return func._op_dk(_BELOW, *plain, **kwargs)
+
     def _record(
         self, func: Any, args: Any, tensors: list[Tensor], start: float, work: dist.Work | None
     ) -> None:
         name: str = func._schema.name
         op = _NAMES.get(name.split("::")[1], name)
-        # for ops written (output, input) the tensor a rank brings is the second argument
-        second = op in {"all_gather", "reduce_scatter", "all_to_all"} and len(tensors) > 1
-        seconds = time.perf_counter() - start
-        group, brought = _group_of(args), tensors[1:2] if second else tensors[:1]
-        self.note(group, op, brought, seconds, work, _share_kept(func, args, group))
+        seconds, given = time.perf_counter() - start, _named(func, args)
+        group = _group_of(args)
+        brought = [] if op == "barrier" else _brought(given, tensors)
+        kept, root = _share_kept(given, group), given.get("root_rank")
+        self.note(group, op, brought, seconds, work, kept, root)
 
     def note(
         self,
@@ -127,11 +151,13 @@ class Trace(TorchDispatchMode):
         seconds: float,
         work: dist.Work | None = None,
         kept: float | None = None,
+        root: int | None = None,
     ) -> None:
         """Record a call that took so long until now, with the tensors that this rank brought to it.
 
         ``work`` is given where the call returned before it was complete; its end is recorded when it comes. ``kept`` is
-        the share of an exchange that stays on this rank, where the parts are not even.
+        the share of an exchange that stays on this rank, where the parts are not even. ``root`` is the group's rank
+        that the others send to, or that sends to them.
         """
         start = time.perf_counter() - seconds
         ranks = group.size() if group is not None else 1
@@ -141,6 +167,8 @@ class Trace(TorchDispatchMode):
         name, sent = str(dtype).removeprefix("torch."), wire_bytes(op, payload, ranks)
         if kept is not None:
             sent = round(payload * (1 - kept))
+        elif root is not None and group is not None:
+            sent = rooted_bytes(op, payload, ranks, (group.rank() - root) % ranks)
         self.events.append(
             Event(op, axis, ranks, shape, name, payload, sent, seconds, self.scope, start)
         )
@@ -155,8 +183,15 @@ class Trace(TorchDispatchMode):
             seconds = time.perf_counter() - event.start
             self.events[number] = replace(self.events[number], seconds=seconds)
 
-        with suppress(RuntimeError, NotImplementedError):  # a backend whose work has no future
+        try:
             work.get_future().add_done_callback(complete)
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # gloo's messages have none; ours tell who waited for them
+            ours: Any = work
+            if hasattr(ours, "when_waited_for"):
+                ours.when_waited_for = lambda: complete(None)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Count the events by (op, axis)."""
@@ -185,12 +220,33 @@ def _work_of(result: Any) -> dist.Work | None:
     return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
 
 
-def _share_kept(func: Any, args: Any, group: dist.ProcessGroup | None) -> float | None:
-    """The share of its rows that a rank keeps in an exchange of uneven parts; None: even parts, or another call."""
-    for argument, given in zip(func._schema.arguments, args, strict=False):
-        if argument.name == "input_split_sizes" and given and group is not None:
-            return given[group.rank()] / max(sum(given), 1)
-    return None
+def _named(func: Any, args: Any) -> dict[str, Any]:
+    """Give an operator's arguments by their names."""
+    named = zip(func._schema.arguments, args, strict=False)
+    return {argument.name: given for argument, given in named}
+
+
+def _brought(given: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
+    """Find what a rank gives: what is called an input; where nothing is, all there is (it is written over)."""
+    inputs = [x for name, x in given.items() if name.startswith("input")]
+    found = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    return found if inputs else tensors
+
+
+def _share_kept(given: dict[str, Any], group: dist.ProcessGroup | None) -> float | None:
+    """The share that a rank keeps of an exchange of parts that may be uneven; None: even parts, or another call."""
+    parts = given.get("input_split_sizes")
+    if "root_rank" not in given and "output_tensors" in given and "reduce_op" not in given:
+        lists = given["input_tensors"]
+        many = len(lists) == len(given["output_tensors"]) > 1
+        parts = (
+            [x.numel() for x in lists]
+            if many and isinstance(given["output_tensors"][0], Tensor)
+            else None
+        )
+    if not parts or group is None:
+        return None
+    return parts[group.rank()] / max(sum(parts), 1)
 
 
 def _returns_before(func: Any, args: Any, kwargs: Any) -> bool:
@@ -214,14 +270,16 @@ def tell_traces(
     seconds: float,
     work: dist.Work | None = None,
     kept: float | None = None,
+    root: int | None = None,
 ) -> None:
     """Record a call in every Trace that is on: for groups written in Python, which the dispatcher does not see.
 
-    ``work`` is given where the call returned before it was complete, ``kept`` for exchanges, as in `Trace.note`.
+    ``work`` is given where the call returned before it was complete, ``kept`` for exchanges, ``root`` where there is
+    one, as in `Trace.note`.
     """
     for mode in _get_current_dispatch_mode_stack():
         if isinstance(mode, Trace):
-            mode.note(group, op, brought, seconds, work, kept)
+            mode.note(group, op, brought, seconds, work, kept, root)
 
 
 def span(name: str) -> AbstractContextManager[None]:
@@ -252,3 +310,12 @@ def wire_bytes(op: str, payload: int, n: int) -> int:
     if op in {"reduce_scatter", "all_to_all"}:
         return round(payload * (n - 1) / n)
     return payload
+
+
+def rooted_bytes(op: str, payload: int, n: int, place: int) -> int:
+    """Bytes that the rank ``place`` behind the root sends; what all get, or give, goes from neighbour to neighbour."""
+    if op == "scatter":
+        return 0 if place else round(payload * (n - 1) / n)
+    if op == "broadcast":
+        return payload if place < n - 1 else 0
+    return payload if place else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import Empty
 from typing import Any, Protocol
@@ -63,6 +63,7 @@ class Call(dist.Work):
         self._dtype = brought[0].dtype if brought else None
         self.inner: Any = None
         self._said: deputy.Said | None = None  # of the one wait for a message
+        self.when_waited_for: Callable[[], None] | None = None  # a trace's; messages have no future
 
     def __str__(self) -> str:
         if self._dtype is None:
@@ -87,6 +88,8 @@ class Call(dist.Work):
             self._owner.leave_open(self)
             raise
         self._owner.forget(self)
+        if self.when_waited_for is not None:
+            self.when_waited_for()
         return True
 
     def _in_turns(self, limit_s: float) -> None:

@@ -92,8 +92,14 @@ class GlooGroup(PythonGroup):
         brought: Sequence[Tensor],
         opts: Any = None,
         moved: Moved = ([], []),
+        given: Sequence[Tensor] | None = None,
     ) -> dist.Work:
-        """Start a collective, and wait for it unless the caller does; `brought` is what this rank gives."""
+        """Start a collective, and wait for it unless the caller does.
+
+        Args:
+            brought: what this rank gives; for a scatter what it gets, which every rank knows.
+            given: what it gives then.
+        """
         begin = time.perf_counter() if listening() else None
         if is_on():
             self._compare(ShownCall.of(kind, brought, opts, *moved))
@@ -107,15 +113,19 @@ class GlooGroup(PythonGroup):
             kept = moved[0][self.rank()] / max(sum(moved[0]), 1) if any(moved[0]) else None
             seconds = time.perf_counter() - begin
             kept = kept if kind == "all_to_all" else None
-            tell_traces(self, kind, brought, seconds, None if waits else work, kept)
+            root, given = getattr(opts, "rootRank", None), brought if given is None else given
+            tell_traces(self, kind, given, seconds, None if waits else work, kept, root)
         return work
 
     def _message(self, kind: str, start: Callable[[], Any], x: Tensor, peer: int) -> Call:
-        if listening():
-            tell_traces(self, kind, [x], 0.0)
+        begin = time.perf_counter() if listening() else None
         name = f"rank {self.members.names[peer]}" if peer >= 0 else "any rank"
         what, place = ("send", "to") if kind == "send" else ("receive", "from")
-        return self._ledger.start(Call(self._ledger, what, [x], 0, peer, f" {place} {name}"), start)
+        call = Call(self._ledger, what, [x], 0, peer, f" {place} {name}")
+        self._ledger.start(call, start)
+        if begin is not None:
+            tell_traces(self, kind, [x], time.perf_counter() - begin, call)
+        return call
 
     def _compare(self, shown: ShownCall) -> None:
         """In debug mode: show a collective to all other ranks before it starts, and look at theirs.
@@ -198,9 +208,9 @@ class GlooGroup(PythonGroup):
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         self.check_rank(opts.rootRank)
-        return self._run(
-            "scatter", lambda: self._gloo.scatter(outputs, inputs, opts), outputs, opts
-        )
+        given = [x for parts in inputs for x in parts]
+        start = lambda: self._gloo.scatter(outputs, inputs, opts)  # noqa: E731
+        return self._run("scatter", start, outputs, opts, given=given)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = _SCATTER) -> dist.Work:
         brought = [x for parts in inputs for x in parts]

@@ -166,16 +166,23 @@ class Member(PythonGroup):
             self._open = False
             work = self._finished
         if begin is not None:
-            self._tell(name, tensors if brought is None else brought, begin, work, moved[0])
+            root = getattr(opts, "rootRank", None)
+            self._tell(name, tensors if brought is None else brought, begin, work, moved[0], root)
         return work
 
     def _tell(
-        self, name: str, brought: Sequence[Tensor], begin: float, work: dist.Work, sent: list[int]
+        self,
+        name: str,
+        brought: Sequence[Tensor],
+        begin: float,
+        work: dist.Work,
+        sent: list[int],
+        root: int | None,
     ) -> None:
         under_way = None if work is self._finished else work
         kind, seconds = _TRACED.get(name, name), time.perf_counter() - begin
         kept = sent[self._rank] / sum(sent) if kind == "all_to_all" and any(sent) else None
-        tell_traces(self, kind, brought, seconds, under_way, kept)
+        tell_traces(self, kind, brought, seconds, under_way, kept, root)
 
     def _run_aside(self, operation: Operation) -> dist.Work:
         if operation.peer is None:

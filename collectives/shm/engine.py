@@ -136,7 +136,10 @@ class Engine:
             group, seconds = self._group(), time.perf_counter() - begin
             if group is not None:
                 op = KINDS[code & 255].split()[0]
-                tell_traces(group, op, brought, seconds, under_way, kept)
+                root = (code >> 24) - 1
+                tell_traces(
+                    group, op, brought, seconds, under_way, kept, root if root >= 0 else None
+                )
         return work
 
     def _show(self, code: int, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -250,18 +251,23 @@ class ShmGroup(PythonGroup):
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> dist.Work:
         self.check_rank(to)
-        if listening():
-            tell_traces(self, "send", tensors, 0.0)
-        return self._mailbox.send(tensors[0], to, tag)
+        begin = time.perf_counter()
+        return self._told("send", tensors, begin, self._mailbox.send(tensors[0], to, tag))
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> dist.Work:
         self.check_rank(source)
-        if listening():
-            tell_traces(self, "recv", tensors, 0.0)
-        return self._mailbox.receive(tensors[0], source, tag)
+        begin = time.perf_counter()
+        return self._told("recv", tensors, begin, self._mailbox.receive(tensors[0], source, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
-        return self._mailbox.receive(tensors[0], None, tag)
+        begin = time.perf_counter()
+        return self._told("recv", tensors, begin, self._mailbox.receive(tensors[0], None, tag))
+
+    def _told(self, op: str, tensors: list[Tensor], begin: float, work: dist.Work) -> dist.Work:
+        """Tell traces of a message."""
+        if listening():
+            tell_traces(self, op, tensors, time.perf_counter() - begin, work)
+        return work
 
     # ---- coalescing, and the end
 
