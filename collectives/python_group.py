@@ -48,14 +48,28 @@ class PythonGroup(dist.ProcessGroup):
         """
         own, ranks = self.rank(), self.size()
         if not len(sent) == len(received) == ranks:
-            raise ValueError(
-                f"all_to_all from {len(sent)} parts into {len(received)} in group {self.group_name} of {ranks} ranks"
-            )
+            raise self.misfit(f"all_to_all from {len(sent)} parts into {len(received)}")
+        sent, received = [int(n) for n in sent], [int(n) for n in received]  # of NumPy's, too
         if min(*sent, *received) < 0 or sent[own] != received[own]:
             raise ValueError(
-                f"all_to_all in group {self.group_name} sends {list(sent)} elements and has room for {list(received)}: "
+                f"all_to_all in group {self.group_name} sends {sent} elements and has room for {received}: "
                 f"none may be below 0, and what rank {own} sends to itself must be as long as the room for it"
             )
+
+    def check_tag(self, tag: int) -> None:
+        """Look whether messages can have such a tag.
+
+        Raises:
+            ValueError: it is below 0.
+        """
+        if tag < 0:
+            raise ValueError(
+                f"a message in group {self.group_name} with tag {tag}: tags are whole numbers from 0 on"
+            )
+
+    def misfit(self, asked: str) -> ValueError:
+        """Make the error of tensors that do not fit this group, or each other."""
+        return ValueError(f"{asked} does not fit group {self.group_name} of {self.size()} ranks")
 
     def orphan(self, error: RuntimeError) -> None:
         """Raise this error from every later call: this process is a fork of the rank's, and must not speak for it."""
@@ -95,6 +109,11 @@ def listed(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def elements(tensors: Sequence[Tensor]) -> int:
     """Count the elements of all."""
     return sum(t.numel() for t in tensors)
+
+
+def shapes(tensors: Sequence[Tensor]) -> str:
+    """Show the shapes of tensors."""
+    return ", ".join(str(list(x.shape)) for x in tensors) or "no tensors"
 
 
 def by_rank(x: Tensor, rows: Sequence[int], ranks: int) -> list[int]:

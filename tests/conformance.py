@@ -8,12 +8,14 @@ the inputs are small whole numbers, so that every dtype and every order of summi
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,14 +32,12 @@ BITWISE = (dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR)
 class Abilities:
     """What this backend does beyond what all must do."""
 
-    average: bool = True  # ReduceOp.AVG
     strided: bool = True  # outputs and inputs of any strides
-    uneven_gather: bool = True  # all_gather of a list of unequal tensors
     any_source: bool = True  # recv(src=None)
-    itself: bool = False  # isend to the own rank
+    itself: bool = True  # isend to the own rank
 
 
-GLOO = Abilities(average=False, strided=False, uneven_gather=False)
+GLOO = Abilities(strided=False, itself=False)
 Check = Callable[[Abilities], None]
 
 
@@ -101,7 +101,7 @@ def operators(can: Abilities, dtype: torch.dtype) -> Iterator[Any]:
     yield from (dist.ReduceOp.SUM, dist.ReduceOp.PRODUCT, dist.ReduceOp.MIN, dist.ReduceOp.MAX)
     if not dtype.is_floating_point:
         yield from BITWISE
-    elif can.average:
+    else:
         yield dist.ReduceOp.AVG
 
 
@@ -200,8 +200,6 @@ def all_gather_keeps_the_order(can: Abilities) -> None:
 
 
 def all_gather_of_unequal_parts(can: Abilities) -> None:
-    if not can.uneven_gather:
-        return
     parts = [numbers(r, (3 * r, 5), torch.float32) for r in range(size())]
     found = [torch.empty_like(part) for part in parts]
     dist.all_gather(found, parts[rank()])
@@ -230,6 +228,21 @@ def reduce_scatter_keeps_the_own_part(can: Abilities) -> None:
         same(x, expected, dtype, length)
 
 
+def reduce_scatter_of_unequal_parts(can: Abilities) -> None:
+    lengths = [(5 * r + 3) % 7 * (1 + 999 * (r == 2)) for r in range(size())]
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
+        for asynchronous in (False, True):
+            parts = [[numbers(r, (n, 2), torch.float64, n) for n in lengths] for r in range(size())]
+            x = torch.empty(lengths[rank()], 2, dtype=torch.float64)
+            given = [part.clone() for part in parts[rank()]]
+            work = dist.reduce_scatter(x, given, op, async_op=asynchronous)
+            if asynchronous:
+                work.wait()
+            same(x, folded(op, [part[rank()] for part in parts]), op)
+            for before, after in zip(parts[rank()], given, strict=True):
+                same(after, before, "a part was written to")
+
+
 def all_to_all_transposes(can: Abilities) -> None:
     for dtype in (torch.float32, torch.int64, torch.bfloat16, torch.bool):
         parts = [numbers(r, (size(), 6), dtype) for r in range(size())]
@@ -253,6 +266,36 @@ def all_to_all_of_uneven_runs(can: Abilities) -> None:
         dist.all_to_all_single(x, rows[rank()], receive, send)
         expected = torch.cat([rows[r].split(counts[r].tolist())[rank()] for r in range(size())])
         same(x, expected)
+
+
+def all_to_all_of_unequal_tensors(can: Abilities) -> None:
+    """Some are empty, one rank's are all of one size, and nobody need wait for the work."""
+    counts = [
+        [4] * size() if a == 1 else [(a + 2 * b) % 5 for b in range(size())] for a in range(size())
+    ]
+    counts = [[4 if b == a else n for b, n in enumerate(row)] for a, row in enumerate(counts)]
+    parts = [
+        [numbers(a, (n, 3), torch.float32, b) for b, n in enumerate(row)]
+        for a, row in enumerate(counts)
+    ]
+    expected = [row[rank()] for row in parts]
+    for how in ("wait", "poll", "future", "drop", ""):
+        found = [torch.full_like(part, 9) for part in expected]
+        work = dist.all_to_all(found, [part.clone() for part in parts[rank()]], async_op=bool(how))
+        if how == "wait":
+            work.wait()
+        elif how == "poll":
+            while not work.is_completed():
+                time.sleep(1e-3)
+        elif how == "future":
+            assert len(work.get_future().wait()) == size()
+        elif how == "drop":
+            del work
+            until = time.monotonic() + 20
+            while any((part == 9).any() for part in found) and time.monotonic() < until:
+                time.sleep(1e-3)
+        for part, wanted in zip(found, expected, strict=True):
+            same(part, wanted, how)
 
 
 def coalesced_calls(can: Abilities) -> None:
@@ -351,6 +394,19 @@ def rings_do_not_deadlock(can: Abilities) -> None:
         for work in dist.batch_isend_irecv(pair if rank() % 2 else pair[::-1]):
             work.wait()
         same(y, numbers(before, (length,), torch.float32))
+
+
+def a_rank_may_send_to_itself(can: Abilities) -> None:
+    x, y = numbers(rank(), (9,), torch.float32), torch.zeros(9)
+    if can.itself:
+        sent = dist.isend(x, rank(), tag=5)
+        dist.irecv(y, rank(), tag=5).wait()
+        sent.wait()
+        same(y, x)
+    else:
+        for call in (dist.isend, dist.irecv):
+            with pytest.raises(ValueError, match="to itself"):
+                call(x, rank())
 
 
 def anyone_may_send(can: Abilities) -> None:
@@ -471,8 +527,10 @@ CHECKS: tuple[Check, ...] = (
     all_gather_of_unequal_parts,
     all_gather_in_place,
     reduce_scatter_keeps_the_own_part,
+    reduce_scatter_of_unequal_parts,
     all_to_all_transposes,
     all_to_all_of_uneven_runs,
+    all_to_all_of_unequal_tensors,
     coalesced_calls,
     asynchronous_calls_keep_their_order,
     futures_hold_the_result,
@@ -481,6 +539,7 @@ CHECKS: tuple[Check, ...] = (
     sends_are_received,
     tags_are_matched_in_any_order,
     rings_do_not_deadlock,
+    a_rank_may_send_to_itself,
     anyone_may_send,
     sends_and_collectives_do_not_mix,
     groups_work_apart,

@@ -6,8 +6,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from queue import Empty
+from threading import Lock
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -45,6 +47,8 @@ class Call(dist.Work):
         number: of the call in its group; messages have none.
         peer: the rank of the group that a message is for or from; None for collectives, -1 for "any".
         since: when it began.
+
+    What gloo cannot do is done `last`, by whoever finds first that gloo's part is over; it gives the outputs.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Call(dist.Work):
         number: int,
         peer: int | None = None,
         place: str = "",
+        last: Callable[[], list[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.number, self.peer, self.since = number, peer, time.monotonic()
@@ -62,6 +67,8 @@ class Call(dist.Work):
         self._count = sum(x.numel() for x in brought)
         self._dtype = brought[0].dtype if brought else None
         self.inner: Any = None
+        self._last, self._outputs = last, list[Tensor]()
+        self._once = Lock()
         self._said: deputy.Said | None = None  # of the one wait for a message
         self.when_waited_for: Callable[[], None] | None = None  # a trace's; messages have no future
 
@@ -87,6 +94,7 @@ class Call(dist.Work):
         except BaseException:
             self._owner.leave_open(self)
             raise
+        self._complete()
         self._owner.forget(self)
         if self.when_waited_for is not None:
             self.when_waited_for()
@@ -119,6 +127,12 @@ class Call(dist.Work):
         if error is not None:
             raise error
 
+    def _complete(self) -> None:
+        with self._once:
+            if self._last is not None:
+                self._outputs = self._last()
+                self._last = None
+
     def _late(self) -> TimeoutError:
         return TimeoutError(
             f"{self} is not done after {time.monotonic() - self.since:.3g} s; it goes on"
@@ -128,13 +142,18 @@ class Call(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        return self.inner.is_completed()
+        done = self.inner.is_completed()
+        if done and self._last is not None:
+            with suppress(RuntimeError):  # who waits is told
+                self.inner.wait()
+                self._complete()
+        return done
 
     def is_success(self) -> bool:
         return self.inner.is_success()
 
     def result(self) -> list[Tensor]:
-        return self.inner.result()
+        return self._outputs or self.inner.result()
 
     def source_rank(self) -> int:
         return self.inner._source_rank()
@@ -151,8 +170,9 @@ class Call(dist.Work):
             except RuntimeError as error:
                 future.set_exception(self._owner.explain(self, error))
             else:
+                self._complete()
                 self._owner.forget(self)
-                future.set_result(value)
+                future.set_result(self._outputs or value)
 
         self.inner.get_future().add_done_callback(resolve)
         return future

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ..errors import CallMismatch, PeerLost
-from ..python_group import PythonGroup, by_rank, listed
+from ..python_group import PythonGroup, by_rank, listed, shapes
+from ..sendable import check_sendable
 from ..shown_call import Moved, ShownCall, is_on, mismatch, room_of
 from ..trace import listening, tell_traces
 from ..work import Finished, Several
@@ -22,7 +23,7 @@ from .ledger import Ledger
 from .lookout import lookout
 from .members import Members
 from .sockets import Sockets
-from .strides import check_dense, strided
+from .tensors import check_contiguous, check_dense, check_operator, one_dtype
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
     dist.AllreduceOptions(), AllgatherOptions(), dist.ReduceScatterOptions(), dist.AllToAllOptions()
@@ -93,18 +94,21 @@ class GlooGroup(PythonGroup):
         opts: Any = None,
         moved: Moved = ([], []),
         given: Sequence[Tensor] | None = None,
+        last: Callable[[], list[Tensor]] | None = None,
     ) -> dist.Work:
         """Start a collective, and wait for it unless the caller does.
 
         Args:
             brought: what this rank gives; for a scatter what it gets, which every rank knows.
             given: what it gives then.
+            last: what is to be done when gloo's part is over; gives the outputs.
         """
         begin = time.perf_counter() if listening() else None
         if is_on():
             self._compare(ShownCall.of(kind, brought, opts, *moved))
         self._calls += 1
-        work = self._ledger.start(Call(self._ledger, kind, brought, self._calls), start)
+        call = Call(self._ledger, kind, brought, self._calls, last=last)
+        work = self._ledger.start(call, start)
         waits = opts is not None and not opts.asyncOp
         if waits:
             work.wait()
@@ -159,11 +163,17 @@ class GlooGroup(PythonGroup):
 
     def allreduce(self, tensors: Any, opts: Any = _SUM) -> dist.Work:
         xs = listed(tensors)
-        check_dense(xs)
+        if any(x.layout is not torch.sparse_coo for x in xs):  # which gloo can add
+            check_dense(xs)
+        check_operator(opts.reduceOp, xs)
         return self._run("all_reduce", lambda: self._gloo.allreduce(xs, opts), xs, opts)
 
     def allreduce_coalesced(self, tensors: Any, opts: Any) -> dist.Work:
+        if not tensors:
+            return Finished()
         check_dense(tensors)
+        one_dtype("all_reduce_coalesced", tensors)
+        check_operator(opts.reduceOp, tensors)
         return self._run(
             "all_reduce", lambda: self._gloo.allreduce_coalesced(tensors, opts), tensors, opts
         )
@@ -171,6 +181,7 @@ class GlooGroup(PythonGroup):
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
         self.check_rank(opts.rootRank)
         check_dense(tensors)
+        check_operator(opts.reduceOp, tensors)
         return self._run("reduce", lambda: self._gloo.reduce(tensors, opts), tensors, opts)
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
@@ -179,19 +190,36 @@ class GlooGroup(PythonGroup):
         return self._run("broadcast", lambda: self._gloo.broadcast(tensors, opts), tensors, opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = _GATHER) -> dist.Work:
+        (found,), (x,) = outputs, inputs
+        self._check_parts("all_gather", found, x)
+        if len({part.numel() for part in found}) > 1:
+            return self._broadcast_each(found, x, opts)
         return self._run(
             "all_gather", lambda: self._gloo.allgather(outputs, inputs, opts), inputs, opts
         )
 
+    def _broadcast_each(self, found: Sequence[Tensor], x: Tensor, opts: Any) -> dist.Work:
+        """Gather parts of unequal length, each from its rank."""
+        check_contiguous(found)
+        found[self.rank()].copy_(x.view_as(found[self.rank()]))
+        works = []
+        for r, part in enumerate(found):
+            each = dist.BroadcastOptions()
+            each.rootRank, each.asyncOp = r, opts.asyncOp
+            works.append(self.broadcast([part], each))
+        return Several(works, found)
+
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = _GATHER) -> dist.Work:
-        return self._run(
-            "all_gather",
-            lambda: self._gloo.allgather_coalesced(outputs, inputs, opts),
-            inputs,
-            opts,
-        )
+        # c10d lists these by rank, then by tensor
+        pairs = zip(zip(*outputs, strict=True), inputs, strict=True)
+        works = [self.allgather([list(found)], [x], opts) for found, x in pairs]
+        return Several(works, [x for found in outputs for x in found])
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
+        check_sendable("gloo", (output, input))
+        one_dtype("all_gather", (input, output))
+        if output.numel() != input.numel() * self.size():
+            raise self.misfit(f"all_gather of {shapes([input])} into {shapes([output])}")
         return self._run(
             "all_gather", lambda: self._gloo._allgather_base(output, input, opts), [input], opts
         )
@@ -204,23 +232,47 @@ class GlooGroup(PythonGroup):
 
     def gather(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         self.check_rank(opts.rootRank)
+        check_sendable("gloo", inputs)
+        if self.rank() == opts.rootRank:
+            self._check_parts("gather", outputs[0] if outputs else [], *inputs, even=True)
         return self._run("gather", lambda: self._gloo.gather(outputs, inputs, opts), inputs, opts)
 
     def scatter(self, outputs: Any, inputs: Any, opts: Any) -> dist.Work:
         self.check_rank(opts.rootRank)
+        check_sendable("gloo", outputs)
+        if self.rank() == opts.rootRank:
+            self._check_parts("scatter", inputs[0] if inputs else [], *outputs, even=True)
         given = [x for parts in inputs for x in parts]
         start = lambda: self._gloo.scatter(outputs, inputs, opts)  # noqa: E731
         return self._run("scatter", start, outputs, opts, given=given)
 
+    def _check_parts(self, what: str, parts: Any, x: Tensor, even: bool = False) -> None:
+        """Look whether there is a part for each rank, and this rank's (`even`: each) is as long as `x`."""
+        check_sendable("gloo", (x, *parts))
+        one_dtype(what, (x, *parts))
+        if len(parts) == self.size():
+            same = parts if even else [parts[self.rank()]]
+            if all(part.numel() == x.numel() for part in same):
+                return
+        raise self.misfit(f"{what} between {shapes([x])} and {shapes(parts)}")
+
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = _SCATTER) -> dist.Work:
-        brought = [x for parts in inputs for x in parts]
+        (out,), (parts,) = outputs, inputs
+        self._check_parts("reduce_scatter", parts, out)
+        check_operator(opts.reduceOp, outputs)
+        own = out.view(parts[self.rank()].shape) if out.is_contiguous() else out
         return self._run(
-            "reduce_scatter", lambda: self._gloo.reduce_scatter(outputs, inputs, opts), brought, opts
+            "reduce_scatter", lambda: self._gloo.reduce_scatter([own], inputs, opts), parts, opts
         )  # fmt: skip
 
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
     ) -> dist.Work:
+        check_sendable("gloo", (output, input))
+        one_dtype("reduce_scatter", (input, output))
+        check_operator(opts.reduceOp, (output,))
+        if input.numel() != output.numel() * self.size():
+            raise self.misfit(f"reduce_scatter of {shapes([input])} into {shapes([output])}")
         return self._run(
             "reduce_scatter", lambda: self._gloo._reduce_scatter_base(output, input, opts), [input], opts
         )  # fmt: skip
@@ -232,11 +284,26 @@ class GlooGroup(PythonGroup):
         return Several([self.reduce_scatter_single(out, x, opts) for out, x in pairs], outputs)
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = _EXCHANGE) -> dist.Work:
-        moved = [x.numel() for x in inputs], [x.numel() for x in outputs]
+        sent, received = moved = [x.numel() for x in inputs], [x.numel() for x in outputs]
         self.check_own(*moved)
-        return self._run(
-            "all_to_all", lambda: self._gloo.alltoall(outputs, inputs, opts), inputs, opts, moved
-        )
+        check_sendable("gloo", (*inputs, *outputs))
+        one_dtype("all_to_all", (*inputs, *outputs))
+        # gloo's own takes lists of one size
+        whole = torch.cat([x.reshape(-1) for x in inputs])
+        found = whole.new_empty(sum(received))
+
+        def start() -> Any:
+            return self._gloo.alltoall_base(found, whole, received, sent, opts)
+
+        def bring_home() -> list[Tensor]:
+            for out, part in zip(outputs, found.split(received), strict=True):
+                out.copy_(part.view(out.shape))
+            return outputs
+
+        work = self._run("all_to_all", start, inputs, opts, moved, last=bring_home)
+        if isinstance(work, Call):
+            work.get_future()  # brings home what came, whether somebody waits or not
+        return work
 
     def all_to_all_single(
         self,
@@ -246,9 +313,13 @@ class GlooGroup(PythonGroup):
         input_splits: list[int],
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
-        for x in (output, input):
-            if not x.is_contiguous():
-                raise strided(x)
+        check_contiguous((output, input))
+        one_dtype("all_to_all", (input, output))
+        for x, rows in ((input, input_splits), (output, output_splits)):
+            length = x.shape[0] if x.dim() else 1
+            if (sum(rows) != length or len(rows) != self.size()) if rows else length % self.size():
+                how = list(rows) or "of equal size"
+                raise self.misfit(f"all_to_all of {shapes([x])} in runs {how}")
         if output.untyped_storage().data_ptr() == input.untyped_storage().data_ptr():
             input = input.clone()  # gloo sends from it after it has received
         moved = (
@@ -276,18 +347,30 @@ class GlooGroup(PythonGroup):
     # ---- point to point
 
     def send(self, tensors: Any, to: int, tag: int = 0) -> dist.Work:
-        self.check_rank(to)
+        self._check_message("send", tensors, to, tag)
         return self._message("send", lambda: self._gloo.send(tensors, to, tag), tensors[0], to)
 
     def recv(self, tensors: Any, source: int, tag: int = 0) -> dist.Work:
-        self.check_rank(source)
+        self._check_message("receive", tensors, source, tag)
         start = lambda: self._gloo.recv(tensors, source, tag)  # noqa: E731
         return self._message("recv", start, tensors[0], source)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> dist.Work:
+        check_contiguous(tensors)
+        self.check_tag(tag)
         return self._message(
             "recv", lambda: self._gloo.recv_anysource(tensors, tag), tensors[0], -1
         )
+
+    def _check_message(self, what: str, tensors: Sequence[Tensor], peer: int, tag: int) -> None:
+        self.check_rank(peer)
+        self.check_tag(tag)
+        check_contiguous(tensors)
+        if peer == self.rank():
+            raise ValueError(
+                f"gloo has no connection from rank {peer} of group {self.group_name} to itself, on which to {what}; "
+                "copy the tensor, or use backend 'shm' or 'mpi'"
+            )
 
     def _start_coalescing(self, device: torch.device) -> None:
         """Do nothing: calls are done one by one."""

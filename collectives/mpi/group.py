@@ -10,7 +10,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from ..python_group import by_rank, elements, listed
+from ..python_group import by_rank, elements, listed, shapes
+from ..sendable import check_sendable
 from ..work import Several
 from . import exchange
 from .exchange import Steps
@@ -51,15 +52,17 @@ class MPIGroup(Member):
         op = hash(opts.reduceOp)
         for out, parts in zip(outputs, lists, strict=True):
             if len(parts) != self.size() or parts[self._rank].numel() != out.numel():
-                shapes = [_shape(t) for t in parts]
-                raise self._misfit(f"reduce_scatter of {shapes} into {_shape(out)}")
+                raise self.misfit(f"reduce_scatter of {shapes(parts)} into {shapes([out])}")
             one_dtype(out, parts)
         steps = [
             exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
         ]
         brought = [t for parts in lists for t in parts]
-        return self._run("reduce_scatter", outputs, exchange.together(steps), opts, brought=brought)
+        moved = [elements(p) for p in zip(*lists, strict=True)], [elements(outputs)] * self.size()
+        return self._run(
+            "reduce_scatter", outputs, exchange.together(steps), opts, None, brought, moved
+        )
 
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = _SCATTER) -> dist.Work:
         steps = self._reduce_scatter_steps(out, t, hash(opts.reduceOp), _spins(opts))
@@ -80,7 +83,7 @@ class MPIGroup(Member):
 
     def _reduce_scatter_steps(self, out: Tensor, t: Tensor, op: int, spins: int = 0) -> Steps:
         if t.numel() != out.numel() * self.size():
-            raise self._misfit(f"reduce_scatter_tensor of {_shape(t)} into {_shape(out)}")
+            raise self.misfit(f"reduce_scatter_tensor of {shapes([t])} into {shapes([out])}")
         one_dtype(out, [t])
         by = reduction(op, out.dtype)
         return exchange.reduce_scatter_single(self.peers, out, t, by, spins)
@@ -99,7 +102,7 @@ class MPIGroup(Member):
         inputs = listed(inputs)
         for outs, t in zip(outputs, inputs, strict=True):
             if len(outs) != self.size() or outs[self._rank].numel() != t.numel():
-                raise self._misfit(f"all_gather of {_shape(t)} into {[_shape(o) for o in outs]}")
+                raise self.misfit(f"all_gather of {shapes([t])} into {shapes(outs)}")
         pairs = zip(outputs, inputs, strict=True)
         steps = [exchange.all_gather(self.peers, o, t) for o, t in pairs]
         flat = [out for outs in outputs for out in outs]
@@ -129,7 +132,7 @@ class MPIGroup(Member):
 
     def _check_gather(self, out: Tensor, t: Tensor) -> None:
         if out.numel() != t.numel() * self.size() or out.dtype != t.dtype:
-            raise self._misfit(f"all_gather_into_tensor of {_shape(t)} into {_shape(out)}")
+            raise self.misfit(f"all_gather_into_tensor of {shapes([t])} into {shapes([out])}")
 
     allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore[reportAssignmentType]
 
@@ -140,11 +143,12 @@ class MPIGroup(Member):
             rows, ranks = x.shape[0] if x.dim() else 1, len(self.ranks)
             if (sum(runs) != rows or len(runs) != ranks) if runs else rows % ranks:
                 how = list(runs) or "of equal size"
-                raise self._misfit(f"all_to_all of {rows} {what} rows in runs {how}")
+                raise self.misfit(f"all_to_all of {rows} {what} rows in runs {how}")
         if out.dtype != t.dtype or not (send or receive or out.numel() == t.numel()):
-            raise self._misfit(
-                f"all_to_all of {_shape(t)} {t.dtype} into {_shape(out)} {out.dtype}"
+            raise self.misfit(
+                f"all_to_all of {shapes([t])} {t.dtype} into {shapes([out])} {out.dtype}"
             )
+        check_sendable("mpi", (out, t))
         if out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
             t = t.clone()  # MPI may receive before it sends
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send, _spins(opts))
@@ -168,7 +172,7 @@ class MPIGroup(Member):
         (t,), outs = listed(inputs), outputs[0] if outputs else []
         self.check_rank(opts.rootRank)
         if self._rank == opts.rootRank and len(outs) != self.size():
-            raise self._misfit(f"gather into {len(outs)} tensors")
+            raise self.misfit(f"gather into {len(outs)} tensors")
         steps = exchange.gather(self.peers, outs, t, opts.rootRank)
         sent = [t.numel() * (r == opts.rootRank) for r in range(self.size())]
         moved = sent, [out.numel() for out in outs] or [0] * self.size()
@@ -178,7 +182,7 @@ class MPIGroup(Member):
         (out,), parts = listed(outputs), inputs[0] if inputs else []
         self.check_rank(opts.rootRank)
         if self._rank == opts.rootRank and len(parts) != self.size():
-            raise self._misfit(f"scatter of {len(parts)} tensors")
+            raise self.misfit(f"scatter of {len(parts)} tensors")
         steps = exchange.scatter(self.peers, out, parts, opts.rootRank)
         received = [out.numel() * (r == opts.rootRank) for r in range(self.size())]
         moved = [t.numel() for t in parts] or [0] * self.size(), received
@@ -192,10 +196,12 @@ class MPIGroup(Member):
     def send(self, tensors: Any, to: int, tag: int) -> dist.Work:
         (t,) = listed(tensors)
         self.check_rank(to)
+        self.check_tag(tag)
         return self._run("send", [t], exchange.send(self.peers, t, to, tag), peer=to)
 
     def recv(self, tensors: Any, source: int, tag: int) -> dist.Work:
         self.check_rank(source)
+        self.check_tag(tag)
         return self._receive(tensors, source, tag)
 
     def _receive(self, tensors: Any, source: int, tag: int) -> dist.Work:
@@ -212,14 +218,7 @@ class MPIGroup(Member):
         works, self._coalescing = self._coalescing or [], None
         return Several(works)
 
-    def _misfit(self, asked: str) -> ValueError:
-        return ValueError(f"{asked} does not fit {self} of {self.size()} ranks")
-
 
 def _spins(opts: Any) -> int:
     """How long the first step may wait: not at all if the caller does not."""
     return 0 if opts is None or opts.asyncOp else SPINS
-
-
-def _shape(t: Tensor) -> list[int]:
-    return list(t.shape)

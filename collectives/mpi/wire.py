@@ -23,6 +23,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ...cuda_kernels.strided import pack, unpack
+from ..sendable import unsendable, wraps
 from .strided import Datatypes, layout, least_run, strided_memory
 
 Message = list  # [memory, count, datatype], as mpi4py takes it
@@ -51,12 +52,10 @@ class Wire:
         """
         if t.requires_grad:
             t = t.detach()
+        if t.layout is not torch.strided or t.is_neg() or not (t.is_cpu or t.is_cuda) or wraps(t):
+            raise unsendable("mpi", t)
         if t.is_cpu and (t.is_contiguous() or (strided and self._walks(t))):
             return t
-        if t.layout is not torch.strided or not (t.is_cpu or t.is_cuda):
-            raise ValueError(
-                f"mpi cannot send a tensor of layout {t.layout} on device {t.device}; give it dense, on a CPU or CUDA"
-            )
         if t.is_cuda and self.cuda == "direct":
             twin = t if t.is_contiguous() else pack(t) if read else t.new_empty(t.shape)
         else:

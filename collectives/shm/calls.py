@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..sendable import unsendable, wraps
 from .fold import AVG, BAND, BOR, BXOR, LOOKS, MAX, MIN, PRODUCT, SUM
 from .memory import MAX_DIMS, VIEW_WORDS
 
@@ -43,7 +44,7 @@ def operator(dtype: torch.dtype, op: Any) -> int:
     number = OPS.get(op.op if isinstance(op, dist.ReduceOp) else op)
     if dtype not in LOOKS or number is None:
         known = ", ".join(str(d).removeprefix("torch.") for d in LOOKS)
-        name = dist.ReduceOp.RedOpType(op.op.value).name if isinstance(op, dist.ReduceOp) else op
+        name = op_name(op)
         raise ValueError(
             f"shm cannot reduce {dtype} by {name}; it reduces {known} (and complex sums) by "
             f"{', '.join(_OP_NAMES)}: convert the tensor, or use such an operator"
@@ -53,6 +54,11 @@ def operator(dtype: torch.dtype, op: Any) -> int:
     if number == AVG and not dtype.is_floating_point:
         raise ValueError(f"shm: avg is for floating-point numbers, not for {dtype}; sum and divide")
     return _BOOL_OPS.get(number, number) if dtype == torch.bool else number
+
+
+def op_name(op: Any) -> str:
+    """Name an operator."""
+    return dist.ReduceOp.RedOpType(op.op.value).name if isinstance(op, dist.ReduceOp) else str(op)
 
 
 @lru_cache(maxsize=1024)
@@ -105,18 +111,9 @@ def even_starts(ranks: int, count: int) -> Any:
 
 def view_of(x: Tensor) -> Any:
     """Describe a tensor of any strides to a kernel; of no more than MAX_DIMS dims after merging."""
-    if not x.is_cpu:
-        raise ValueError(
-            f"shm: a tensor on device {x.device} cannot be sent; give it as .cpu(), or use another backend"
-        )
-    item = x.itemsize
-    try:
-        address = x.data_ptr()
-    except RuntimeError as error:  # it has no memory of its own: sparse, or a wrapper
-        raise ValueError(
-            f"shm: a tensor of layout {x.layout} ({type(x).__name__}) has no memory to send; give it as .to_dense(), "
-            "or send its indices and values"
-        ) from error
+    if not x.is_cpu or x.layout is not torch.strided or x.is_neg() or wraps(x):
+        raise unsendable("shm", x)
+    item, address = x.itemsize, x.data_ptr()
     if x.is_contiguous():
         return dense_view(address, item)
     view = dense_view(address, item).copy()
@@ -152,7 +149,8 @@ def views_of(tensors: list[Tensor]) -> Any:
     """Describe several tensors of one dtype, a row for each."""
     if len(tensors) == 1:
         (x,) = tensors
-        if x.layout is torch.strided and x.is_cpu and x.is_contiguous():
+        plain = type(x) is Tensor and x.layout is torch.strided and x.is_cpu and not x.is_neg()
+        if plain and x.is_contiguous():
             return dense_row(x.data_ptr(), x.itemsize)
         return view_of(x).reshape(1, VIEW_WORDS)
     return np.stack([view_of(x) for x in tensors])
@@ -161,5 +159,7 @@ def views_of(tensors: list[Tensor]) -> Any:
 def real_of(x: Tensor, op: Any) -> Tensor:
     """See a complex tensor as pairs of numbers, which can be added."""
     if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-        raise ValueError(f"shm: {op} has no meaning for {x.dtype}; complex tensors can be summed")
+        raise ValueError(
+            f"shm: {op_name(op)} has no meaning for {x.dtype}; complex tensors can be summed"
+        )
     return torch.view_as_real(x)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...cuda_kernels.kernel_cache import entry
 from ..errors import CallMismatch, anew
+from ..sendable import wraps
 from ..shown_call import is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
@@ -328,7 +329,7 @@ class Engine:
 
     def _note_even(self, kind: str, output: Tensor, input: Tensor) -> EvenCall | None:
         """Write such a call down at the addresses of its tensors; most calls come again."""
-        if not (output.is_cpu and input.is_cpu):
+        if not all(x.is_cpu and not x.is_neg() and not wraps(x) for x in (output, input)):
             return None
         if len(self._even) == MOST_EVEN:
             self._even.clear()

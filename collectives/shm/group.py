@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ...cuda_kernels.quantised import Quantised
-from ..python_group import PythonGroup
+from ..python_group import PythonGroup, shapes
 from ..trace import listening, tell_traces
 from ..work import Several
 from . import fused
@@ -108,10 +108,10 @@ class ShmGroup(PythonGroup):
     ) -> dist.Work:
         (found,), (x,) = outputs, inputs
         if len(found) != self.size():
-            raise misfit(self, f"all_gather into {len(found)} tensors")
+            raise self.misfit(f"all_gather into {len(found)} tensors")
         own = found[self.rank()]
         if own.numel() != x.numel():
-            raise misfit(self, f"{_shapes(x)} gathered into {_shapes(own)}")
+            raise self.misfit(f"{shapes([x])} gathered into {shapes([own])}")
         return self.engine.exchange(
             "all_gather", [x], self._table(x.numel()), found, self._lengths(found),
             not opts.asyncOp, shared=True,
@@ -123,7 +123,7 @@ class ShmGroup(PythonGroup):
             return work
         n = input.numel()
         if output.numel() != n * self.size():
-            raise misfit(self, f"{_shapes(input)} gathered into {_shapes(output)}")
+            raise self.misfit(f"{shapes([input])} gathered into {shapes([output])}")
         return self.engine.exchange(
             "all_gather", [input], self._table(n), [output], self._runs(n),
             not opts.asyncOp, shared=True,
@@ -148,7 +148,7 @@ class ShmGroup(PythonGroup):
         self.check_rank(root)
         found = outputs[0] if self.rank() == root else []
         if self.rank() == root and len(found) != self.size():
-            raise misfit(self, f"gather into {len(found)} tensors")
+            raise self.misfit(f"gather into {len(found)} tensors")
         received = self._lengths(found) if found else self._table()
         return self.engine.exchange(
             "gather", [x], self._table(x.numel()), found, received, not opts.asyncOp, root, shared=True
@@ -159,7 +159,7 @@ class ShmGroup(PythonGroup):
         self.check_rank(root)
         parts = inputs[0] if self.rank() == root else []
         if self.rank() == root and len(parts) != self.size():
-            raise misfit(self, f"scatter of {len(parts)} tensors")
+            raise self.misfit(f"scatter of {len(parts)} tensors")
         received = self._from(root, out.numel())
         sent = self._lengths(parts) if parts else self._table()
         receives = [out] * self.size()  # a view for each rank: all of one tensor
@@ -173,9 +173,20 @@ class ShmGroup(PythonGroup):
         (out,), (parts,) = outputs, inputs
         if odd := [x.dtype for x in parts if x.dtype != out.dtype]:
             raise ValueError(f"shm: reduce_scatter of {odd[0]} into {out.dtype}; use one dtype")
-        if len(parts) != self.size() or any(x.numel() != out.numel() for x in parts):
-            raise misfit(self, f"{_shapes(*parts)} reduced and scattered into {_shapes(out)}")
+        if len(parts) != self.size() or parts[self.rank()].numel() != out.numel():
+            raise self.misfit(f"{shapes(parts)} reduced and scattered into {shapes([out])}")
+        if len({x.numel() for x in parts}) > 1:
+            return self._reduce_each(parts, out, opts)
         return self._reduce_scatter(parts, np.zeros(self.size(), np.int64), out, opts)
+
+    def _reduce_each(self, parts: list[Tensor], out: Tensor, opts: Any) -> dist.Work:
+        """Reduce parts of unequal length, each to its rank."""
+        own = self.rank()
+        out.view_as(parts[own]).copy_(parts[own])
+        each = [out if r == own else x for r, x in enumerate(parts)]
+        op, wait = opts.reduceOp, not opts.asyncOp
+        works = [self.engine.reduce(x, op, r, "reduce", wait) for r, x in enumerate(each)]
+        return Several(works, [out])
 
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
@@ -186,7 +197,7 @@ class ShmGroup(PythonGroup):
                 f"shm: reduce_scatter of {input.dtype} into {output.dtype}; use one dtype"
             )
         if input.numel() != n * self.size():
-            raise misfit(self, f"{_shapes(input)} reduced and scattered into {_shapes(output)}")
+            raise self.misfit(f"{shapes([input])} reduced and scattered into {shapes([output])}")
         return self._reduce_scatter([input], even_starts(self.size(), n), output, opts)
 
     def _reduce_scatter(
@@ -251,11 +262,13 @@ class ShmGroup(PythonGroup):
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> dist.Work:
         self.check_rank(to)
+        self.check_tag(tag)
         begin = time.perf_counter()
         return self._told("send", tensors, begin, self._mailbox.send(tensors[0], to, tag))
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> dist.Work:
         self.check_rank(source)
+        self.check_tag(tag)
         begin = time.perf_counter()
         return self._told("recv", tensors, begin, self._mailbox.receive(tensors[0], source, tag))
 
@@ -309,25 +322,16 @@ class ShmGroup(PythonGroup):
         return table
 
     def _lengths(self, tensors: list[Tensor]) -> Any:
-        return np.array([(0, x.numel()) for x in tensors], np.int64)
+        return np.array([(0, x.numel()) for x in tensors], np.int64).reshape(-1, 2)
 
     def _split(self, x: Tensor, rows: list[int]) -> Any:
         n, length = self._members.ranks, x.shape[0] if x.dim() else 1
         if not rows:
             if length % n:
-                raise misfit(self, f"{length} rows exchanged without split sizes")
+                raise self.misfit(f"{length} rows exchanged without split sizes")
             count = x.numel() // n
             return even_table(n, count, count)
         if len(rows) != n or sum(rows) != length or min(rows) < 0:
-            raise misfit(self, f"{_shapes(x)} with split sizes {list(rows)}")
+            raise self.misfit(f"{shapes([x])} with split sizes {list(rows)}")
         counts = np.array(rows) * (x.numel() // max(1, length))
         return np.stack([np.cumsum(counts) - counts, counts], 1)
-
-
-def _shapes(*tensors: Tensor) -> str:
-    return ", ".join(str(tuple(x.shape)) for x in tensors)
-
-
-def misfit(group: ShmGroup, what: str) -> ValueError:
-    """Say that tensors do not fit a group."""
-    return ValueError(f"shm: {what} does not fit a group of {group.size()} ranks")

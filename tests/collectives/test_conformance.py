@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from conformance_misuse import MISUSES
 
 from conformance import CHECKS, GLOO, Abilities, run_all
 from conformance_exchanges import EXCHANGES
@@ -15,7 +16,7 @@ from plait.collectives import gloo, shm
 from world import current_rank, run_world
 
 RANKS = 4
-ALL = (*CHECKS, *EXCHANGES, *REFUSALS, *USERS)
+ALL = (*CHECKS, *EXCHANGES, *REFUSALS, *MISUSES, *USERS)
 
 
 def on_gloo(folder: str) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
+from conformance_misuse import MISUSES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -62,7 +63,7 @@ def folder(world: World, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "check", [*CHECKS, *EXCHANGES, *REFUSALS], ids=lambda check: check.__name__
+    "check", [*CHECKS, *EXCHANGES, *REFUSALS, *MISUSES], ids=lambda check: check.__name__
 )
 def test_conformance(world: World, check: Check) -> None:
     check(Abilities())
@@ -346,7 +347,7 @@ def test_the_debug_mode_lets_right_calls_pass(world: World, debug: None) -> None
     """Those whose sizes differ between ranks; checks that start calls out of step would wait here for ever."""
     uneven = ("gather_and", "all_gather_of", "reduce_scatter", "all_to_all", "coalesced", "objects")
     chosen = [check for check in CHECKS if check.__name__.startswith(uneven)]
-    assert len(chosen) == 7
+    assert len(chosen) == 9
     for check in chosen:
         check(Abilities())
 
