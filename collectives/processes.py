@@ -35,9 +35,13 @@ class Processes:
         self._handles: list[select.poll | None] = [None] * len(self.cards)
         self._local = [card["host"] == here for card in self.cards]
         self._gone = [False] * len(self.cards)
-        for number, card in enumerate(self.cards):
-            if self._local[number] and card["pid"] != os.getpid():
-                self._watch(number, card)
+        try:
+            for number, card in enumerate(self.cards):
+                if self._local[number] and card["pid"] != os.getpid():
+                    self._watch(number, card)
+        except OSError:
+            self.close()
+            raise
 
     def _watch(self, number: int, card: Card) -> None:
         try:

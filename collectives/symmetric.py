@@ -99,9 +99,10 @@ def symmetric_buffer(
     card: Card = {"host": _host(), "size": size, "problem": "no CUDA device", "uuid": ""}
     try:
         driver = driver or CudaDriver()
-        card |= driver.card()
+        said = driver.card()
+        card |= said | {"problem": _short(said["problem"])}
     except Exception as error:
-        card["problem"] = _short(error)
+        card["problem"] = _said(error)
     cards = tell(group, card)
     _refuse(_objection(cards))
     assert driver is not None
@@ -233,7 +234,7 @@ def _by_ipc(size: int, group: dist.ProcessGroup, driver: Driver, passed: str) ->
                 found.append(address if mine else driver.open(bytes.fromhex(card["handle"])))
             why = ""
         except Exception as error:
-            why = _short(error)
+            why = _said(error)
         refused = _together(group, why)
         if not refused:
             return found
@@ -268,13 +269,17 @@ def _tried(call: Callable[[], Any]) -> tuple[Any, str]:
     try:
         return call(), ""
     except Exception as error:
-        return None, _short(error)
+        return None, _said(error)
 
 
-def _short(error: Exception) -> str:
-    """The first line of an error, short enough for a card."""
-    told = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return told.encode("ascii", "replace").decode()[:300]
+def _said(error: Exception) -> str:
+    return _short(str(error).strip() or type(error).__name__)
+
+
+def _short(problem: str) -> str:
+    """The first line of what went wrong, as a card has room for: letters that take six bytes in JSON are replaced."""
+    told = "".join(problem.strip().splitlines()[:1])[:300].encode("ascii", "replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in told)
 
 
 def _refuse(why: str) -> None:

@@ -27,9 +27,8 @@ OURS = ("gloo", "mpi", "shm")
 CHOSEN = "chosen by the caller"
 """How the description of a default group begins whose backend somebody asked for."""
 
-_visits = (
-    itertools.count()
-)  # a world may be closed and opened again; its keys in a shared store must differ
+# A world may be closed and opened again; its keys in a shared store must differ.
+_visits = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class World:
     backend: str
     launcher: str
     threads: int
-    owner: bool = field(default=True, repr=False)  # did this init start the process group?
+    # the process group, where this init started it; a copy in another process has none
+    started: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     def print(self, *values: Any, **options: Any) -> None:
         """Print on rank 0 only."""
@@ -55,9 +55,12 @@ class World:
             print(*values, flush=True, **options)
 
     def close(self) -> None:
-        """End the process group, if `init` started it; a second call does nothing."""
-        if self.owner and dist.is_initialized():
+        """End the process group, if this `init` started it; a second call does nothing."""
+        if self.started is not None and self.started is dist.group.WORLD:
             dist.destroy_process_group()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "started": None}
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +125,7 @@ def init(
         backend=name.removeprefix("plait_"),
         launcher=launch.launcher,
         threads=threads,
+        started=dist.group.WORLD,
     )
 
 
@@ -167,7 +171,6 @@ def _adopt(launch: Launch, backend: str | None) -> World:
         backend=name,
         launcher=launch.launcher if known else "caller",
         threads=torch.get_num_threads(),
-        owner=False,
     )
 
 

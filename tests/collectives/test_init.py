@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from plait.collectives import meeting_point, rendezvous
 from plait.collectives.errors import BackendUnavailable, LaunchError
 from plait.collectives.launch import Launch
-from plait.collectives.world import World, init
+from plait.collectives.world import init
 from world import current_rank, run_world
 
 
@@ -82,21 +83,31 @@ def test_a_world_can_be_closed_and_opened_again() -> None:
     assert run_world(close_and_join_again, 3, 3, backend=None) == [[6.0] * 3] * 3
 
 
+def close_an_old_one(size: int) -> list[bool]:
+    old = init(timeout_s=20, environ=hydra(size))
+    old.close()
+    new = init(timeout_s=20, environ=hydra(size))
+    old.close()
+    alive = [dist.is_initialized()]
+    new.close()
+    return [*alive, dist.is_initialized()]
+
+
+def test_a_closed_world_does_not_close_the_next() -> None:
+    assert run_world(close_an_old_one, 2, 2, backend=None) == [[True, False]] * 2
+
+
 def twice(size: int) -> tuple[bool, bool, str]:
     first = init(timeout_s=20, environ=hydra(size))
     second = init(environ=hydra(size))
-    second.close()  # not the owner: nothing happens
+    second.close()  # it did not start it: nothing happens
     alive = dist.is_initialized()
     try:
         init("nccl", environ=hydra(size))
         message = ""
     except LaunchError as error:
         message = str(error)
-    return first == World(**{**vars_of(second), "owner": True}), alive, message
-
-
-def vars_of(world: World) -> dict:
-    return {name: getattr(world, name) for name in World.__dataclass_fields__}
+    return first == second == pickle.loads(pickle.dumps(first)), alive, message
 
 
 def test_init_twice_is_the_same_world() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from plait.cuda_kernels.quantised import Quantised
 from world import current_rank, run_world
 
 SIZE = 4096
+LARGE = 1 << 32  # bytes that nobody touches
 
 
 def mapped(folder: str, fails: str, devices: str) -> tuple[str, str, list[str], int]:
@@ -91,6 +93,24 @@ def test_a_failure_on_one_rank_is_every_ranks(fails: str, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def with_much_to_say(folder: str) -> str:
+    """The error where rank 1's device has a problem of many lines, letters that JSON writes with six, and length."""
+    driver, group = SharedDriver(folder), dist.group.WORLD
+    assert group is not None
+    if group.rank():
+        known = driver.card()
+        driver.card = lambda: known | {"problem": '\N{SNOWMAN}\x1b"' * 500 + "\nmore"}
+    with pytest.raises(PeerMemoryError) as caught:
+        symmetric.symmetric_buffer(SIZE, group, driver)
+    return str(caught.value)
+
+
+def test_a_problem_of_any_length_is_told(tmp_path: Path) -> None:
+    first, second = run_world(with_much_to_say, 2, str(tmp_path))
+    assert first == second
+    assert 'rank 1: ??"??"' in first
+
+
 def test_refused_before_anything_is_allocated() -> None:
     one: dict[str, Any] = {"size": 1, "host": "a/1", "problem": "", "uuid": "x"}
     assert symmetric._objection([one, one]) == ""
@@ -114,6 +134,36 @@ def test_no_device_is_an_error_on_every_rank() -> None:
     assert first == second
     assert "rank 0, 1" in first
     assert "give a group of backend 'shm'" in first
+
+
+def where_one_cannot_map_the_others() -> tuple[str, float]:
+    """Rank 1 has addresses for its own memory and no more; the error, and a sum afterwards."""
+    shm.register()
+    group = dist.new_group(backend="shm")
+    dist.barrier(group)  # threads and kernels have what they need
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    if current_rank() == 1:
+        limit = pages * resource.getpagesize() + 3 * LARGE // 2
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    with pytest.raises(PeerMemoryError) as caught:
+        shm.symmetric_empty((LARGE,), torch.uint8, group)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    x = torch.ones(3)
+    dist.all_reduce(x, group=group)
+    return str(caught.value), x[0].item()
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY,
+    reason="has a limit already",
+)
+def test_shm_that_one_rank_cannot_map_is_refused_on_all() -> None:
+    results = run_world(where_one_cannot_map_the_others, 3)
+    assert len(set(results)) == 1
+    error, total = results[0]
+    assert "rank 1 cannot map the other ranks' memory: Cannot allocate memory" in error
+    assert total == 3.0
 
 
 def on_the_cpu(folder: str) -> None:
