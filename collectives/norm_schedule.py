@@ -6,9 +6,8 @@ ONE, TWO, SWITCH = "norm_one_shot", "norm_two_shot", "norm_multimem"
 Steps = tuple[tuple[int, str], ...]  # up to so many bytes of x this schedule; beyond the last: none
 
 MOST_BYTES = 4 << 20  # of x
-SLOT_BYTES = MOST_BYTES + (
-    64 << 10
-)  # of a (parity, source) place, with statistics: 65 MiB of each device at 8 ranks
+# of a (parity, source) place, with statistics: 65 MiB of each device at 8 ranks
+SLOT_BYTES = MOST_BYTES + (64 << 10)
 
 # (device, ranks, whether a switch adds) -> what was fastest there; `benchmarks/gpu_norms.py` prints such lines.
 # Empty: no device has been measured.

@@ -36,9 +36,8 @@ class PeerNorm:
     def __init__(self, buffer: PeerBuffer, layout: Layout, steps: Steps) -> None:
         self.buffer, self.layout, self.steps = buffer, layout, steps
         self.rank, self.driver = buffer.group.rank(), buffer.driver
-        self.table = torch.tensor(
-            buffer.addresses, dtype=torch.int64, device=self.driver.device
-        )  # the kernels' way to the ranks
+        # the kernels' way to the ranks
+        self.table = torch.tensor(buffer.addresses, dtype=torch.int64, device=self.driver.device)
         self.processors = min(card["processors"] for card in buffer.cards)
         self.fp8 = all(card["fp8"] for card in buffer.cards)
 

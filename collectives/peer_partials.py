@@ -23,9 +23,8 @@ from .peer_driver import Driver
 from .symmetric import PeerBuffer, PerGroup, symmetric_buffer
 from .trace import listening, tell_traces
 
-SLOT_BYTES = (
-    1 << 20
-)  # what a rank receives from another in a step: 16 MiB of each device at 8 ranks
+# what a rank receives from another in a step: 16 MiB of each device at 8 ranks
+SLOT_BYTES = 1 << 20
 MOST_CHUNKS, MOST_VECTORS = 32, 96
 
 

@@ -15,9 +15,8 @@ from .errors import LaunchError
 from .launch import Launch
 from .meeting_point import missing, name_ranks, open_store
 
-LINGER_S = (
-    5.0  # how long rank 0 keeps its store open so that the others can read why the start failed
-)
+# how long rank 0 keeps its store open so that the others can read why the start failed
+LINGER_S = 5.0
 Card = dict[str, Any]
 
 

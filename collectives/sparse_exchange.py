@@ -140,9 +140,8 @@ def start_sparse_reduce_scatter(held: Tensor, placement: Placement, group: Group
         wide = held.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if wide else held.dtype
         out = held.new_zeros((len(owned), *held.shape[1:]), dtype=dtype)
-        for peer in sorted(
-            parts
-        ):  # in the order of ranks, so that the bits do not depend on who was first
+        # in the order of ranks, so that the bits do not depend on who was first
+        for peer in sorted(parts):
             for (first, _, rows), part in parts[peer]:
                 out[first : first + rows].add_(part)
         return out.to(held.dtype)

@@ -96,9 +96,8 @@ class StoreAccounts(PageReader):
         try:
             return self.placement.close(seconds)
         finally:
-            if (
-                self.placement.closed
-            ):  # else a placement that knows of the store would keep it for ever
+            # else a placement that knows of the store would keep it for ever
+            if self.placement.closed:
                 self._end.detach()
 
     def __enter__(self) -> Self:

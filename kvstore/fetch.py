@@ -99,9 +99,8 @@ class Fetcher:
                 fetch = self._queue.popleft()
             try:
                 self._carry(fetch)
-            except (
-                Exception
-            ):  # such as an eviction policy that breaks its contract: the others go on
+            # such as an eviction policy that breaks its contract: the others go on
+            except Exception:
                 _LOG.exception("a fetch ended early")
             finally:
                 fetch.done.set()

@@ -262,9 +262,8 @@ def decoder_edits(
 
     edits, last = agreement_edits(model, ranks), list[Edit]()
     stage = ranks.groups.folding.coords(ranks.groups.rank)["pp"]
-    alone = (
-        ranks.size > 1 and split is None
-    )  # what stages do not do yet: pages without kvp, fused sums
+    # what stages do not do yet: pages without kvp, fused sums
+    alone = ranks.size > 1 and split is None
     if isinstance(store, CompressedStore) and (ranks.cp > 1 or not (ranks.kvp > 1 or alone)):
         raise PlanError(
             f"a CompressedStore under {ranks.plan}", "is read by no layer of this plan",

@@ -128,9 +128,8 @@ def biased_attention(
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     scores = torch.einsum("rhd,khd->hrk", q, k) * scale + bias
-    with (
-        torch.no_grad()
-    ):  # the shift cancels; a row that sees no key here must not turn its gradient into NaN
+    # the shift cancels; a row that sees no key here must not turn its gradient into NaN
+    with torch.no_grad():
         top = (
             scores.amax(-1, keepdim=True)
             if scores.shape[-1]

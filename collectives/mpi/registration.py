@@ -17,9 +17,8 @@ from .leftovers import sweep
 if TYPE_CHECKING:
     from .group import MPIGroup
 
-NAME = (
-    "plait_mpi"  # torch hard-codes what the name "mpi" does, see docs/decisions/011-mpi-backend.md
-)
+# torch hard-codes what the name "mpi" does, see docs/decisions/011-mpi-backend.md
+NAME = "plait_mpi"
 
 
 def register() -> str:

@@ -21,9 +21,8 @@ from .single_copy import can_read
 
 # What a rank notes for the others, in order; a word that only it writes.
 ABSENT, MAPPED, OPEN, CLOSED, FAILED = range(5)
-COMPILE_S = (
-    600.0  # what rank 0 may take, beyond the timeout, to compile kernels that are in no cache yet
-)
+# what rank 0 may take, beyond the timeout, to compile kernels that are in no cache yet
+COMPILE_S = 600.0
 _FAILED_BASE = 1 << 8  # FAILED notes are this plus the rank that was lost, or plus 255
 
 

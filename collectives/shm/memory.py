@@ -20,9 +20,8 @@ MAX_DIMS = 6
 VIEW_WORDS = 3 + 2 * MAX_DIMS
 
 sched_yield: Any = types.ExternalFunction("sched_yield", types.int32())
-memmove: Any = types.ExternalFunction(
-    "memmove", types.intp(types.intp, types.intp, types.intp)
-)  # regions may be one and the same (an in-place all-gather)
+# regions may be one and the same (an in-place all-gather)
+memmove: Any = types.ExternalFunction("memmove", types.intp(types.intp, types.intp, types.intp))
 
 
 def _pointer(builder: Any, address: Any) -> Any:

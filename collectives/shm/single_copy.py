@@ -21,9 +21,8 @@ from .stores import PAST
 from .ways import EXCHANGE, ONE, choose
 
 LEAST = 128 << 10  # bytes for a rank that are worth a system call
-NEVER, BY_COST, ALWAYS, CARELESS = range(
-    4
-)  # of state[SINGLE]; CARELESS, which does not wait for readers, is for tests
+# of state[SINGLE]; CARELESS, which does not wait for readers, is for tests
+NEVER, BY_COST, ALWAYS, CARELESS = range(4)
 
 process_vm_readv: Any = types.ExternalFunction(
     "process_vm_readv",

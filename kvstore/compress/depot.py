@@ -13,9 +13,8 @@ import xxhash
 from ..tiers import PageForm, Tier, TierError, TierStack
 
 CHUNK_BYTES = 64 << 10
-_HEAD = struct.Struct(
-    "<16s16sII"
-)  # checksum with the key; checksum of the whole; chunks; bytes here
+# checksum with the key; checksum of the whole; chunks; bytes here
+_HEAD = struct.Struct("<16s16sII")
 
 
 class Depot:

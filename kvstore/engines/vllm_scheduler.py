@@ -102,9 +102,8 @@ class PageScheduler:
         known = self._requests.get(request.request_id)
         if known is None:
             known = Known(request, [[] for _ in self.groups], looked=[0] * len(self.groups))
-            known.stale = (
-                request.lora_request is not None
-            )  # its name is in the hash, its weights not
+            # its name is in the hash, its weights not
+            known.stale = request.lora_request is not None
             self._requests[request.request_id] = known
         for number, (group, keys) in enumerate(zip(self.groups, known.keys, strict=True)):
             hashes = request.block_hashes

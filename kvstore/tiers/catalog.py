@@ -10,9 +10,8 @@ from ..errors import IntegrityError, StoreError
 from .form import DROPPED, HELD, OPENED, Record
 from .order import EvictionOrder
 
-EPOCH = (
-    1 << 32
-)  # every opening numbers its pages from a new multiple on: no number is ever used twice
+# every opening numbers its pages from a new multiple on: no number is ever used twice
+EPOCH = 1 << 32
 
 
 class Catalog:

@@ -161,9 +161,8 @@ class DiskTier(Tier):
                 catalog.add_slots(range(0) if slots is None else slots)
                 self._grow = slots is not None
             except OSError:
-                self._grow = (
-                    False  # no room: make do with what there is, and ask again after a commit
-                )
+                # no room: make do with what there is, and ask again after a commit
+                self._grow = False
                 self._counts["growth_refused"] += 1
         return catalog.claim(key, length)
 

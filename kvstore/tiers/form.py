@@ -26,9 +26,8 @@ _MAGIC = b"plaitKV"
 _START = struct.Struct("<7sBBB6x")  # magic, kind of block, version, 255 - version
 _SLOT = struct.Struct("<QQIHBx16s64s")  # seq, length, slot, form bytes, key bytes, checksum, key
 _GEOMETRY = struct.Struct("<QII")  # slot bytes, slots in a slab, number of the slab
-_RECORD = struct.Struct(
-    "<BB2xIQQ80s16x"
-)  # kind, key bytes, slot, seq, length, key; then 8 of checksum
+# kind, key bytes, slot, seq, length, key; then 8 of checksum
+_RECORD = struct.Struct("<BB2xIQQ80s16x")
 _FORM_AT = _START.size + _SLOT.size + 8
 _SEAL_AT = BLOCK - 16
 

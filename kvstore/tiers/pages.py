@@ -22,9 +22,8 @@ from .form import (
 from .memory import ALIGNMENT, round_up
 from .slabs import Slabs, Staging
 
-RUN_BYTES = (
-    8 << 20
-)  # neighbours are moved together up to about this size: disks like few and long calls
+# neighbours are moved together up to about this size: disks like few and long calls
+RUN_BYTES = 8 << 20
 RUN_PAGES = 64
 
 

@@ -103,9 +103,8 @@ class PagedCache(Cache):
 
     def begin(self, batch: int, length: int, mask: np.ndarray | None, device: torch.device) -> None:
         """Open a step for ``length`` new columns; ``mask`` is over all columns, as transformers gives it."""
-        if (
-            self.write_step is not None
-        ):  # a forward that raised left its step open: its tokens were never committed
+        # a forward that raised left its step open: its tokens were never committed
+        if self.write_step is not None:
             self.store.abort(self.write_step)
             self.write_step = None
         if not self.seqs:
@@ -157,9 +156,8 @@ class PagedCache(Cache):
             self.store.commit(self.write_step)
             self.write_step = None
             self.valid = np.concatenate([self.valid, self._new], 1)
-        self.state.cache = (
-            None  # else the model would keep the pages of a cache that its owner dropped
-        )
+        # else the model would keep the pages of a cache that its owner dropped
+        self.state.cache = None
 
     def reconstruct(
         self, model: Any, ids: Tensor, ask: Tensor | None = None, chunk: int = 2048

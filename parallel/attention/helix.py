@@ -359,9 +359,8 @@ def helix_edits(
     def own_rows(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if (
-            RUNNING in kwargs
-        ):  # recomputation (gradient checkpointing) comes when later forwards may have begun
+        # recomputation (gradient checkpointing) comes when later forwards may have begun
+        if RUNNING in kwargs:
             state.step, state.cache = kwargs.pop(RUNNING)
         step = state.running()
         if step.mode == "partials":

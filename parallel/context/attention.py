@@ -93,9 +93,8 @@ class SpreadMask:
         assert group is not None
         ranks, heads, kv_heads = group.size(), q.shape[1], k.shape[1]
         sent = key_heads(heads, kv_heads, ranks)
-        if (
-            sent is None
-        ):  # heads of one KV group on several ranks that share others: a copy for each head
+        # heads of one KV group on several ranks that share others: a copy for each head
+        if sent is None:
             sent = [head * kv_heads // heads for head in range(heads)]
         if sent != list(range(kv_heads)):
             k, v = k[:, sent], v[:, sent]

@@ -119,9 +119,8 @@ class ContextBinding:
         values = named_arguments(module, args, kwargs)
         labels, state = values.get("labels"), self.state
         tokens = given_tokens(values)
-        if (
-            tokens is not None and state.ranks.plan.pp.size > 1
-        ):  # inside, one stage would refuse alone
+        # inside, one stage would refuse alone
+        if tokens is not None and state.ranks.plan.pp.size > 1:
             refuse_call(values, tokens, state.ranks.plan)
         self.gathers = "logits" if labels is None else "cut"
         if labels is None:

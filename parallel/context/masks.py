@@ -41,9 +41,8 @@ def context_mask(
             "use cp=1",
         )
     spread: Spread = config._plait_context.running()
-    if (
-        "allow_is_bidirectional_skip" not in kwargs
-    ):  # transformers finds documents in causal masks only
+    # transformers finds documents in causal masks only
+    if "allow_is_bidirectional_skip" not in kwargs:
         mask_function = in_documents(mask_function, spread.whole_positions)
     if spread.padding is not None:
         mask_function = and_masks(mask_function, padding_mask_function(spread.padding))

@@ -15,9 +15,8 @@ def data_edits(model: nn.Module, ranks: ModelRanks, edits: list[Edit]) -> list[E
     Collective: making the dp group, here.
     """
     group = ranks.groups.group("dp") if ranks.plan.dp.size > 1 else None
-    if (
-        group is None
-    ):  # explain leaves out of the plan what does not run on meta, and keeps the mesh
+    # explain leaves out of the plan what does not run on meta, and keeps the mesh
+    if group is None:
         return []
     if ranks.sharded:
         from .shards import shard_edits  # FSDP2 takes a while to import

@@ -59,9 +59,8 @@ class Bucket:
         parts = self.flat[: -len(self.parameters)].split([p.numel() for p in self.parameters])
         for p, part, count in zip(self.parameters, parts, used, strict=True):
             if count:
-                p.grad = part.div_(ranks).view_as(
-                    p
-                )  # the bucket becomes the gradients: no copy back
+                # the bucket becomes the gradients: no copy back
+                p.grad = part.div_(ranks).view_as(p)
         self.reset()
 
 

@@ -38,9 +38,8 @@ class ShardParameters:
     sums: list[SumGradient]
     cuts: list[CutParameter]
     rows: dict[nn.Parameter, Tensor]
-    staged: bool = (
-        False  # a stage's layers run without the model around them: each is a root of its own
-    )
+    # a stage's layers run without the model around them: each is a root of its own
+    staged: bool = False
     _surfaces: list[Surface] = field(default_factory=list)
     _kept: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)

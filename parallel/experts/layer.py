@@ -102,9 +102,8 @@ class Routed:
         def way(
             place: Place, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor
         ) -> Tensor:
-            slots = homes.spread(
-                index, place.turn, near
-            )  # of the rank's own tokens: its own copies
+            # of the rank's own tokens: its own copies
+            slots = homes.spread(index, place.turn, near)
             return to_owners(place, experts, hidden, slots, weights, note=copies.note)
 
         return by_tokens(place, way, experts, hidden, index, weights)

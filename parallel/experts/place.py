@@ -35,9 +35,8 @@ class Place:
     def of(cls, ranks: ModelRanks, homes: Placement) -> Place:
         """Read this rank's place from the groups of a plan."""
         groups = ranks.groups
-        split = (
-            ranks.size > 1 and ranks.span is None
-        )  # under sp the ranks of tp hold tokens of their own
+        # under sp the ranks of tp hold tokens of their own
+        split = ranks.size > 1 and ranks.span is None
         return cls(
             along_ep=Holders.along(groups, "ep"),
             along_etp=Holders.along(groups, "etp"),

@@ -53,9 +53,8 @@ def weigh(
     before: torch.Tensor | None = None
     for layer, placement in placements.items():
         chosen = routing.chosen[layer]
-        rank_of = torch.tensor(
-            [r for r, own in enumerate(placement.ranks) for _ in own] + [-1]
-        )  # of a slot; of a dropped pair nobody
+        # of a slot; of a dropped pair nobody
+        rank_of = torch.tensor([r for r, own in enumerate(placement.ranks) for _ in own] + [-1])
         home = torch.cat(
             [
                 torch.full((n,), r)

@@ -122,9 +122,8 @@ def assigned(traffic: Array, speed: Array, seconds: float) -> Sequence[int]:
             rules[row, target:count:ranks] = cost
             rules[row, count] = -1
             costs[target:count:ranks] += cost
-    costs /= (
-        max(costs.sum(), 1.0) / max(float(traffic.max()), 1.0) * ranks
-    )  # only where the largest leaves a choice
+    # only where the largest leaves a choice
+    costs /= max(costs.sum(), 1.0) / max(float(traffic.max()), 1.0) * ranks
     costs[count] = 1.0
     bounds = np.zeros(count + 1), np.r_[np.ones(count), np.inf]
     found = _solved(costs, rules, low, high, bounds, count, seconds)

@@ -53,8 +53,7 @@ def _spans(said: Explanation) -> dict[str, int]:
     spans = {}
     for group in said.communicators:
         n, reach = len(group.ranks), max(group.ranks) - min(group.ranks)
-        whole = (
-            -(-reach * n // (n - 1)) if n > 1 else 1
-        )  # a gap after the last rank, like those between
+        # a gap after the last rank, like those between
+        whole = -(-reach * n // (n - 1)) if n > 1 else 1
         spans |= dict.fromkeys(group.axes, min(whole, max(said.world_size, reach + 1)))
     return spans

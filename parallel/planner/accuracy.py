@@ -97,9 +97,8 @@ def _table(rows: tuple[Anchor, ...]) -> tuple[list[dict[str, float]], Array]:
     """Predict every row under every setting of the grid: settings, and [settings, rows] in ms."""
     settings, predicted = [], []
     fixed = [(name, GRID[name]) for name in ("layer", "routed", "step")]
-    counts = np.array(
-        [_counts(anchor) for anchor in rows]
-    )  # times each fixed second enters a token
+    # times each fixed second enters a token
+    counts = np.array([_counts(anchor) for anchor in rows])
     for grouped in GRID["grouped"]:
         bare = [_bare(anchor, grouped) for anchor in rows]
         for values in product(*(choices for _, choices in fixed)):

@@ -31,9 +31,8 @@ def zipf(exponent: float = 1.25) -> Coverage:
 
     def cover(experts: int, per_token: int, tokens: Any) -> Array:
         chance = _inclusion(experts, per_token, exponent)
-        count, where = np.unique(
-            as_array(tokens), return_inverse=True
-        )  # a sweep repeats few numbers
+        # a sweep repeats few numbers
+        count, where = np.unique(as_array(tokens), return_inverse=True)
         missed = np.mean(np.exp(count[:, None] * np.log1p(-chance)), axis=-1)
         return (1.0 - missed)[where].reshape(np.shape(tokens))
 

@@ -12,10 +12,8 @@ from .columns import Array
 from .step_time import CAUSES
 
 Index = NDArray[np.intp]
-SHARES = (
-    *CAUSES,
-    "prompts",
-)  # what a step is spent on: decoding by cause, and the prompts it carries
+# what a step is spent on: decoding by cause, and the prompts it carries
+SHARES = (*CAUSES, "prompts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -309,9 +309,8 @@ def _prefill_layer(
     layer = Split(floor=machine.constants.layer)
     attention, ffn = kind.attention, kind.ffn
     weights = attention_weights(attention, c)
-    after = cut_qkv(attention)[
-        2
-    ]  # all kvp * tp ranks share it in decode; here a rank's tokens meet tp's part
+    # all kvp * tp ranks share it in decode; here a rank's tokens meet tp's part
+    *_, after = cut_qkv(attention)
     share = weights + after / c.tp - after / c.ffn_tp
     layer.add(machine.gemm(2.0 * share * rows, weights))
     flops = prefill_flops(attention, new, past) / (c.tp * c.sequence)
@@ -320,9 +319,8 @@ def _prefill_layer(
     kernel = machine.attend(flops, read)
     moved = read * (c.sequence - 1) / c.sequence
     ring = machine.network.seconds(moved, np.where(c.sequence > 1, c.tp * c.sequence, 1.0))
-    kernel.communication = np.maximum(
-        ring - (kernel.total - kernel.floor), 0.0
-    )  # the rest hides behind attention
+    # the rest hides behind attention
+    kernel.communication = np.maximum(ring - (kernel.total - kernel.floor), 0.0)
     layer.add(kernel)
     payload = rows * attention.hidden * element_bytes(machine.activation)
     layer.communication = layer.communication + 2 * machine.network.all_reduce(c.tp, payload)
