@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers.masking_utils import (
 )
 
 from ..errors import PlanError
+from ..families import forward_code
 from .attention import Spread, SpreadMask
 from .visible import Sees
 
@@ -63,9 +62,18 @@ def knows_documents(base: nn.Module) -> bool:
     """Say whether a model hands position ids to the functions that make its masks; some (gpt-oss) do not.
 
     In one process such a model sees across documents, and so it does under cp.
+
+    Raises:
+        PlanError: its forward cannot be read.
     """
-    text = textwrap.dedent(inspect.getsource(inspect.unwrap(type(base).forward)))
-    for node in ast.walk(ast.parse(text)):
+    code = forward_code(type(base))
+    if code is None:
+        raise PlanError(
+            f"cp of {type(base).__name__}",
+            "needs the text of its forward, to see whether its masks know documents; it cannot be read here",
+            "define the class in a file, or use cp=1",
+        )
+    for node in ast.walk(code):
         names: list[Any] = []
         if isinstance(node, ast.Dict):
             names = [key.value for key in node.keys if isinstance(key, ast.Constant)]

@@ -8,11 +8,10 @@ import textwrap
 
 
 def forward_code(kind: type) -> ast.FunctionDef | None:
-    """Parse a class's forward; None where its text cannot be had."""
+    """Parse a class's forward; None where its text cannot be had, or is no ``def`` (a lambda)."""
     try:
         text = textwrap.dedent(inspect.getsource(kind.forward))  # type: ignore[attr-defined]
-    except (OSError, TypeError):
+        function = ast.parse(text).body[0]
+    except (OSError, TypeError, SyntaxError):
         return None
-    function = ast.parse(text).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function
+    return function if isinstance(function, ast.FunctionDef) else None

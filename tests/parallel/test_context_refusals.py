@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from models import tiny, tokens
 from plait.parallel import PlanError, parallelize
+from plait.parallel.context.masks import knows_documents
 from world import run_calls
 
 IDS = tokens(2, 9)
@@ -61,3 +63,12 @@ def test_refusals_say_what_would_do() -> None:
     for (found,) in run_calls([(refused,)], 2, timeout=100):
         for name, words in expected.items():
             assert words in found[name], (name, found[name])
+
+
+def test_a_forward_without_a_text_is_refused() -> None:
+    known: dict[str, Any] = {"nn": torch.nn}
+    exec("class Own(nn.Module):\n    def forward(self, ids): return ids", known)
+    made = type("Made", (torch.nn.Module,), {"forward": lambda self, ids: ids})
+    for kind in (known["Own"], made):
+        with pytest.raises(PlanError, match=r"cp of .*text of its forward.*use cp=1"):
+            knows_documents(kind())
