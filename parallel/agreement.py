@@ -14,6 +14,7 @@ from ..collectives.primitive import Group
 from .errors import PlanError
 
 _MESSAGE_BYTES = 4096
+_FACT_BYTES = 512  # of a value; so that what failed has room behind several
 
 
 class RanksDisagree(PlanError):
@@ -58,7 +59,7 @@ def _exchange(
     group: dist.ProcessGroup, facts: dict[str, str], failure: BaseException | None
 ) -> list[tuple[dict[str, str], str]]:
     text = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    lines = [f"{name}={value}" for name, value in facts.items()]
+    lines = [f"{name}={_cut(value)}" for name, value in facts.items()]
     raw = "\n".join([*lines, f"!{text}"]).encode()[:_MESSAGE_BYTES]
     buffer = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     buffer[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
@@ -68,6 +69,16 @@ def _exchange(
         .view(group.size(), -1)
     )
     return [_parse(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")) for row in every]
+
+
+def _cut(value: str) -> str:
+    """Put a value on one line, and cut a long one; a hash of the whole then stands for what is left out."""
+    value = value.replace("\n", " ")
+    raw = value.encode()
+    if len(raw) <= _FACT_BYTES:
+        return value
+    whole = hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return f"{raw[: _FACT_BYTES - 40].decode(errors='ignore')}... (hash of the whole: {whole})"
 
 
 def _parse(text: str) -> tuple[dict[str, str], str]:

@@ -365,8 +365,4 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 
 def _rules_text(rules: Rules | None) -> str:
-    return (
-        ""
-        if rules is None
-        else ";".join(f"{pattern}:{role}" for pattern, role in rules.items()).replace("\n", " ")
-    )
+    return ";".join(f"{pattern}:{role}" for pattern, role in (rules or {}).items())

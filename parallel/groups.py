@@ -109,7 +109,7 @@ class Groups:
         Collective: all of these ranks, at first use of the order.
         """
         group = self._of(tuple(ranks))
-        device_type = device_type or ("cuda" if "nccl" in self._backend() else "cpu")
+        device_type = device_type or self._device_type()
         key = (*ranks, name, device_type)
         if key not in self._meshes:
             order = torch.tensor(ranks, dtype=torch.int)
@@ -170,11 +170,8 @@ class Groups:
         for rank in whole:
             mesh[tuple(self._order(axis, rank).index(rank) for axis in axes)] = rank
         groups = [self._of(order) for order in own]
-        if device_type is None:
-            device_type = "cuda" if "nccl" in self._backend() else "cpu"
-        made = self._meshes[(*axes, device_type)] = self._maker.mesh(
-            groups, mesh, axes, device_type
-        )
+        device_type = device_type or self._device_type()
+        made = self._meshes[*axes, device_type] = self._maker.mesh(groups, mesh, axes, device_type)
         return made
 
     @property
@@ -223,6 +220,7 @@ class Groups:
             self._axes[group.group_name] = tuple(names)
         return group
 
-    def _backend(self) -> str:
+    def _device_type(self) -> str:
+        """Say where the tensors of a mesh are; without a world of one backend, on the CPU."""
         whole = self._maker.whole()
-        return "" if whole is None else dist.get_backend(whole)
+        return "cuda" if whole is not None and "nccl" in dist.get_backend(whole) else "cpu"
