@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 DETAIL = dist.DebugLevel.DETAIL.value  # numbers are compared in a third of the time of levels
+MOST_LETTERS = 100  # of the sizes in a call's text, which has a room of fixed length
 Moved = tuple[list[int], list[int]]  # elements for each rank, and from each, where they may differ
 
 
@@ -40,8 +42,7 @@ class ShownCall:
         """Describe a call by its name, its tensors and its options."""
         what = name
         if tensors:
-            count = "" if sent or received else f"{sum(t.numel() for t in tensors)} "
-            what += f" of {count}{str(tensors[0].dtype).removeprefix('torch.')}"
+            what += f" of {'' if sent or received else sizes(tensors) + ' '}{_dtypes(tensors)}"
         if hasattr(opts, "reduceOp"):
             what += f" by {dist.ReduceOp.RedOpType(opts.reduceOp.op.value).name.lower()}"
         if hasattr(opts, "rootRank"):
@@ -69,6 +70,20 @@ class ShownCall:
         there = not other.sent or not self.received or other.sent[own] == self.received[peer]
         back = not self.sent or not other.received or self.sent[peer] == other.received[own]
         return there and back
+
+
+def sizes(tensors: Sequence[Tensor]) -> str:
+    """Write tensors' sizes: elements, or the shape if there are several dims; of many tensors what tells them apart."""
+    each = [str(t.numel()) if t.dim() < 2 else str(list(t.shape)) for t in tensors]
+    text = " + ".join(each)
+    if len(text) <= MOST_LETTERS:
+        return text
+    number = zlib.crc32(text.encode())
+    return f"{sum(t.numel() for t in tensors)} elements in {len(tensors)} tensors (shapes no. {number:08x})"
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> str:
+    return " and ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
 
 
 def room_of(ranks: int) -> int:

@@ -18,6 +18,7 @@ import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -33,7 +34,7 @@ ONE_SHOT_BYTES = 512 * 1024
 SEGMENT_BYTES = 1 << 20  # of what is folded at once
 
 Run = tuple[int, int]  # address and bytes
-Requests = MPI.Request | list[MPI.Request]
+Requests = Any  # a request or what stands for it (`arrival.py`), or a list of requests
 Steps = Iterator[Requests]
 
 
@@ -43,6 +44,7 @@ class Peers:
 
     Attributes:
         others: the other ranks, in the order in which this one talks to them.
+        awaited: the receives whose messages have not come, in the order of their calls.
     """
 
     comm: MPI.Intracomm
@@ -53,6 +55,7 @@ class Peers:
     scratch: Scratch = field(default_factory=Scratch)
     swap: Swap = field(init=False)
     others: tuple[int, ...] = field(init=False)
+    awaited: list[Any] = field(default_factory=list)
     _tags: Iterator[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +93,7 @@ def complete(requests: Requests) -> bool:
     One that is not complete is tested again after all others: it may wait for a rank that gave up because of another's
     death, which only the request to the dead tells.
     """
-    if isinstance(requests, MPI.Request):
+    if not isinstance(requests, list):
         return requests.Test()
     while requests and requests[-1].Test():
         requests.pop()
@@ -380,12 +383,6 @@ def scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], root: int) -> S
 def send(peers: Peers, t: Tensor, to: int, tag: int) -> Steps:
     own = peers.wire.lend(t, read=True, strided=True)
     yield peers.comm.Isend(peers.wire.message(own), to, tag)
-
-
-def receive(peers: Peers, t: Tensor, source: int, tag: int) -> Steps:
-    twin = peers.wire.lend(t, read=False, strided=True)
-    yield peers.comm.Irecv(peers.wire.message(twin), source, tag)
-    peers.wire.land(twin, t)
 
 
 def together(many: Sequence[Steps]) -> Steps:

@@ -14,6 +14,7 @@ from ..python_group import by_rank, elements, listed, shapes
 from ..sendable import check_sendable
 from ..work import Several
 from . import exchange
+from .arrival import receive
 from .exchange import Steps
 from .member import Member
 from .reduction import one_dtype, reduction
@@ -206,7 +207,7 @@ class MPIGroup(Member):
 
     def _receive(self, tensors: Any, source: int, tag: int) -> dist.Work:
         (t,) = listed(tensors)
-        return self._run("recv", [t], exchange.receive(self.peers, t, source, tag), peer=source)
+        return self._run("recv", [t], receive(self.peers, t, source, tag), peer=source)
 
     def recv_anysource(self, tensors: Any, tag: int) -> dist.Work:
         return self._receive(tensors, MPI.ANY_SOURCE, tag)

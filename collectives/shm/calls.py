@@ -67,12 +67,12 @@ def code_of(kind: int, dtype: torch.dtype = torch.uint8, op: int = SUM, root: in
     return kind | _NUMBER[dtype] << 8 | op << 16 | (root + 1) << 24
 
 
-def describe(code: int, count: int) -> str:
-    """Say what a header means."""
+def describe(code: int, count: int | str) -> str:
+    """Say what a header means; the count may be given in words."""
     kind, dtype, op, root = code & 255, dtype_of(code), code >> 16 & 255, (code >> 24) - 1
     if KINDS[kind] == "barrier":
         return "barrier"
-    text = f"{KINDS[kind]} of {count} {str(dtype).removeprefix('torch.')}"
+    text = f"{KINDS[kind]} of {count} {str(dtype).removeprefix('torch.')}".replace("  ", " ")
     if "reduce" in KINDS[kind]:
         text += f" by {_OP_NAMES[op]}"
     return text if root < 0 else f"{text}, root {root}"

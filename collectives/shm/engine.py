@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import weakref
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from torch import Tensor
 from ...cuda_kernels.kernel_cache import entry
 from ..errors import CallMismatch, anew
 from ..sendable import wraps
-from ..shown_call import is_on
+from ..shown_call import ShownCall, is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
+from . import check
 from .calls import (
     KINDS,
     code_of,
@@ -113,7 +113,8 @@ class Engine:
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
         if self._shows_calls:
-            self._show(code, count)
+            tables = self._tables(kernel, arguments)
+            self._show(check.shown(code, count, outputs, tables, self.members.rank))
         begin = time.perf_counter() if listening() else None
         progress = self.progress
         with progress.lock:
@@ -143,28 +144,31 @@ class Engine:
                 )
         return work
 
-    def _show(self, code: int, count: int) -> None:
+    def _show(self, call: ShownCall) -> None:
         """In debug mode: compare all ranks' calls first; elsewhere a root does not look at those it only sends to.
 
         Raises:
             CallMismatch: two ranks are in different calls; the same on every rank.
         """
         ranks = self.members.ranks
-        own, found = torch.tensor([code, count]), torch.empty(ranks, 2, dtype=torch.int64)
-        runs = np.array([(2 * r, 2) for r in range(ranks)])
-        same = np.array([(0, 2)] * ranks)
+        own = check.letters(call, ranks)
+        found = own.new_empty(ranks * own.numel())
+        same, runs = even_table(ranks, own.numel(), 0), even_table(ranks, own.numel(), own.numel())
         arguments = (views_of([own]), same, views_of([found]), runs, True, True, own.itemsize)
-        shown = code_of(KIND["all_gather"], own.dtype)
+        code = code_of(KIND["all_gather"], own.dtype)
         self._shows_calls = False
         try:
-            self.run(exchange, arguments, shown, 2, [found], True, [own])
+            self.run(exchange, arguments, code, own.numel(), [found], True, [own])
         finally:
             self._shows_calls = True
-        codes = found[:, 0].tolist()
-        for rank, other in itertools.combinations(range(ranks), 2):
-            if codes[rank] != codes[other]:
-                calls = [(r, describe(*found[r].tolist())) for r in (rank, other)]
-                raise CallMismatch(self._differing(*calls))
+        if why := check.differing(found, ranks, [self.members.called(r) for r in range(ranks)]):
+            raise CallMismatch(f"ranks of group {self.members.name!r} made different calls: {why}")
+
+    def _tables(self, kernel: Kernel, arguments: Any) -> Any:
+        """Find what an exchange sends to each rank, and expects from each; None for other calls."""
+        if kernel == self._evenly:
+            return np.split(arguments[0][-4 * self.members.ranks :], 2)
+        return (arguments[1], arguments[3]) if kernel is exchange else None
 
     def _differing(self, one: tuple[int, str], other: tuple[int, str]) -> str:
         (a, first), (b, second) = one, other

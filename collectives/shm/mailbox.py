@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..shown_call import is_on
 from ..work import Finished
 from .calls import KINDS, code_of, describe, dtype_of, view_of
 from .channel import BYTES, CODE, TAG, look, pull, push
@@ -23,7 +24,13 @@ SEND = KINDS.index("send")
 
 @dataclass(eq=False)
 class Letter:
-    """A message on its way into a tensor; `early` if it is for a receive that nobody has called yet."""
+    """A message on its way into a tensor.
+
+    Attributes:
+        early: the message, where it came before this receive was called.
+        refused: the receive that this message does not suit; it ends when all of the message is out of the ring, or its
+            sender would wait for room.
+    """
 
     source: int | None
     tag: int
@@ -34,6 +41,7 @@ class Letter:
     code: int = 0
     error: Exception | None = None
     early: Letter | None = None
+    refused: Letter | None = None
 
 
 class Mailbox:
@@ -50,6 +58,7 @@ class Mailbox:
         self._coming: dict[int, Letter] = {}  # by source: the message that is half out of its ring
         self._aside: list[Letter] = []
         self._header = np.zeros(3, np.int64)
+        self._compares = is_on()
 
     def send(self, x: Tensor, to: int, tag: int) -> Finished | Pending:
         """Put a message into the ring to a rank, after those sent to it before."""
@@ -82,7 +91,7 @@ class Mailbox:
                 if letter.done:
                     break
             work.source = -1 if letter.source is None else letter.source
-            if letter.error is not None:
+            if letter.done and letter.error is not None:
                 raise letter.error
             return letter.done
 
@@ -125,6 +134,8 @@ class Mailbox:
             if pull(ring, letter.view, letter.cursor, letter.tensor.numel(), patience) != DONE:
                 return
             letter.done = True
+            if letter.refused is not None:
+                letter.refused.done = True
             del self._coming[source]
 
     def _match(self, source: int) -> Letter:
@@ -134,12 +145,18 @@ class Mailbox:
             if letter.tag == tag and letter.source in (source, None):
                 self._posted.remove(letter)
                 letter.source = source
-                if size == letter.tensor.numel() * letter.tensor.element_size():
+                if size == letter.tensor.numel() * letter.tensor.element_size() and self._same(
+                    letter, code
+                ):
                     return letter
                 return self._refuse(letter, source, size, code)
         early = self._buffer(source, tag, size, code)
         self._aside.append(early)
         return early
+
+    def _same(self, letter: Letter, code: int) -> bool:
+        """In debug mode: say whether a message is of the dtype that is waited for."""
+        return not self._compares or dtype_of(code) == letter.tensor.dtype
 
     def _buffer(self, source: int, tag: int, size: int, code: int) -> Letter:
         memory = torch.empty(size, dtype=torch.uint8)
@@ -147,8 +164,11 @@ class Mailbox:
 
     def _deliver(self, letter: Letter, early: Letter) -> None:
         letter.source, size = early.source, early.tensor.numel()
-        if size != letter.tensor.numel() * letter.tensor.element_size():
+        if size != letter.tensor.numel() * letter.tensor.element_size() or not self._same(
+            letter, early.code
+        ):
             self._refuse(letter, early.source or 0, size, early.code)
+            letter.done = True
             return
         letter.tensor.copy_(early.tensor.view(letter.tensor.dtype).view(letter.tensor.shape))
         letter.done = True
@@ -161,5 +181,6 @@ class Mailbox:
             f"rank {self._members.called(source)} sent {size} bytes ({sent}) with tag {letter.tag}, but the receive "
             f"is for {x.numel() * x.element_size()} bytes ({x.numel()} {x.dtype})"
         )
-        letter.done = True
-        return self._buffer(source, letter.tag, size, code)
+        dropped = self._buffer(source, letter.tag, size, code)
+        dropped.refused = letter
+        return dropped
