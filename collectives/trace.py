@@ -12,38 +12,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-_NAMES = {
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "reduce_": "reduce",
-    "allgather_": "all_gather",
-    "allgather_coalesced_": "all_gather",
-    "_allgather_base_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "reduce_scatter_": "reduce_scatter",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "alltoall_base_": "all_to_all",
-    "alltoall_": "all_to_all",
-    "broadcast_": "broadcast",
-    "send": "send",
-    "recv_": "recv",
-    "recv_any_source_": "recv",
-    "barrier": "barrier",
-    "monitored_barrier_": "barrier",
-    "gather_": "gather",
-    "scatter_": "scatter",
-}
-_BELOW = torch._C.DispatchKey.CompositeExplicitAutograd  # where functional collectives call c10d
+from .dispatched import kernel_of_c10d, read
 
 
 @dataclass(frozen=True)
@@ -106,42 +80,23 @@ class Trace(TorchDispatchMode):
         return id(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional":
-            return self._functional(func, args, kwargs or {})
-        if func.namespace != "c10d":
-            return func(*args, **(kwargs or {}))
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a DTensor turns it into what its ranks compute and send, which comes here again
+        kwargs = kwargs or {}
+        if (kernel := kernel_of_c10d(func, args)) is not None:
+            with self:  # which sees what it calls
+                return kernel(*args, **kwargs)
         start = time.perf_counter()
-        result = func(*args, **(kwargs or {}))
-        tensors = _tensors_of(args)
-        # Elsewhere than on the CPU a work that is complete is only queued; on meta there is nothing to wait for.
-        work = _work_of(result) if any(t.device.type == "cpu" for t in tensors) else None
-        if work is not None and not _returns_before(func, args, kwargs or {}):
-            work.wait()  # as the caller does next
-            work = None
-        self._record(func, args, tensors, start, work)
+        result = func(*args, **kwargs)
+        call = read(func, args, kwargs, result)
+        if call is not None:
+            work = call.work
+            if work is not None and call.waits:
+                work.wait()  # as the caller does next
+                work = None
+            seconds = time.perf_counter() - start
+            self.note(call.group, call.op, call.brought, seconds, work, call.kept, call.root)
         return result
-
-    def _functional(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a functional collective (DTensor's) so that this trace sees the collective of c10d inside."""
-        plain = tree_map_only(AsyncCollectiveTensor, AsyncCollectiveTensor.trigger_wait, args)
-        tensors = _tensors_of(plain)
-        if any(
-            type(x) not in {Tensor, Parameter} for x in tensors
-        ) or not func.has_kernel_for_dispatch_key(_BELOW):
-            return func(*args, **kwargs)
-        with self:
-            return func._op_dk(_BELOW, *plain, **kwargs)
-
-    def _record(
-        self, func: Any, args: Any, tensors: list[Tensor], start: float, work: dist.Work | None
-    ) -> None:
-        name: str = func._schema.name
-        op = _NAMES.get(name.split("::")[1], name)
-        seconds, given = time.perf_counter() - start, _named(func, args)
-        group = _group_of(args)
-        brought = [] if op == "barrier" else _brought(given, tensors)
-        kept, root = _share_kept(given, group), given.get("root_rank")
-        self.note(group, op, brought, seconds, work, kept, root)
 
     def note(
         self,
@@ -176,22 +131,20 @@ class Trace(TorchDispatchMode):
             self._time(work, len(self.events) - 1)
 
     def _time(self, work: dist.Work, number: int) -> None:
-        """Correct an event's seconds when its work is complete."""
+        """Correct an event's seconds when its work is complete, if nobody has taken it from the list meanwhile."""
         event = self.events[number]
 
-        def complete(_: Any) -> None:
-            seconds = time.perf_counter() - event.start
-            self.events[number] = replace(self.events[number], seconds=seconds)
+        def complete(_: Any = None) -> None:
+            if number < len(self.events) and self.events[number] is event:
+                self.events[number] = replace(event, seconds=time.perf_counter() - event.start)
 
         try:
             work.get_future().add_done_callback(complete)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # gloo's messages have none; ours tell who waited for them
+        except (RuntimeError, NotImplementedError):
+            # gloo's messages have none; ours tell who waited for them
             ours: Any = work
             if hasattr(ours, "when_waited_for"):
-                ours.when_waited_for = lambda: complete(None)
+                ours.when_waited_for = complete
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Count the events by (op, axis)."""
@@ -200,62 +153,6 @@ class Trace(TorchDispatchMode):
     def sent_bytes(self) -> int:
         """Sum what this rank sent."""
         return sum(e.sent_bytes for e in self.events)
-
-
-def _group_of(args: Any) -> dist.ProcessGroup | None:
-    for a in args:
-        if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()):
-            return dist.ProcessGroup.unbox(a)
-    return None
-
-
-def _tensors_of(args: Any) -> list[Tensor]:
-    flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else [a]))
-    return [x for x in flat if isinstance(x, Tensor)]
-
-
-def _work_of(result: Any) -> dist.Work | None:
-    """Find the work that an operator of c10d gave back."""
-    last = result[-1] if isinstance(result, (tuple, list)) and result else result
-    return dist.Work.unbox(last) if isinstance(last, torch.ScriptObject) else None
-
-
-def _named(func: Any, args: Any) -> dict[str, Any]:
-    """Give an operator's arguments by their names."""
-    named = zip(func._schema.arguments, args, strict=False)
-    return {argument.name: given for argument, given in named}
-
-
-def _brought(given: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
-    """Find what a rank gives: what is called an input; where nothing is, all there is (it is written over)."""
-    inputs = [x for name, x in given.items() if name.startswith("input")]
-    found = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
-    return found if inputs else tensors
-
-
-def _share_kept(given: dict[str, Any], group: dist.ProcessGroup | None) -> float | None:
-    """The share that a rank keeps of an exchange of parts that may be uneven; None: even parts, or another call."""
-    parts = given.get("input_split_sizes")
-    if "root_rank" not in given and "output_tensors" in given and "reduce_op" not in given:
-        lists = given["input_tensors"]
-        many = len(lists) == len(given["output_tensors"]) > 1
-        parts = (
-            [x.numel() for x in lists]
-            if many and isinstance(given["output_tensors"][0], Tensor)
-            else None
-        )
-    if not parts or group is None:
-        return None
-    return parts[group.rank()] / max(sum(parts), 1)
-
-
-def _returns_before(func: Any, args: Any, kwargs: Any) -> bool:
-    """Say whether a call may return before it is complete: what its argument ``async_op`` says, or else its default."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.name in {"async_op", "asyncOp"}:
-            given = args[place] if place < len(args) else argument.default_value
-            return bool(kwargs.get(argument.name, given))
-    return True
 
 
 def listening() -> bool:

@@ -94,7 +94,37 @@ def counted(backend: str, folder: str) -> list[str]:
         assert cut.redistribute(placements=[Replicate()]).to_local().sum() == 36
     if [(e.op, e.sent_bytes) for e in trace.events] != [("all_gather", 48 * 2)]:
         wrong.append(f"DTensor: {trace.events}")
+    with Trace() as trace:
+        more = cut.sum() + 1  # by itself it adds the partial sums first
+    if more.item() != 37 or [(e.op, e.sent_bytes) for e in trace.events] != [("all_reduce", 5)]:
+        wrong.append(f"a DTensor by itself: {trace.events}")
+    for op, call, sizes, expected in (
+        ("all_reduce", dist.all_reduce, (6,), 2 * 24 * 2 // 3),
+        ("all_gather", dist.all_gather_into_tensor, (18, 6), 24 * 2),
+        ("reduce_scatter", dist.reduce_scatter_tensor, (6, 18), 24 * 2),
+    ):
+        with Trace() as trace, dist._coalescing_manager():
+            for _ in range(2):
+                call(*map(zeros, sizes))
+        if {e.op for e in trace.events} != {op} or trace.sent_bytes() != 2 * expected:
+            wrong.append(f"two of {op} as one: {trace.events}")
     return wrong
+
+
+def events_taken_before_the_end() -> list[str]:
+    shm.register()
+    group = dist.new_group(backend="shm")
+    with Trace() as trace:
+        work = dist.barrier(group, async_op=True)
+        trace.events.clear()
+        dist.all_reduce(zeros(2), group=group, async_op=True).wait()
+        assert work is not None
+        work.wait()
+    return [e.op for e in trace.events]
+
+
+def test_events_may_be_taken_before_their_calls_end() -> None:
+    assert run_world(events_taken_before_the_end, 2) == [["all_reduce"]] * 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "gloo", "shm"])
