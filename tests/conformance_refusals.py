@@ -135,16 +135,20 @@ def exchanges_in_place(can: Abilities) -> None:
 def what_follows_a_call_may_call(can: Abilities) -> None:
     """A future's callback is run by whoever ends the work, who must not hold what the callback needs."""
     for asynchronous in (False, True):
+        work = dist.all_reduce(torch.ones(3), async_op=True)
+        assert work is not None
 
-        def again(done: torch.futures.Future, again_async: bool = asynchronous) -> Tensor:
+        def again(
+            done: torch.futures.Future, first: dist.Work = work, later: bool = asynchronous
+        ) -> Tensor:
             (x,) = done.value()
-            work = dist.all_reduce(x, async_op=again_async)
+            assert first.get_future().done()
+            work = dist.all_reduce(x, async_op=later)
             if work is not None:
                 work.wait()
             return x
 
-        future = dist.all_reduce(torch.ones(3), async_op=True).get_future()
-        assert future.then(again).wait().tolist() == [size() ** 2] * 3
+        assert work.get_future().then(again).wait().tolist() == [size() ** 2] * 3
     goes_on()
 
 

@@ -58,6 +58,7 @@ class Operation:
         self._steps: Steps | None = steps
         self._requests: Any = ()
         self._future: torch.futures.Future | None = None
+        self._asked: torch.futures.Future | None = None  # the same, while it is not resolved
         self._lock = Lock()
 
     def start(self) -> None:
@@ -82,17 +83,18 @@ class Operation:
         if self.done or not self._lock.acquire(blocking=False):
             return self.done
         try:
-            return self.done or self._move()
+            self._move()
         finally:
             self._lock.release()
+        self._tell()
+        return self.done
 
-    def _move(self) -> bool:
+    def _move(self) -> None:
         try:
             while not self.done and self._arrived():
                 self._advance()
         except Exception as error:
             self._end(self.group.engine.explain(self, error))
-        return self.done
 
     def _arrived(self) -> bool:
         requests = self._requests
@@ -114,8 +116,14 @@ class Operation:
     def _end(self, error: Exception | None) -> None:
         self.error, self._steps, self._requests = error, None, ()
         self.done = True
-        if self._future is not None:
-            self._settle(self._future)
+
+    def _tell(self) -> None:
+        """Resolve the future after the end, without the lock: what hangs on it may ask for it again."""
+        if self.done and self._asked is not None:
+            with self._lock:
+                future, self._asked = self._asked, None
+            if future is not None:
+                self._settle(future)
 
     def fail(self, error: Exception) -> bool:
         """End with an error, unless it has ended: a peer is lost and what is under way will never arrive."""
@@ -124,7 +132,8 @@ class Operation:
                 return False
             self.group.engine.abandoned.append(self.remains())
             self._end(error)
-            return True
+        self._tell()
+        return True
 
     def remains(self) -> tuple[Any, ...]:
         """Give what must outlive an operation that failed: MPI may still write there."""
@@ -162,10 +171,10 @@ class Operation:
         with self._lock:
             if self._future is None:
                 devices = {t.device for t in self._tensors if t.is_cuda}
-                self._future = torch.futures.Future(devices=sorted(devices, key=str))
-                if self.done:
-                    self._settle(self._future)
-            return self._future
+                self._future = self._asked = torch.futures.Future(devices=sorted(devices, key=str))
+            future = self._future
+        self._tell()
+        return future
 
     def _settle(self, future: torch.futures.Future) -> None:
         if self.error is not None:
