@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -50,9 +51,17 @@ class Several(dist.Work):
         self._works, self._outputs = list(works), list(outputs)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait for all of them, no longer than `timeout` together."""
+        end = time.monotonic() + timeout.total_seconds() if timeout else None
         for work in self._works:
-            work.wait() if timeout is None else work.wait(timeout)
+            if end is None:
+                work.wait()
+            else:  # 0 would be for ever
+                work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
         return True
+
+    def synchronize(self) -> None:
+        self.wait()
 
     def is_completed(self) -> bool:
         return all(work.is_completed() for work in self._works)
