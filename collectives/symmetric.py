@@ -6,7 +6,6 @@ had by CUDA IPC, which works between two processes on one device too. On backend
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 from collections.abc import Callable, Sequence
@@ -18,13 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import primitive
+from .cards import Card, ranks_of, said, short, tell, together, tried
 from .errors import PeerMemoryError
 from .peer_driver import CudaDriver, Driver, Mapped
 
 TORCH, IPC = "torch symmetric memory", "CUDA IPC"
-CARD_BYTES, MOST_RANKS = 1024, 16
-Card = dict[str, Any]
+MOST_RANKS = 16
 Made = TypeVar("Made")
 
 
@@ -73,19 +71,6 @@ class PeerBuffer:
         self.addresses, self.keeps = [], None
 
 
-def tell(group: dist.ProcessGroup, card: Card) -> list[Card]:
-    """Exchange small JSON objects; gives those of all ranks, in rank order.
-
-    Collective: all ranks of the group; one all-gather of 1 KiB.
-    """
-    text = json.dumps(card).encode()
-    assert len(text) <= CARD_BYTES, text
-    device = primitive.message_device(group)
-    own = torch.frombuffer(bytearray(text.ljust(CARD_BYTES)), dtype=torch.uint8).to(device)
-    every = primitive.all_gather(own[None], group).cpu()
-    return [json.loads(row.numpy().tobytes()) for row in every]
-
-
 def symmetric_buffer(
     size: int, group: dist.ProcessGroup, driver: Driver | None = None
 ) -> PeerBuffer:
@@ -99,15 +84,14 @@ def symmetric_buffer(
     card: Card = {"host": _host(), "size": size, "problem": "no CUDA device", "uuid": ""}
     try:
         driver = driver or CudaDriver()
-        said = driver.card()
-        card |= said | {"problem": _short(said["problem"])}
+        own = driver.card()
+        card |= own | {"problem": short(own["problem"])}
     except Exception as error:
-        card["problem"] = _said(error)
+        card["problem"] = said(error)
     cards = tell(group, card)
     _refuse(_objection(cards))
     assert driver is not None
-    unreached = sorted({driver.objection(other["uuid"]) for other in cards} - {""})
-    _refuse(_together(group, "; ".join(unreached)[:300]))
+    _refuse(together(group, _unreached(driver, cards)))
     passed = ""
     if len({one["uuid"] for one in cards}) == len(cards):
         mapped, passed = _by_torch(size, group, driver)
@@ -198,16 +182,22 @@ def _objection(cards: list[Card]) -> str:
     if len(hosts) > 1:
         named = sorted(host.partition("/")[0] for host in hosts)
         return f"the group's ranks are on {len(hosts)} hosts ({', '.join(named)}); memory is mapped within one host"
-    return _ranks_of([card["problem"] for card in cards])
+    return ranks_of([card["problem"] for card in cards])
+
+
+def _unreached(driver: Driver, cards: list[Card]) -> str:
+    """Why memory of other ranks' devices cannot be reached from this one; "" if nothing is known against it."""
+    found, why = tried(lambda: {driver.objection(other["uuid"]) for other in cards} - {""})
+    return short(why or "; ".join(sorted(found)))
 
 
 def _by_torch(size: int, group: dist.ProcessGroup, driver: Driver) -> tuple[Mapped | None, str]:
     """Try torch's symmetric memory; all ranks get it, or none with the reason."""
-    own, why = _tried(lambda: driver.begin_torch(size))
-    refused = _together(group, why)  # who cannot even begin would let the others wait
+    own, why = tried(lambda: driver.begin_torch(size))
+    refused = together(group, why)  # who cannot even begin would let the others wait
     if not refused:
-        mapped, why = _tried(lambda: driver.join_torch(own, group))
-        refused = _together(group, why)
+        mapped, why = tried(lambda: driver.join_torch(own, group))
+        refused = together(group, why)
         if not refused:
             return mapped, ""
     return None, f"{TORCH}: {refused}"
@@ -220,12 +210,12 @@ def _by_ipc(size: int, group: dist.ProcessGroup, driver: Driver, passed: str) ->
         PeerMemoryError: on every rank, if one of them failed; nothing stays allocated.
     """
     before = f"{passed}; " if passed else ""
-    address, why = _tried(lambda: driver.allocate(size))
+    address, why = tried(lambda: driver.allocate(size))
     handle = b""
     if not why:
-        handle, why = _tried(lambda: driver.export(address))
+        handle, why = tried(lambda: driver.export(address))
     cards = tell(group, {"handle": (handle or b"").hex(), "problem": why})
-    refused = _ranks_of([card["problem"] for card in cards])
+    refused = ranks_of([card["problem"] for card in cards])
     found: list[int] = []
     if not refused:
         try:
@@ -234,8 +224,8 @@ def _by_ipc(size: int, group: dist.ProcessGroup, driver: Driver, passed: str) ->
                 found.append(address if mine else driver.open(bytes.fromhex(card["handle"])))
             why = ""
         except Exception as error:
-            why = _said(error)
-        refused = _together(group, why)
+            why = said(error)
+        refused = together(group, why)
         if not refused:
             return found
         _let_go(driver, found, group.rank())
@@ -249,37 +239,6 @@ def _let_go(driver: Driver, addresses: list[int], rank: int) -> None:
     for peer, address in enumerate(addresses):
         if peer != rank:
             driver.close(address)
-
-
-def _together(group: dist.ProcessGroup, why: str) -> str:
-    """Tell all ranks what went wrong here; gives what went wrong anywhere."""
-    return _ranks_of([card["problem"] for card in tell(group, {"problem": why})])
-
-
-def _ranks_of(problems: list[str]) -> str:
-    """Say each problem once, with the ranks that have it."""
-    by_text: dict[str, list[str]] = {}
-    for rank, text in enumerate(problems):
-        if text:
-            by_text.setdefault(text, []).append(str(rank))
-    return "; ".join(f"rank {', '.join(ranks)}: {text}" for text, ranks in by_text.items())
-
-
-def _tried(call: Callable[[], Any]) -> tuple[Any, str]:
-    try:
-        return call(), ""
-    except Exception as error:
-        return None, _said(error)
-
-
-def _said(error: Exception) -> str:
-    return _short(str(error).strip() or type(error).__name__)
-
-
-def _short(problem: str) -> str:
-    """The first line of what went wrong, as a card has room for: letters that take six bytes in JSON are replaced."""
-    told = "".join(problem.strip().splitlines()[:1])[:300].encode("ascii", "replace").decode()
-    return "".join(letter if letter.isprintable() else "?" for letter in told)
 
 
 def _refuse(why: str) -> None:

@@ -111,6 +111,26 @@ def test_a_problem_of_any_length_is_told(tmp_path: Path) -> None:
     assert 'rank 1: ??"??"' in first
 
 
+def with_a_device_that_fails_when_asked(folder: str) -> str:
+    driver, group = SharedDriver(folder), dist.group.WORLD
+    assert group is not None
+
+    def fails(uuid: str) -> str:
+        raise RuntimeError(f"the device of {uuid} has fallen off the bus")
+
+    if group.rank():
+        driver.objection = fails
+    with pytest.raises(PeerMemoryError) as caught:
+        symmetric.symmetric_buffer(SIZE, group, driver)
+    return str(caught.value)
+
+
+def test_an_error_of_one_device_is_told(tmp_path: Path) -> None:
+    first, second = run_world(with_a_device_that_fails_when_asked, 2, str(tmp_path))
+    assert first == second
+    assert "rank 1: the device of a has fallen off the bus" in first
+
+
 def test_refused_before_anything_is_allocated() -> None:
     one: dict[str, Any] = {"size": 1, "host": "a/1", "problem": "", "uuid": "x"}
     assert symmetric._objection([one, one]) == ""
