@@ -247,7 +247,8 @@ def enter_rows(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
 def split_rows(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Keep this rank's chunk of the rows of several replicated [rows, width] tensors.
 
-    Collective: none forward; one all-gather backward.
+    Shape: [rows, width] -> [chunk_sizes(rows, n)[rank], width], each
+    Collective: none forward; one all-gather of all of them backward.
     """
     return tensors if group is None else _SplitRows.apply(group, *tensors)
 
@@ -255,9 +256,17 @@ def split_rows(group: Group, *tensors: Tensor) -> tuple[Tensor, ...]:
 def gather(
     x: Tensor, group: Group, dim: int, sizes: Sequence[int], *, partial: bool = False
 ) -> Tensor:
-    """Concatenate along ``dim``; backward keeps this rank's part of the gradient.
+    """Concatenate along ``dim``; backward keeps this rank's part of the gradient. Inverse: ``split``.
 
-    ``partial`` says that each rank uses the gathered tensor for different work, so that gradients must be summed.
+    Args:
+        partial: each rank uses the gathered tensor for different work, so that gradients must be summed.
+
+    Shape: [..., sizes[rank], ...] -> [..., sum(sizes), ...]
+    Collective: all ranks of the group; one all-gather forward, padded to the largest part; backward none, or if
+        ``partial`` one all-reduce of the whole.
+
+    Raises:
+        ValueError: this rank's part is not as long as ``sizes`` says.
     """
     if group is None:
         return x
@@ -267,7 +276,11 @@ def gather(
 
 
 def split(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Keep this rank's chunk of a replicated tensor; backward gathers. The inverse of ``gather``."""
+    """Keep this rank's chunk of a replicated tensor; backward gathers. The inverse of ``gather``.
+
+    Shape: [..., length, ...] -> [..., chunk_sizes(length, n)[rank], ...]
+    Collective: none forward; one all-gather backward, padded to the largest chunk.
+    """
     if group is None:
         return x
     return _Split.apply(x, group, dim)
@@ -276,7 +289,8 @@ def split(x: Tensor, group: Group, dim: int) -> Tensor:
 def gather_sequence(x: Tensor, group: Group, dim: int, length: int) -> Tensor:
     """Gather a sequence-parallel tensor before a tensor-parallel region; backward reduce-scatters.
 
-    Shape: [batch, seq/tp, hidden] -> [batch, seq, hidden]
+    Shape: [batch, seq/tp, hidden] -> [batch, seq, hidden]; ``length`` is seq, cut by the rule of ``chunk_sizes``
+    Collective: all ranks of the group; one all-gather forward, one reduce-scatter backward.
     """
     return x if group is None else _GatherSequence.apply(x, group, dim, length)
 
@@ -285,6 +299,7 @@ def scatter_sequence(x: Tensor, group: Group, dim: int) -> Tensor:
     """Sum a partial tensor and keep this rank's chunk of the sequence; backward gathers.
 
     Shape: [batch, seq, hidden] -> [batch, seq/tp, hidden]
+    Collective: all ranks of the group; one reduce-scatter forward, one all-gather backward.
     """
     return x if group is None else _ScatterSequence.apply(x, group, dim)
 
@@ -298,7 +313,12 @@ def all_to_all(
 ) -> Tensor:
     """Exchange runs of rows of dim 0; backward is the exchange with the counts swapped.
 
-    ``meanwhile`` is called while the forward's rows are under way.
+    Args:
+        send: rows for each rank, and ``receive`` from each; None: equal runs.
+        meanwhile: called while the forward's rows are under way.
+
+    Shape: [sum(send), ...] -> [sum(receive), ...]
+    Collective: all ranks of the group; one all-to-all forward, one backward. Each sends its rows but its own run.
     """
     if meanwhile is not None:
         if group is None:
