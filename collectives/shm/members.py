@@ -45,13 +45,16 @@ class Members:
         self._store = store
         self.layout = Layout(self.ranks)
         check_platform()
-        self._fd = -1
+        self._fd, problem = -1, ""
         if rank == 0:
-            self.segment, self._fd = Segment.create(f"plait-{name}", self.layout.size)
+            try:
+                self.segment, self._fd = Segment.create(f"plait-{name}", self.layout.size)
+            except OSError as error:
+                problem = f"rank {names[0]} cannot have {self.layout.size} bytes for it: {error}"
         with ExitStack() as undo:
-            if rank == 0:
+            if self._fd >= 0:
                 undo.callback(os.close, self._fd)
-            self.cards = self._exchange_cards(store, self._fd, timeout)
+            self.cards = self._exchange_cards(store, problem, timeout)
             self._processes = self._watch()
             undo.callback(self._processes.close)
             self._agree_on_mapping(timeout)
@@ -74,8 +77,8 @@ class Members:
             prepare()
         self.note(OPEN)
 
-    def _exchange_cards(self, store: Any, fd: int, timeout: timedelta) -> list[dict[str, Any]]:
-        card = {**own_card(), "fd": fd}
+    def _exchange_cards(self, store: Any, problem: str, timeout: timedelta) -> list[dict[str, Any]]:
+        card = {**own_card(), "fd": self._fd, "problem": problem}
         card["at"], card["word"] = self._probe.ctypes.data, int(self._probe[0])
         store.set(self._key("card", self.rank), json.dumps(card))
         cards = [json.loads(text) for text in self._read_all("card", timeout)]
@@ -86,6 +89,8 @@ class Members:
                 f"backend 'shm' is for ranks on one host (and in one pid namespace), but the ranks of group "
                 f"{self.name} run on {places}; use backend 'gloo' for this group"
             )
+        if why := cards[0]["problem"]:
+            raise BackendUnavailable(self._refused(why))
         return cards
 
     def _agree_on_mapping(self, timeout: timedelta) -> None:
@@ -98,12 +103,21 @@ class Members:
                 self.segment = Segment.open(first["pid"], first["fd"], self.layout.size)
             except BackendUnavailable as error:
                 refusal = str(error)
+            except OSError as error:
+                what = f"rank {self._names[self.rank]} cannot map {self.layout.size} bytes of it: {error}"
+                refusal = self._refused(what)
         said = json.dumps({"refusal": refusal, "reads": reads})
         self._store.set(self._key("mapped", self.rank), said)
         answers = [json.loads(text) for text in self._read_all("mapped", timeout)]
         if refusals := [answer["refusal"] for answer in answers if answer["refusal"]]:
             raise BackendUnavailable(refusals[0])
         self.readable = all(answer["reads"] for answer in answers)
+
+    def _refused(self, why: str) -> str:
+        return (
+            f"backend 'shm' has no memory for group {self.name}: {why}; raise the limit on address space (ulimit -v), "
+            "or use backend 'gloo' for this group"
+        )
 
     def _key(self, kind: str, rank: int) -> str:
         """Name what a rank says; by its number in the world, for groups without a common rank may have one name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 from datetime import timedelta
 from pathlib import Path
 
@@ -104,3 +105,34 @@ def test_nothing_is_left(tmp_path: Path) -> None:
         assert counts[:-1] == [2, 0, 2, 0, 2, 0]
         assert counts[-1] < 40
     assert not [path for path in set(Path("/dev/shm").iterdir()) - before if "plait" in path.name]
+
+
+def where_one_rank_has_no_room(poor: int) -> tuple[str, float]:
+    """A group over shm where one rank's address space has no room for it; then one over gloo."""
+    shm.register()
+    dist.new_group(backend="shm")  # kernels are loaded
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    if dist.get_rank() == poor:
+        limit = pages * resource.getpagesize() + (6 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    with pytest.raises(BackendUnavailable) as refusal:
+        dist.new_group(backend="shm")
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    x = torch.ones(2)
+    dist.all_reduce(x, group=dist.new_group())
+    return str(refusal.value), x[0].item()
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY,
+    reason="has a limit already",
+)
+@pytest.mark.parametrize("poor", [0, 1])
+def test_a_segment_that_one_rank_cannot_have_is_refused_on_all(poor: int) -> None:
+    results = run_world(where_one_rank_has_no_room, 3, poor)
+    assert len(set(results)) == 1
+    error, total = results[0]
+    assert f"rank {poor} cannot {'map' if poor else 'have'} " in error
+    assert "use backend 'gloo'" in error
+    assert total == 3.0
