@@ -63,3 +63,22 @@ class TwoQueues:
         self.drop(listed)
         self.sizes[1:] -= np.bincount(self.queue[listed], minlength=3)[1:]
         self.queue[listed] = 0
+
+
+class TwoQueuePolicy:
+    """What a policy over two queues does with pages that are held, and let go of."""
+
+    def __init__(self) -> None:
+        self._queues = TwoQueues()
+
+    def attach(self, chain: Chain) -> None:
+        self._queues.attach(chain)
+
+    def pinned(self, pages: np.ndarray) -> None:
+        self._queues.drop(pages)
+
+    def unpinned(self, pages: np.ndarray) -> None:
+        self._queues.offer(pages)
+
+    def removed(self, pages: np.ndarray) -> None:
+        self._queues.removed(pages)

@@ -9,7 +9,7 @@ from .leaves import drop as heap_drop
 from .leaves import exposed, forget_gone, longer
 from .leaves import push as heap_push
 from .policy import Chain
-from .queues import NEW, PROVEN, TwoQueues
+from .queues import NEW, PROVEN, TwoQueuePolicy
 
 _MOST_USES = 3
 
@@ -46,7 +46,7 @@ def _choose(
     return count
 
 
-class S3FIFO:
+class S3FIFO(TwoQueuePolicy):
     """Evict from a small queue of the new, unless used again, before a main queue of the proven.
 
     A page that comes back soon after it left the small queue enters the main one. The ghosts, hashes
@@ -60,12 +60,12 @@ class S3FIFO:
         if not 0 < small_share < 1:
             raise ValueError(f"small_share={small_share} must lie between 0 and 1")
         self.small_share = small_share
-        self._queues = TwoQueues()
+        super().__init__()
         self._uses = np.zeros(0, np.uint8)
         self._ghosts = np.zeros(0, np.uint32)
 
     def attach(self, chain: Chain) -> None:
-        self._queues.attach(chain)
+        super().attach(chain)
         self._uses = longer(self._uses, chain.capacity)
         self._ghosts = longer(self._ghosts, chain.capacity)
 
@@ -84,15 +84,6 @@ class S3FIFO:
 
     def touched(self, pages: np.ndarray) -> None:
         self._uses[pages] = np.minimum(self._uses[pages] + 1, _MOST_USES)
-
-    def pinned(self, pages: np.ndarray) -> None:
-        self._queues.drop(pages)
-
-    def unpinned(self, pages: np.ndarray) -> None:
-        self._queues.offer(pages)
-
-    def removed(self, pages: np.ndarray) -> None:
-        self._queues.removed(pages)
 
     def victims(self, count: int) -> np.ndarray:
         queues, new, chain = self._queues, self._queues.leaves, self._queues.chain

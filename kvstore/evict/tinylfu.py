@@ -9,7 +9,7 @@ from .leaves import drop as heap_drop
 from .leaves import exposed, forget_gone
 from .leaves import push as heap_push
 from .policy import Chain
-from .queues import NEW, PROVEN, TwoQueues
+from .queues import NEW, PROVEN, TwoQueuePolicy
 
 _ROWS = 4
 _MOST = 255
@@ -100,7 +100,7 @@ def _choose(
     return count
 
 
-class TinyLFU:
+class TinyLFU(TwoQueuePolicy):
     """Evict the less popular of the oldest newcomer and the least popular of the oldest others.
 
     The paper's main part is a segmented LRU; here the longest unused are compared by popularity, since
@@ -115,13 +115,15 @@ class TinyLFU:
         if not 0 < window_share < 1:
             raise ValueError(f"window_share={window_share} must lie between 0 and 1")
         self.window_share = window_share
-        self._queues = TwoQueues()
+        super().__init__()
         self._sketch = np.zeros((_ROWS, 1), np.uint8)
         self._counted = 0
 
     def attach(self, chain: Chain) -> None:
-        self._queues.attach(chain)
-        self._sketch = np.zeros((_ROWS, max(chain.capacity, 64)), np.uint8)
+        super().attach(chain)
+        # What was counted stays: a counter of the narrow sketch stands for those of the wide one, a multiple of it.
+        times = -(-max(chain.capacity, 64) // self._sketch.shape[1])
+        self._sketch = np.tile(self._sketch, (1, times))
 
     def _use(self, pages: np.ndarray) -> None:
         queues = self._queues
@@ -139,15 +141,6 @@ class TinyLFU:
 
     def touched(self, pages: np.ndarray) -> None:
         self._use(pages)
-
-    def pinned(self, pages: np.ndarray) -> None:
-        self._queues.drop(pages)
-
-    def unpinned(self, pages: np.ndarray) -> None:
-        self._queues.offer(pages)
-
-    def removed(self, pages: np.ndarray) -> None:
-        self._queues.removed(pages)
 
     def victims(self, count: int) -> np.ndarray:
         queues, new, chain = self._queues, self._queues.leaves, self._queues.chain

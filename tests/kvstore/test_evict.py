@@ -108,6 +108,26 @@ def test_one_scan_does_not_drive_out_what_is_used_often(name) -> None:
     assert hot_after_scan(name) == 32
 
 
+def test_tinylfu_remembers_while_the_store_grows() -> None:
+    """Favourites of a small store are favourites of the large one, when at last pages must go."""
+    store = KVStore(
+        SPEC,
+        num_pages=20,
+        device_bytes=120 * SPEC.bytes_per_page,
+        evict="tinylfu",
+        secret=bytes(32),
+    )
+    for _ in range(6):
+        use(store, A, B)
+    held = [serve(store, [50 + i] * 16) for i in range(28)]
+    assert store.counters()["times_grown"] >= 2
+    store.close(held)
+    for i in range(90):
+        use(store, [100 + i] * 16)
+    assert store.counters()["pages_evicted"] > 0
+    assert found(store, A, B) == [16, 16]
+
+
 def test_ghosts_that_return_are_kept() -> None:
     def kept_after_scan(return_: bool) -> int:
         store = small(S3FIFO(), 160)
