@@ -86,8 +86,9 @@ def init(
 
     Raises:
         ValueError: a timeout that is none.
-        LaunchError: launchers disagree, or a rank is missing; the same on every rank.
+        LaunchError: launchers disagree, a rank is missing, or one failed; the same on every rank.
         BackendUnavailable: the backend is not there; says what to install.
+        Exception: what else went wrong on this rank, such as its device; the others get a LaunchError.
     """
     if not 0 < timeout_s < math.inf:
         raise ValueError(
@@ -103,9 +104,9 @@ def init(
         name = _choose_backend(backend)
         device = _choose_device(name, launch)
         card["device"] = _device_name(device)
-    except (BackendUnavailable, LaunchError) as error:
+    except Exception as error:  # whatever it is, the others need not wait for this rank
         refusal = error
-        card["error"] = str(error)
+        card["error"] = str(error) or type(error).__name__
     try:
         store, cards = meet(launch, card, timeout_s, objection=_objection, visit=next(_visits))
     except LaunchError:

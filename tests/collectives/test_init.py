@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from plait.collectives import meeting_point, rendezvous
+from plait.collectives import world as world_module
 from plait.collectives.errors import BackendUnavailable, LaunchError
 from plait.collectives.launch import Launch
 from plait.collectives.world import init
@@ -81,6 +82,28 @@ def close_and_join_again(size: int) -> list[float]:
 
 def test_a_world_can_be_closed_and_opened_again() -> None:
     assert run_world(close_and_join_again, 3, 3, backend=None) == [[6.0] * 3] * 3
+
+
+def with_a_broken_device(size: int, folder: str) -> tuple[str, float]:
+    def broken(device: torch.device) -> str:
+        raise RuntimeError("the device has fallen off the bus")
+
+    tempfile.tempdir = folder
+    if current_rank() == 1:
+        world_module._device_name = broken
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        init(timeout_s=60, environ=hydra(size))
+    return f"{raised.type.__name__}: {raised.value}", time.monotonic() - begin
+
+
+def test_what_goes_wrong_on_one_rank_is_told_to_all(tmp_path: Path) -> None:
+    (first, waited), (second, _) = run_world(
+        with_a_broken_device, 2, 2, str(tmp_path), backend=None
+    )
+    assert first == "LaunchError: rank 1: the device has fallen off the bus"
+    assert second == "RuntimeError: the device has fallen off the bus"
+    assert waited < 50
 
 
 def close_an_old_one(size: int) -> list[bool]:
