@@ -373,6 +373,18 @@ def sends_are_received(can: Abilities) -> None:
             dist.send(numbers(rank(), (length,), dtype, 1), rank() - 1)
 
 
+def sends_that_nobody_waits_for_arrive(can: Abilities) -> None:
+    peer = rank() ^ 1
+    for length in (3, 300_000):
+        y = torch.zeros(length)
+        for tag in range(3):
+            dist.isend(numbers(rank(), (length,), torch.float32, tag), peer, tag=tag)
+        dist.barrier()
+        for tag in (2, 0, 1):
+            dist.recv(y, peer, tag=tag)
+            same(y, numbers(peer, (length,), torch.float32, tag), tag)
+
+
 def tags_are_matched_in_any_order(can: Abilities) -> None:
     peer = rank() ^ 1
     tensors = [numbers(rank(), (1 + 40_000 * tag,), torch.float32, tag) for tag in range(4)]
@@ -537,6 +549,7 @@ CHECKS: tuple[Check, ...] = (
     objects_travel,
     a_barrier_holds_everyone,
     sends_are_received,
+    sends_that_nobody_waits_for_arrive,
     tags_are_matched_in_any_order,
     rings_do_not_deadlock,
     a_rank_may_send_to_itself,

@@ -39,6 +39,10 @@ class Owner(Protocol):
         """Take note that nobody waits for a call any more, which goes on."""
         ...
 
+    def deliver(self, inner: Any) -> None:
+        """See to it that a message arrives, for nobody waits for it."""
+        ...
+
 
 class Call(dist.Work):
     """Work of a `GlooGroup`.
@@ -176,3 +180,11 @@ class Call(dist.Work):
 
         self.inner.get_future().add_done_callback(resolve)
         return future
+
+
+class Sending(Call):
+    """Work of a send. Who drops it has still sent: gloo's own would take the message back."""
+
+    def __del__(self) -> None:
+        if self.inner is not None and self._said is None:
+            self._owner.deliver(self.inner)

@@ -18,7 +18,7 @@ from ..sendable import check_sendable
 from ..shown_call import Moved, ShownCall, is_on, mismatch, room_of
 from ..trace import listening, tell_traces
 from ..work import Finished, Several
-from .call import Call
+from .call import Call, Sending
 from .ledger import Ledger
 from .lookout import lookout
 from .members import Members
@@ -125,7 +125,8 @@ class GlooGroup(PythonGroup):
         begin = time.perf_counter() if listening() else None
         name = f"rank {self.members.names[peer]}" if peer >= 0 else "any rank"
         what, place = ("send", "to") if kind == "send" else ("receive", "from")
-        call = Call(self._ledger, what, [x], 0, peer, f" {place} {name}")
+        work = Sending if kind == "send" else Call
+        call = work(self._ledger, what, [x], 0, peer, f" {place} {name}")
         self._ledger.start(call, start)
         if begin is not None:
             tell_traces(self, kind, [x], time.perf_counter() - begin, call)

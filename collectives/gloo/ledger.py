@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 
 from ..errors import PeerLost, anew
+from . import deputy
 from .call import LOST, Call
 from .members import Members
 
 STOPPED_S = 30.0  # a process that is stopped (SIGSTOP) is given up after this, whatever the timeout
 SLOW_S = 1.0  # a call that takes longer is told to the others, who may be elsewhere
 LINGER_S = 5.0  # ranks that waited for each other give up one after the other, and read where the others were
+FLUSH_S = 2.0  # for a message that nobody waits for, when its group is closed
+LOOK_S = 0.005
 OTHER_DTYPES = (
     "it knows float32, float64, bfloat16, float16, int8, uint8, int32, int64 and bool; convert the tensor, or, to move "
     "it and not to sum it, use backend 'shm' or 'mpi'"
@@ -39,9 +43,10 @@ class Ledger:
     def __init__(self, gloo: Any, members: Members, name: str, timeout_s: float) -> None:
         self.gloo, self.members, self.name, self.timeout_s = gloo, members, name, timeout_s
         self.lost: Exception | None = None
-        # weak: who drops the work of a message waits for it no more
+        # weak: who drops the work of a receive waits for it no more
         self._under_way: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
         self._left_open: list[Call] = []  # that nobody waits for since an interruption
+        self._dropped: list[deputy.Said] = []  # what came of sends whose work nobody has
         self._ending = Lock()
         self._lost_call: Call | None = None
         self._lost_at = 0.0
@@ -69,10 +74,23 @@ class Ledger:
         """Take note that nobody waits for a call any more, which goes on."""
         self._left_open.append(call)
 
+    def deliver(self, inner: Any) -> None:
+        """See to it that a message arrives, for nobody waits for it."""
+        if self.lost is None and not sys.is_finalizing():
+            going = [said for said in self._dropped if said.empty()]
+            # for long: a wait that ends early closes all of the group's connections
+            self._dropped = [*going, deputy.ask(lambda: inner.wait(timedelta(days=100)))]
+
+    def flush(self) -> None:
+        """Give what nobody waits for a moment to arrive."""
+        until = time.monotonic() + FLUSH_S
+        while any(said.empty() for said in self._dropped) and time.monotonic() < until:
+            time.sleep(LOOK_S)
+
     def has_left_open(self) -> bool:
-        """Say whether such a call goes on still."""
+        """Say whether a call that nobody waits for goes on still."""
         self._left_open = [call for call in self._left_open if not call.is_completed()]
-        return bool(self._left_open)
+        return bool(self._left_open) or any(said.empty() for said in self._dropped)
 
     def where(self, call: Call) -> str:
         """Say of a call where this rank is."""
@@ -144,6 +162,8 @@ class Ledger:
 
     def close(self) -> None:
         """End what nobody waits for any more, and refuse every later call."""
+        if self.lost is None:
+            self.flush()
         if self.has_left_open():
             self._end_all()  # or the process could not end before its timeout
         self.refuse(RuntimeError(f"group {self.name} is closed"))

@@ -53,6 +53,8 @@ class Lookout:
         error = getattr(sys, "last_value", None)
         reason = f"{type(error).__name__}: {error}".removesuffix(": ") if error else ""
         for ledger in list(self.ledgers):
+            if error is None:
+                ledger.flush()
             if error is not None or ledger.has_left_open():
                 ledger.leave(reason)
 

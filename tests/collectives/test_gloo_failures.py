@@ -102,3 +102,32 @@ def test_a_stopped_rank_is_given_up_before_a_long_timeout(tmp_path: Path) -> Non
     assert "all_reduce of 3 float32" in said
     assert "rank 1 (process" in said
     assert "is stopped" in said
+
+
+def drops_and_leaves(folder: str, flush_s: float) -> str:
+    """Rank 0 sends and leaves at once; rank 1 receives a little later."""
+    ledger.FLUSH_S = flush_s
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group(gloo.register(), store=store, rank=current_rank(), world_size=2)
+    x = torch.full((100_000,), 1.0 + current_rank())
+    if current_rank() == 0:
+        dist.isend(x, 1)
+        dist.destroy_process_group()
+        return ""
+    time.sleep(0.3)
+    try:
+        dist.recv(x, 0)
+    except PeerLost as error:
+        return str(error)
+    return f"{x.sum():g}"
+
+
+@pytest.mark.parametrize("flush_s", [30.0, 0.0])
+def test_a_send_that_nobody_waits_for_arrives_before_its_group_closes(
+    flush_s: float, tmp_path: Path
+) -> None:
+    _, said = run_world(drops_and_leaves, 2, str(tmp_path), flush_s, backend=None)
+    if flush_s:
+        assert said == "100000"
+    else:  # the negative control
+        assert "receive of 100000 float32 from rank 0" in said
