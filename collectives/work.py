@@ -7,9 +7,35 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future, collect_all
+
+from .errors import anew
+
+
+class Promise:
+    """A future that fails as those of C++ do: whoever reads it meets the error, in C++ too.
+
+    `Future.set_exception` makes only Python raise. In C++ the exception is the future's value: DDP's backward looks for
+    tensors in it, finds none, and reads the first: the process ends (SIGSEGV, torch 2.13).
+    """
+
+    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+        self._outcome: Future[Any] = Future(devices=list(devices))
+        self.future: Future[Any] = self._outcome.then(_value_of)
+
+    def settle(self, outcome: Any) -> None:
+        """Set the future to a value, or to an exception."""
+        self._outcome.set_result(outcome)
+
+
+def _value_of(outcome: Future[Any]) -> Any:
+    value = outcome.value()
+    if isinstance(value, Exception):
+        raise anew(value)
+    return value
 
 
 class Finished(dist.Work):

@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -51,6 +52,40 @@ def by_future(group: Any) -> None:
         dist.all_reduce(torch.ones(5), group=group, async_op=True).get_future().wait()
     except RuntimeError as error:  # torch wraps what a future holds
         raise PeerLost(str(error)) from error
+
+
+def by_thread(group: Any) -> None:
+    """Another thread waits than that which called."""
+    work = dist.all_reduce(torch.ones(5), group=group, async_op=True)
+    raised: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            work.wait()
+        except PeerLost as error:
+            raised.append(error.with_traceback(None))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+    for error in raised:
+        raise PeerLost(str(error))
+
+
+def scatter(group: Any) -> None:
+    dist.scatter(torch.ones(5), None, VICTIM, group=group)
+
+
+def uneven_exchange(group: Any) -> None:
+    parts = [torch.ones(r + dist.get_rank()) for r in range(RANKS)]
+    dist.all_to_all([torch.empty_like(x) for x in parts], parts, group=group)
+
+
+def batched(group: Any) -> None:
+    x = torch.ones(5)
+    ops = [dist.P2POp(dist.irecv, x, VICTIM, group), dist.P2POp(dist.isend, x, VICTIM, group)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
 
 
 def all_gather(group: Any) -> None:
@@ -100,6 +135,10 @@ CALLS: dict[Callable[[Any], None], str] = {
     large_all_reduce: "all_reduce of 1000000 float32",
     asynchronous: "all_reduce of 5 float32",
     by_future: "all_reduce of 5 float32",
+    by_thread: "all_reduce of 5 float32",
+    scatter: "scatter of ",
+    uneven_exchange: "all_to_all of ",
+    batched: "receive of 5 float32, tag 0, from rank 3",
     all_gather: "all_gather of 5 float32",
     reduce_scatter: "reduce_scatter of 5 float32",
     all_to_all: "all_to_all of 20 float32",

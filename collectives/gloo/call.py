@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from ..work import Promise
 from . import deputy
 
 # What gloo says when a connection ended or was waited for in vain; its other errors are about the call itself.
@@ -165,21 +166,21 @@ class Call(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Future:
-        """Make a future of the outputs; a loss is in it as a PeerLost."""
-        future: Future = Future()
+        """Make a future of the outputs; after a loss it raises what `wait` does, in a RuntimeError."""
+        promise = Promise()
 
         def resolve(inner: Any) -> None:
             try:
                 value = inner.value()
             except RuntimeError as error:
-                future.set_exception(self._owner.explain(self, error))
+                promise.settle(self._owner.explain(self, error))
             else:
                 self._complete()
                 self._owner.forget(self)
-                future.set_result(self._outputs or value)
+                promise.settle(self._outputs or value)
 
         self.inner.get_future().add_done_callback(resolve)
-        return future
+        return promise.future
 
 
 class Sending(Call):

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..errors import anew
+from ..work import Promise
 from . import failure
 from .exchange import Steps, complete
 
@@ -57,8 +58,8 @@ class Operation:
         self._tensors = tensors
         self._steps: Steps | None = steps
         self._requests: Any = ()
-        self._future: torch.futures.Future | None = None
-        self._asked: torch.futures.Future | None = None  # the same, while it is not resolved
+        self._promise: Promise | None = None
+        self._asked: Promise | None = None  # the same, while it is not resolved
         self._lock = Lock()
 
     def start(self) -> None:
@@ -121,9 +122,9 @@ class Operation:
         """Resolve the future after the end, without the lock: what hangs on it may ask for it again."""
         if self.done and self._asked is not None:
             with self._lock:
-                future, self._asked = self._asked, None
-            if future is not None:
-                self._settle(future)
+                promise, self._asked = self._asked, None
+            if promise is not None:
+                self._settle(promise)
 
     def fail(self, error: Exception) -> bool:
         """End with an error, unless it has ended: a peer is lost and what is under way will never arrive."""
@@ -169,18 +170,15 @@ class Operation:
     def future(self) -> torch.futures.Future:
         """Make the future, which whoever completes the operation sets."""
         with self._lock:
-            if self._future is None:
+            if self._promise is None:
                 devices = {t.device for t in self._tensors if t.is_cuda}
-                self._future = self._asked = torch.futures.Future(devices=sorted(devices, key=str))
-            future = self._future
+                self._promise = self._asked = Promise(sorted(devices, key=str))
+            promise = self._promise
         self._tell()
-        return future
+        return promise.future
 
-    def _settle(self, future: torch.futures.Future) -> None:
-        if self.error is not None:
-            future.set_exception(self.error)
-        else:
-            future.set_result(self._tensors)
+    def _settle(self, promise: Promise) -> None:
+        promise.settle(self._tensors if self.error is None else self.error)
 
     def result(self) -> list[Tensor]:
         return self._tensors

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from ..errors import anew
+from ..work import Promise
 
 PATIENCE = 100  # turns of yielding the processor before a waiting kernel returns to Python
 
@@ -62,8 +63,8 @@ class Pending(dist.Work):
         self._ending = threading.Lock()  # between the end and the asking for a future
         self._done = False
         self._error: Exception | None = None
-        self._future: Future | None = None
-        self._asked: Future | None = None  # the same, while it is not resolved
+        self._promise: Promise | None = None
+        self._asked: Promise | None = None  # the same, while it is not resolved
 
     def finish(self, error: Exception | None = None) -> None:
         """End it; called once, by whoever drives, who then calls `tell` without a lock."""
@@ -77,9 +78,9 @@ class Pending(dist.Work):
     def tell(self) -> None:
         """Resolve the future that somebody asked for before the end; what hangs on it may call collectives."""
         with self._ending:
-            future, self._asked = self._asked, None
-        if future is not None:
-            self._resolve(future)
+            promise, self._asked = self._asked, None
+        if promise is not None:
+            self._resolve(promise)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Do the work, or see it done.
@@ -128,16 +129,13 @@ class Pending(dist.Work):
     def get_future(self) -> Future:
         """Make a future of the outputs; the group's own thread resolves it if nobody waits."""
         with self._ending:
-            fresh, done = self._future is None, self._done
-            future = self._future = self._future or Future()
+            fresh, done = self._promise is None, self._done
+            promise = self._promise = self._promise or Promise()
             if fresh and not done:
-                self._asked = future
+                self._asked = promise
         if fresh and done:
-            self._resolve(future)
-        return future
+            self._resolve(promise)
+        return promise.future
 
-    def _resolve(self, future: Future) -> None:
-        if self._error is None:
-            future.set_result(self._outputs)
-        else:
-            future.set_exception(self._error)
+    def _resolve(self, promise: Promise) -> None:
+        promise.settle(self._outputs if self._error is None else self._error)

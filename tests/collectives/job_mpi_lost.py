@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from jobs import report
 from plait.collectives import PeerLost, init
@@ -33,6 +34,10 @@ def talk(asynchronous: bool) -> None:
                 work.wait()
 
 
+def train(model: torch.nn.Module) -> None:
+    model(torch.ones(2, 12)).sum().backward()
+
+
 def go_away(how: str) -> None:
     if how == "raise":
         raise ValueError("my own error")
@@ -41,9 +46,29 @@ def go_away(how: str) -> None:
     after.start()
 
 
+def until_lost(model: torch.nn.Module | None) -> str:
+    """Talk, or train, until that fails; say how. DDP waits in torch's C++, which makes a RuntimeError of a PeerLost."""
+    raised: type[RuntimeError] = PeerLost if model is None else RuntimeError
+    try:
+        while True:
+            if model is not None:
+                train(model)
+                continue
+            talk(asynchronous=False)
+            talk(asynchronous=True)
+    except raised as error:
+        return str(error)
+
+
 def main(how: str) -> None:
     world = init(register(), timeout_s=60)
     talk(False)
+    model = None
+    if how.endswith("_in_ddp"):
+        how = how.removesuffix("_in_ddp")
+        model = DistributedDataParallel(torch.nn.Linear(12, 12))
+        train(model)
+        train(model)
     patient = how == "stop_patiently"
     if patient:
         operation.STOPPED_S, progress.SILENCE_S = 1.0, 1.0
@@ -52,13 +77,8 @@ def main(how: str) -> None:
     if world.rank == 1:
         go_away(how.removesuffix("_patiently"))
     start = time.monotonic()
-    try:
-        while True:
-            talk(asynchronous=False)
-            talk(asynchronous=True)
-    except PeerLost as error:
-        lost = str(error)
-        seconds = time.monotonic() - start
+    lost = until_lost(model)
+    seconds = time.monotonic() - start
     again = ""
     try:
         dist.barrier()

@@ -48,6 +48,7 @@ def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
         PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE.parents[1]}",
         OMP_NUM_THREADS="1",
         TMPDIR=str(place),
+        TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
         OMPI_MCA_btl_sm_backing_directory=str(place),
     )
     assert time.monotonic() - started < 90
@@ -103,6 +104,23 @@ def test_an_error_of_one_rank_reaches_the_others(tmp_path: Path) -> None:
     for told in ended.reports.values():
         assert "rank 1 has ended with ValueError: my own error" in told["lost"]
         assert told["seconds"] < BOUND_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise_in_ddp", "rank 1 has ended with ValueError"),
+        ("stop_in_ddp", "it is dead or stopped"),
+    ],
+)
+def test_training_ends_with_words_too(how: str, words: str, tmp_path: Path) -> None:
+    ended = lose(how, tmp_path, ranks=3)
+    assert set(ended.reports) == {0, 2}, ended.output
+    for told in ended.reports.values():
+        assert words in told["lost"]
+        assert "PeerLost: all_reduce [" in told["lost"]
+        assert told["again"]
 
 
 @pytest.mark.slow

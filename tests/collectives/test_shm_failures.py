@@ -18,7 +18,9 @@ from plait.collectives.shm import members
 from world import current_rank, run_world
 
 
-@pytest.mark.parametrize(("end", "calls"), [("kill", len(CALLS)), ("raise", 1), ("leave", 2)])
+@pytest.mark.parametrize(
+    ("end", "calls"), [("kill", len(CALLS)), ("raise", len(CALLS)), ("leave", len(CALLS))]
+)
 def test_a_rank_that_ends_is_named_at_once(end: str, calls: int, tmp_path: Path) -> None:
     seen = run_world(with_victim, RANKS - 1, str(tmp_path), "shm", end, calls, backend=None)
     for message, seconds in (answer for answers in seen for answer in answers):
