@@ -33,8 +33,9 @@ def unsendable(backend: str, x: Tensor) -> ValueError:
     """Make the error of a tensor whose memory cannot be sent."""
     if x.layout is torch.strided and (x.is_neg() or x.is_conj()):
         how = "neg" if x.is_neg() else "conj"  # a mark that torch applies when it reads the tensor
+        marked = {"neg": "negated", "conj": "conjugated"}[how]
         return ValueError(
-            f"{backend}: the memory of a tensor of shape {tuple(x.shape)} holds its numbers {how}ated (is_{how}() is "
+            f"{backend}: the memory of a tensor of shape {tuple(x.shape)} holds its numbers {marked} (is_{how}() is "
             f"true: it is a view of a conjugate); give it as .resolve_{how}()"
         )
     if x.is_meta or not (x.is_cpu or x.is_cuda):

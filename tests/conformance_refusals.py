@@ -123,6 +123,38 @@ def strides_are_kept_or_refused(can: Abilities) -> None:
     goes_on()
 
 
+def parts_of_other_strides(can: Abilities) -> None:
+    """A list that is reduced and scattered: torch's gloo writes a result with holes over what lies behind it."""
+    numbers = torch.arange(6.0)
+    for parts, stride in (
+        (numbers.view(3, 2), 1),
+        (numbers.view(2, 3).t(), 1),
+        (numbers.view(3, 2), 3),
+    ):
+        whole = torch.zeros(3, 2 * stride) if stride > 1 else torch.zeros(2, 3).t()
+        for out in (whole[:, ::stride], torch.zeros(3, 2)):
+            alike = out.stride() == parts.stride()
+            if can.strided or alike:
+                dist.reduce_scatter(out, [parts] * size())
+                assert torch.equal(out, parts * size())
+            else:
+                with pytest.raises(ValueError, match="contiguous"):
+                    dist.reduce_scatter(out, [parts] * size())
+        assert not whole[:, 1:stride].any()
+    goes_on()
+
+
+def complex_parts(can: Abilities) -> None:
+    x = torch.complex(torch.arange(3.0), torch.ones(3) + rank())
+    total = torch.complex(torch.arange(3.0) * size(), torch.full((3,), size() * (size() + 1) / 2))
+    found = torch.empty_like(x)
+    dist.reduce_scatter(found, [x] * size())
+    assert torch.equal(found, total)
+    with pytest.raises(ValueError, match="resolve_conj"):
+        dist.reduce_scatter(found, [x.conj()] * size())
+    goes_on()
+
+
 def exchanges_in_place(can: Abilities) -> None:
     for length in (1, 30_000):
         x = torch.arange(float(size() * length)) + 1000 * rank()
@@ -184,6 +216,8 @@ REFUSALS: Sequence[Check] = (
     dtypes_without_sums,
     groups_that_are_gone,
     strides_are_kept_or_refused,
+    parts_of_other_strides,
+    complex_parts,
     exchanges_in_place,
     what_follows_a_call_may_call,
     a_fork_is_no_rank,

@@ -23,7 +23,7 @@ from .ledger import Ledger
 from .lookout import lookout
 from .members import Members
 from .sockets import Sockets
-from .tensors import check_contiguous, check_dense, check_operator, one_dtype
+from .tensors import check_alike, check_contiguous, check_dense, check_operator, one_dtype
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
     dist.AllreduceOptions(), AllgatherOptions(), dist.ReduceScatterOptions(), dist.AllToAllOptions()
@@ -261,6 +261,7 @@ class GlooGroup(PythonGroup):
         (out,), (parts,) = outputs, inputs
         self._check_parts("reduce_scatter", parts, out)
         check_operator(opts.reduceOp, outputs)
+        check_alike((out, *parts))
         own = out.view(parts[self.rank()].shape) if out.is_contiguous() else out
         return self._run(
             "reduce_scatter", lambda: self._gloo.reduce_scatter([own], inputs, opts), parts, opts

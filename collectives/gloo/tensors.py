@@ -41,6 +41,18 @@ def check_contiguous(tensors: Sequence[Tensor]) -> None:
             raise strided(x)
 
 
+def check_alike(tensors: Sequence[Tensor]) -> None:
+    """Refuse tensors whose elements are not all in one order: gloo adds memory, element after element.
+
+    Raises:
+        ValueError: such tensors.
+    """
+    if not all(x.is_contiguous() for x in tensors):
+        check_dense(tensors)
+        if len({(x.shape, x.stride()) for x in tensors}) > 1:
+            raise strided(next(x for x in tensors if not x.is_contiguous()))
+
+
 def check_operator(op: Any, tensors: Sequence[Tensor]) -> None:
     """Refuse operators that a dtype does not have: gloo finds that out of a mean of whole numbers after it has summed.
 

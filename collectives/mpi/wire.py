@@ -52,7 +52,8 @@ class Wire:
         """
         if t.requires_grad:
             t = t.detach()
-        if t.layout is not torch.strided or t.is_neg() or not (t.is_cpu or t.is_cuda) or wraps(t):
+        marked = t.is_neg() or t.is_conj()
+        if marked or t.layout is not torch.strided or not (t.is_cpu or t.is_cuda) or wraps(t):
             raise unsendable("mpi", t)
         if t.is_cpu and (t.is_contiguous() or (strided and self._walks(t))):
             return t

@@ -111,7 +111,7 @@ def even_starts(ranks: int, count: int) -> Any:
 
 def view_of(x: Tensor) -> Any:
     """Describe a tensor of any strides to a kernel; of no more than MAX_DIMS dims after merging."""
-    if not x.is_cpu or x.layout is not torch.strided or x.is_neg() or wraps(x):
+    if not x.is_cpu or x.layout is not torch.strided or x.is_neg() or x.is_conj() or wraps(x):
         raise unsendable("shm", x)
     item, address = x.itemsize, x.data_ptr()
     if x.is_contiguous():
@@ -158,8 +158,13 @@ def views_of(tensors: list[Tensor]) -> Any:
 
 def real_of(x: Tensor, op: Any) -> Tensor:
     """See a complex tensor as pairs of numbers, which can be added."""
-    if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+    if (op.op if isinstance(op, dist.ReduceOp) else op) not in (
+        dist.ReduceOp.SUM,
+        dist.ReduceOp.AVG,
+    ):
         raise ValueError(
             f"shm: {op_name(op)} has no meaning for {x.dtype}; complex tensors can be summed"
         )
+    if x.is_conj():
+        raise unsendable("shm", x)
     return torch.view_as_real(x)
