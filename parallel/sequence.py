@@ -16,6 +16,44 @@ from .families import decoder_layers
 from .ranks import ModelRanks
 
 
+class SequenceCut:
+    """Cuts activations along the sequence before a layer, and makes them whole after one or before the final norm.
+
+    State: the length of the sequence that runs, in the ranks' span.
+    """
+
+    def __init__(self, ranks: ModelRanks) -> None:
+        assert ranks.span is not None
+        self.span, self.group, self.size = ranks.span, ranks.all, ranks.size
+
+    def cut(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Keep this rank's tokens. Shape: [batch, seq, hidden] -> [batch, seq/tp, hidden]"""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.span.length = hidden.shape[1]
+        part = autograd.split(hidden, self.group, 1)
+        return ((part, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": part})
+
+    def whole(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Gather all tokens. Shape: [batch, seq/tp, hidden] -> [batch, seq, hidden]"""
+        sizes = autograd.chunk_sizes(self.span.length, self.size)
+        return (autograd.gather(args[0], self.group, 1, sizes), *args[1:])
+
+    def whole_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Gather what a layer gives: its hidden states, alone or first of several."""
+        if isinstance(output, Tensor):
+            return self.whole(module, (output,))[0]
+        return self.whole(module, output)
+
+    def around(self, first: nn.Module, last: nn.Module, norm: nn.Module | None) -> list[Edit]:
+        """Hang it around a run of layers; ``norm``: what follows them, which is given the whole."""
+        door = AddHook(partial(first.register_forward_pre_hook, self.cut, with_kwargs=True))
+        if norm is not None:
+            return [door, AddHook(partial(norm.register_forward_pre_hook, self.whole))]
+        return [door, AddHook(partial(last.register_forward_hook, self.whole_output))]
+
+
 def sequence_edits(
     model: Any, ranks: ModelRanks, roles: list[Edit], chunks: Sequence[tuple[int, int]] = ()
 ) -> list[Edit]:
@@ -26,9 +64,6 @@ def sequence_edits(
 
     Collective: per block an all-gather and a reduce-scatter instead of an all-reduce: the same bytes.
     """
-    span, group = ranks.span, ranks.all
-    handled = {(id(e.module), e.name) for e in roles if isinstance(e, (CutParameter, SumGradient))}
-    assert span is not None
     path, layers = decoder_layers(model)
     parent = model.get_submodule(path.rpartition(".")[0])
     norm = next((m for n, m in parent.named_children() if "norm" in n and m is not layers), None)
@@ -36,34 +71,13 @@ def sequence_edits(
         raise PlanError(
             "tp:sp", "needs a final norm after the decoder layers", "use tp without :sp"
         )
-
-    def cut(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        span.length = hidden.shape[1]
-        part = autograd.split(hidden, group, 1)
-        return ((part, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": part})
-
-    def whole(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        sizes = autograd.chunk_sizes(span.length, ranks.size)
-        return (autograd.gather(args[0], group, 1, sizes), *args[1:])
-
-    def whole_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return whole(_, (output,))[0] if isinstance(output, Tensor) else whole(_, output)
-
-    edits: list[Edit] = [outputs_edit(model, ranks)]
-    own: list[nn.Module] = []
+    cut, edits, own = SequenceCut(ranks), [outputs_edit(model, ranks)], list[nn.Module]()
     for start, stop in chunks or [(0, len(layers))]:
-        first, last = layers[start], layers[stop - 1]
         own += [layers[i] for i in range(start, stop)]
-        edits.append(AddHook(partial(first.register_forward_pre_hook, cut, with_kwargs=True)))
-        if stop == len(layers):
-            edits.append(AddHook(partial(norm.register_forward_pre_hook, whole)))
-        else:
-            edits.append(AddHook(partial(last.register_forward_hook, whole_output)))
+        edits += cut.around(layers[start], layers[stop - 1], norm if stop == len(layers) else None)
+    handled = {(id(e.module), e.name) for e in roles if isinstance(e, (CutParameter, SumGradient))}
     edits += [
-        SumGradient(module, name, group)
+        SumGradient(module, name, ranks.all)
         for layer in own
         for module in layer.modules()
         for name, parameter in module._parameters.items()
