@@ -55,9 +55,9 @@ class Members:
             if self._fd >= 0:
                 undo.callback(os.close, self._fd)
             self.cards = self._exchange_cards(store, problem, timeout)
-            self._processes = self._watch()
+            self._processes, refusal = self._watch()
             undo.callback(self._processes.close)
-            self._agree_on_mapping(timeout)
+            self._agree_on_mapping(refusal, timeout)
             undo.pop_all()
 
     def open(self, prepare: Callable[[], None]) -> None:
@@ -93,11 +93,10 @@ class Members:
             raise BackendUnavailable(self._refused(why))
         return cards
 
-    def _agree_on_mapping(self, timeout: timedelta) -> None:
+    def _agree_on_mapping(self, refusal: str, timeout: timedelta) -> None:
         """Map the segment, and try to read the others' memory; where one rank cannot, all are told the same."""
-        refusal = ""
         reads = all(can_read(card["pid"], card["at"], card["word"]) for card in self.cards)
-        if self.rank:
+        if self.rank and not refusal:
             try:
                 first = self.cards[0]
                 self.segment = Segment.open(first["pid"], first["fd"], self.layout.size)
@@ -135,18 +134,18 @@ class Members:
             ) from error
         return [self._store.get(key).decode() for key in keys]
 
-    def _watch(self) -> Processes:
+    def _watch(self) -> tuple[Processes, str]:
+        """Open handles on the others' processes; without the right to (a sandbox, too many files): none, and why."""
         try:
             processes = Processes(self.cards)
-        except OSError as error:  # a sandbox without the call
-            raise BackendUnavailable(
-                f"backend 'shm' cannot watch other processes: {error}; use backend 'gloo'"
-            ) from error
+        except OSError as error:
+            why = f"rank {self._names[self.rank]} cannot watch other processes: {error}"
+            return Processes([]), f"backend 'shm' in group {self.name}: {why}; use backend 'gloo'"
         for rank in range(self.ranks):
             if processes.ended(rank):
                 processes.close()
                 raise PeerLost(f"{self._who(rank)} ended while group {self.name} opened")
-        return processes
+        return processes, ""
 
     def _await(self, rank: int, level: int, beyond_s: float = 0.0) -> None:
         while not level <= self.note_of(rank) < _FAILED_BASE:

@@ -87,6 +87,26 @@ def test_where_one_rank_cannot_map_all_are_told(tmp_path: Path) -> None:
     assert "cannot open the memory of process" in answers[0]
 
 
+def where_one_cannot_watch(folder: str) -> str:
+    def refused(pid: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    shm.register()
+    if current_rank() == 1:
+        os.pidfd_open = refused
+    store = dist.FileStore(f"{folder}/store", 3)
+    with pytest.raises(BackendUnavailable) as refusal:
+        dist.init_process_group("shm", store=store, rank=current_rank(), world_size=3)
+    return str(refusal.value)
+
+
+def test_where_one_rank_cannot_watch_all_are_told(tmp_path: Path) -> None:
+    answers = run_world(where_one_cannot_watch, 3, str(tmp_path), backend=None)
+    assert len(set(answers)) == 1
+    assert "rank 1 cannot watch other processes" in answers[0]
+    assert "use backend 'gloo'" in answers[0]
+
+
 def opens_and_closes(folder: str) -> list[int]:
     shm.register()
     counts = []
