@@ -90,9 +90,9 @@ def _all_reduce_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group: Group,
     quantised: torch.dtype | None,
 ) -> tuple[Any, Tensor]:  # fmt: skip
-    hidden = x.shape[-1:]
-    fits = weight.shape == hidden and (bias is None or bias.shape == hidden)
-    if x.shape != residual.shape or not fits:
+    shape = x.shape
+    fits = residual.shape == shape and weight.shape == shape[-1:]
+    if not fits or not (bias is None or bias.shape == weight.shape):
         raise ValueError(
             f"all-reduce and norm: x {list(x.shape)}, residual {list(residual.shape)} and weight {list(weight.shape)} "
             "do not fit; use x and residual [..., hidden] with weight (and bias) [hidden]"

@@ -47,6 +47,14 @@ def _adding(count: int, past: bool) -> Any:
     return build
 
 
+def normed_run(builder: Any, held: Any, scale: Any, weights: Any, element: Any) -> Any:
+    """Multiply a run by a number, round it, and multiply it by the weight."""
+    factor = spread(builder, scale, held[0].type)
+    normed = run_of(builder, [builder.fmul(part, factor) for part in held], element)
+    pairs = zip(parts_of(builder, normed, element), weights, strict=True)
+    return run_of(builder, [builder.fmul(a, b) for a, b in pairs], element)
+
+
 def _scaling(count: int, past: bool) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, kept, weight, scale, times, *ahead = args[:7]
@@ -59,10 +67,7 @@ def _scaling(count: int, past: bool) -> Any:
             held, weights = zip(
                 *_pairs(builder, element, count, (kept, weight), loop.index), strict=True
             )
-            factor = spread(builder, scale, held[0].type)
-            normed = run_of(builder, [builder.fmul(part, factor) for part in held], element)
-            pairs = zip(parts_of(builder, normed, element), weights, strict=True)
-            made = run_of(builder, [builder.fmul(a, b) for a, b in pairs], element)
+            made = normed_run(builder, held, scale, weights, element)
             place = moved(builder, to, loop.index, step)
             if past:
                 store_past(builder, place, made, LINE)

@@ -22,15 +22,20 @@ def run_bytes(element: Any, count: int) -> int:
 
 def load_run(builder: Any, address: Any, element: Any, count: int) -> list[Any]:
     """Load numbers as float32 or wider; of bfloat16 the even ones, and the odd ones if there are any."""
+    return parts_of(builder, load_raw(builder, address, element, count), element)
+
+
+def load_raw(builder: Any, address: Any, element: Any, count: int) -> Any:
+    """Load numbers as one vector of what `run_of` makes."""
     if element == types.uint16:  # two in a word: one operation for each half
         kind = ints(32, count // 2) if count > 1 else ints(16, 1)
     else:
         kind = floats(element.bitwidth, count)
-    return parts_of(builder, load(builder, address, kind), element)
+    return load(builder, address, kind)
 
 
 def parts_of(builder: Any, run: Any, element: Any) -> list[Any]:
-    """Widen what `run_of` made, as `load_run` gives it."""
+    """Widen what `run_of` made or `load_raw` loaded, as `load_run` gives it."""
     if element == types.int16:
         return [builder.fpext(run, floats(32, run.type.count))]
     if element != types.uint16:

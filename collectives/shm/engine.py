@@ -95,10 +95,10 @@ class Engine:
         self._even: dict[Any, EvenCall | None] = {}
         self._state_at, self._evenly_at = state.ctypes.data, entry(exchange_evenly)
         self._reductions: dict[Any, tuple[int, int, int]] = {}
-        self._finished = Finished()
+        self.finished = Finished()
         self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
         self._symmetric: list[tuple[list[Segment], Any, int]] = []  # with the ranks' bases, bytes
-        self._shows_calls = is_on()
+        self.shows_calls = is_on()
 
     def run(
         self,
@@ -112,7 +112,7 @@ class Engine:
         kept: float | None = None,
     ) -> dist.Work:
         """Run a kernel if no work is before it; if it must wait longer than a moment, make it pending work."""
-        if self._shows_calls:
+        if self.shows_calls:
             tables = self._tables(kernel, arguments)
             self._show(check.shown(code, count, outputs, tables, self.members.rank))
         begin = time.perf_counter() if listening() else None
@@ -124,11 +124,11 @@ class Engine:
             if not progress.collectives:
                 status = kernel(self.state, *arguments, code, PATIENCE if wait else 0)
                 if status == DONE and wait and begin is None:  # most calls
-                    return self._finished
+                    return self.finished
             if status == DONE:
-                work = self._finished if wait else Finished(outputs)
+                work = self.finished if wait else Finished(outputs)
             else:
-                work = self._pend(kernel, arguments, code, count, outputs, inputs)
+                work = self.pend(kernel, arguments, code, count, outputs, inputs)
         if status != DONE and wait:
             work.wait()
         elif status != DONE:
@@ -156,11 +156,11 @@ class Engine:
         same, runs = even_table(ranks, own.numel(), 0), even_table(ranks, own.numel(), own.numel())
         arguments = (views_of([own]), same, views_of([found]), runs, True, True, own.itemsize)
         code = code_of(KIND["all_gather"], own.dtype)
-        self._shows_calls = False
+        self.shows_calls = False
         try:
             self.run(exchange, arguments, code, own.numel(), [found], True, [own])
         finally:
-            self._shows_calls = True
+            self.shows_calls = True
         if why := check.differing(found, ranks, [self.members.called(r) for r in range(ranks)]):
             raise CallMismatch(f"ranks of group {self.members.name!r} made different calls: {why}")
 
@@ -178,7 +178,7 @@ class Engine:
             f"rank {called(b)} in {second}"
         )
 
-    def _pend(
+    def pend(
         self,
         kernel: Kernel,
         arguments: Any,
@@ -317,12 +317,12 @@ class Engine:
         at, code, count, words = known
         progress, work = self.progress, None
         # most calls: what `run` does, in less time
-        if wait and not self._shows_calls and not listening():
+        if wait and not self.shows_calls and not listening():
             with progress.lock:
                 if not progress.collectives and progress.broken is None:
                     if self._evenly_at(self._state_at, at, code, PATIENCE) == DONE:
-                        return self._finished
-                    work = self._pend(self._evenly, (words,), code, count, [output], [input])
+                        return self.finished
+                    work = self.pend(self._evenly, (words,), code, count, [output], [input])
         if work is None:
             return self.run(self._evenly, (words,), code, count, [output], wait, [input])
         work.wait()

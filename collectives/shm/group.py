@@ -12,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from ...cuda_kernels.quantised import Quantised
 from ..python_group import PythonGroup, shapes
 from ..trace import listening, tell_traces
 from ..work import Several
-from . import fused
 from .calls import even_starts, even_table, real_of, view_of, views_of
 from .engine import Engine
+from .fused import FusedNorm
 from .mailbox import Mailbox
 from .members import Members
 from .reductions import reduce_scatter
@@ -44,6 +43,7 @@ class ShmGroup(PythonGroup):
         self._name = self._description = ""
         self.engine = Engine(self, members, timeout_s, spins)
         self._evenly = self.engine.exchange_evenly
+        self.all_reduce_norm = FusedNorm(self.engine).run  # what `collectives.fused` asks for
         self._mailbox = Mailbox(members, self.engine.progress, self.engine.state)
 
     # ---- who it is
@@ -75,15 +75,6 @@ class ShmGroup(PythonGroup):
         return Several(
             [self.engine.reduce(x, op, -1, "all_reduce", wait) for x in tensors], tensors
         )
-
-    def all_reduce_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
-        stored: torch.dtype | None,
-    ) -> tuple[Tensor | Quantised, Tensor] | None:  # fmt: skip
-        """Do in one kernel what `collectives.fused` asks for; None where these tensors do not suit it."""
-        if not fused.serves(self.engine, x, residual, weight, bias):
-            return None
-        return fused.run(self.engine, x, residual, weight, bias, eps, stored)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors

@@ -16,14 +16,15 @@ from numba import carray, types
 from ...cuda_kernels.halves import narrow, widen
 from ...cuda_kernels.kernel_cache import cfunc, njit
 from ...cuda_kernels.quantised import E4M3_MAX, INT8_MAX, to_e4m3
+from ...cuda_kernels.runs import RUN
 from .fold import LOOKS
 from .memory import at, memmove
+from .norm_runs import add_ones, add_runs, scale_ones, scale_runs
 
 # Words that a call hands to these functions: addresses, sizes, eps as the bits of a float64, and two choices.
-WEIGHT, BIAS, EPS, WIDTH, ITEM, STATS, CENTRED, STORED = range(8)
-NORM_WORDS = 8
+WEIGHT, BIAS, EPS, WIDTH, STATS, CENTRED, STORED = range(7)
+NORM_WORDS = 7
 AS_IS, AS_INT8, AS_E4M3 = range(3)  # how the normed rows are stored
-PIECE = 1024  # elements of a row handled at a time
 _SIGNATURE = types.void(*[types.int64] * 7)  # the words, then what each function says
 
 _WORDS, _REALS, _F4, _U1 = (np.empty(0, look) for look in ("i8", "f8", "f4", "u1"))
@@ -56,50 +57,23 @@ def _moments(o, wide):
     return mean, squares / wide.dtype.type(n)
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _and_square(squares, x):
-    """Add a square, in whatever order is fastest; inlined, what surrounds it keeps its own order."""
-    return squares + x * x
-
-
 def _adds(like: Any, wide: Any) -> Any:
     @cfunc(_SIGNATURE)
     def adds(words, inputs, ranks, offset, rows, residual, total):
         """Add the inputs in rank order and the residual, rounded once; then mean and 1 / deviation of each row."""
         word = carray(at(words, _WORDS), NORM_WORDS)
-        width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
+        width, row_bytes = word[WIDTH], word[WIDTH] * like.itemsize
+        many, ones, end = width // RUN, width % RUN, width // RUN * RUN * like.itemsize
         eps = carray(at(words + 8 * EPS, _REALS), 1)[0]
         stats = carray(at(word[STATS], _REALS), 2 * rows)
-        of = carray(at(inputs, _WORDS), ranks)
-        w = np.empty(PIECE, wide.dtype)
         for r in range(rows):
-            squares = wide.dtype.type(0)
-            for start in range(0, width, PIECE):
-                n = min(PIECE, width - start)
-                place = r * row_bytes + start * like.itemsize
-                o = carray(at(total + place, like), n)
-                x = carray(at(residual + place, like), n)
-                a = carray(at(of[0] + offset + place, like), n)
-                b = carray(at(of[1] + offset + place, like), n)
-                if ranks == 2:
-                    for i in range(n):
-                        value = narrow(widen(a[i]) + widen(b[i]) + widen(x[i]), like)
-                        o[i] = value
-                        squares = _and_square(squares, widen(value))
-                    continue
-                for i in range(n):
-                    w[i] = widen(a[i]) + widen(b[i])
-                for p in range(2, ranks):
-                    b = carray(at(of[p] + offset + place, like), n)
-                    for i in range(n):
-                        w[i] += widen(b[i])
-                for i in range(n):
-                    value = narrow(w[i] + widen(x[i]), like)
-                    o[i] = value
-                    squares = _and_square(squares, widen(value))
+            place = r * row_bytes
+            out, of, old = total + place, offset + place, residual + place
+            squares = add_runs(out, inputs, ranks, of, old, many, like)
+            squares += add_ones(out + end, inputs, ranks, of + end, old + end, ones, like)
             mean, square = wide.dtype.type(0), squares / wide.dtype.type(width)
             if word[CENTRED]:
-                mean, square = _moments(carray(at(total + r * row_bytes, like), width), wide)
+                mean, square = _moments(carray(at(out, like), width), wide)
             stats[2 * r] = mean
             stats[2 * r + 1] = wide.dtype.type(1) / np.sqrt(square + wide.dtype.type(eps))
 
@@ -107,27 +81,10 @@ def _adds(like: Any, wide: Any) -> Any:
 
 
 @njit(nogil=True)
-def _normalise(t, w, b, mean, scale, centred, out):
-    """One row: `(t - mean) * scale * w + b`, or as RMSNorm rounds it."""
-    if centred:
-        for i in range(t.shape[0]):
-            out[i] = narrow((widen(t[i]) - mean) * scale * widen(w[i]) + widen(b[i]), out)
-    else:
-        for i in range(t.shape[0]):
-            out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
-
-
-@njit(nogil=True)
-def _normalise_and_copy(t, w, b, mean, scale, centred, out, copy):
-    """As `_normalise`; the row itself is read once for both."""
-    if centred:
-        for i in range(t.shape[0]):
-            copy[i] = t[i]
-            out[i] = narrow((widen(t[i]) - mean) * scale * widen(w[i]) + widen(b[i]), out)
-    else:
-        for i in range(t.shape[0]):
-            copy[i] = t[i]
-            out[i] = narrow(widen(narrow(widen(t[i]) * scale, out)) * widen(w[i]), out)
+def _centre(t, w, b, mean, scale, out):
+    """One row: `(t - mean) * scale * w + b`."""
+    for i in range(t.shape[0]):
+        out[i] = narrow((widen(t[i]) - mean) * scale * widen(w[i]) + widen(b[i]), out)
 
 
 @njit(nogil=True)
@@ -150,28 +107,28 @@ def _quantise(normed, stored, out):
 def _scales(like: Any, wide: Any) -> Any:
     @cfunc(_SIGNATURE)
     def scales(words, rows, source, total, normed, row_scales, unused):
-        """Normalise rows by their statistics, copy them where `total` is elsewhere, and store them as asked."""
+        """Normalise rows by their statistics, copy them to `total`, and store them as asked."""
         word = carray(at(words, _WORDS), NORM_WORDS)
-        width, row_bytes = word[WIDTH], word[WIDTH] * word[ITEM]
+        width, row_bytes, weight = word[WIDTH], word[WIDTH] * like.itemsize, word[WEIGHT]
+        many, ones, end = width // RUN, width % RUN, width // RUN * RUN * like.itemsize
         stats = carray(at(word[STATS], _REALS), 2 * rows)
-        w = carray(at(word[WEIGHT], like), width)
-        b = carray(at(word[BIAS], like), width)
-        row = np.empty(0 if word[STORED] == AS_IS else width, like.dtype)
+        w, b = carray(at(weight, like), width), carray(at(word[BIAS], like), width)
+        stored = word[STORED]
+        row = np.empty(0 if stored == AS_IS else width, like.dtype)
         for r in range(rows):
-            t = carray(at(source + r * row_bytes, like), width)
-            home = carray(at(total + r * row_bytes, like), width)
+            of, home = source + r * row_bytes, total + r * row_bytes
+            out = normed + r * row_bytes if stored == AS_IS else np.int64(row.ctypes.data)
             mean, scale = wide.dtype.type(stats[2 * r]), wide.dtype.type(stats[2 * r + 1])
-            if word[STORED] == AS_IS:
-                out = carray(at(normed + r * row_bytes, like), width)
-                if total == source:
-                    _normalise(t, w, b, mean, scale, word[CENTRED], out)
-                else:
-                    _normalise_and_copy(t, w, b, mean, scale, word[CENTRED], out, home)
+            if word[CENTRED]:
+                memmove(home, of, row_bytes)
+                _centre(
+                    carray(at(home, like), width), w, b, mean, scale, carray(at(out, like), width)
+                )
             else:
-                if total != source:
-                    memmove(total + r * row_bytes, source + r * row_bytes, row_bytes)
-                _normalise(home, w, b, mean, scale, word[CENTRED], row)
+                scale_runs(out, home, of, weight, scale, many, like)
+                scale_ones(out + end, home + end, of + end, weight + end, scale, ones, like)
+            if stored != AS_IS:
                 values = carray(at(normed + r * width, _U1), width)
-                carray(at(row_scales + 4 * r, _F4), 1)[0] = _quantise(row, word[STORED], values)
+                carray(at(row_scales + 4 * r, _F4), 1)[0] = _quantise(row, stored, values)
 
     return scales

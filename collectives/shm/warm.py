@@ -11,16 +11,15 @@ from .fold import SUM, fold_address
 from .fused import all_reduce_norm
 from .reductions import all_reduce, all_reduce_symmetric, reduce_scatter
 
-_WORD, _ROW, _TABLE, _REALS = (
+_WORD, _ROW, _TABLE = (
     types.int64,
     types.Array(types.int64, 1, "C"),
     types.Array(types.int64, 2, "C"),
-    types.Array(types.float64, 1, "C"),
 )
 _SIGNATURES = (
     (all_reduce, (_ROW, _ROW, *[_WORD] * 6)),
     (all_reduce_symmetric, (_ROW, _ROW, *[_WORD] * 7)),
-    (all_reduce_norm, (_ROW, _ROW, _ROW, _WORD, _WORD, _REALS, _WORD, _WORD)),
+    (all_reduce_norm, (_WORD,) * 13),
     (reduce_scatter, (_ROW, _TABLE, _ROW, _ROW, *[_WORD] * 5)),
     (exchange, (_ROW, *[_TABLE] * 4, *[_WORD] * 5)),
     (exchange_evenly, (_WORD,) * 4),

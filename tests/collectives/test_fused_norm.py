@@ -76,7 +76,7 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 def force(most: int) -> None:
     """Choose one-shot up to so many bytes."""
     kernel.ONE_SHOT_BYTES = {2: most}
-    kernel.schedule.cache_clear()
+    kernel.form_of.cache_clear()
 
 
 def computes(schedule: str) -> None:
