@@ -18,6 +18,7 @@ KINDS = (
     "all_reduce", "reduce", "broadcast", "all_gather", "gather", "scatter", "reduce_scatter",
     "all_to_all", "barrier", "all_reduce of symmetric tensors", "send", "all_reduce with norm",
 )  # fmt: skip
+KIND = {name: number for number, name in enumerate(KINDS)}
 OPS = {
     dist.ReduceOp.SUM: SUM,
     dist.ReduceOp.AVG: AVG,
@@ -41,12 +42,11 @@ def operator(dtype: torch.dtype, op: Any) -> int:
     Raises:
         ValueError: the operator is none for this dtype.
     """
-    number = OPS.get(op.op if isinstance(op, dist.ReduceOp) else op)
+    number = OPS.get(_kind(op))
     if dtype not in LOOKS or number is None:
         known = ", ".join(str(d).removeprefix("torch.") for d in LOOKS)
-        name = op_name(op)
         raise ValueError(
-            f"shm cannot reduce {dtype} by {name}; it reduces {known} (and complex sums) by "
+            f"shm cannot reduce {dtype} by {op_name(op)}; it reduces {known} (and complex sums) by "
             f"{', '.join(_OP_NAMES)}: convert the tensor, or use such an operator"
         )
     if number >= BAND and dtype.is_floating_point:
@@ -58,7 +58,12 @@ def operator(dtype: torch.dtype, op: Any) -> int:
 
 def op_name(op: Any) -> str:
     """Name an operator."""
-    return dist.ReduceOp.RedOpType(op.op.value).name if isinstance(op, dist.ReduceOp) else str(op)
+    return _kind(op).name
+
+
+def _kind(op: Any) -> Any:
+    """Take an operator out of what options hold, which is equal to it in one order only."""
+    return getattr(op, "op", op)
 
 
 @lru_cache(maxsize=1024)
@@ -158,10 +163,7 @@ def views_of(tensors: list[Tensor]) -> Any:
 
 def real_of(x: Tensor, op: Any) -> Tensor:
     """See a complex tensor as pairs of numbers, which can be added."""
-    if (op.op if isinstance(op, dist.ReduceOp) else op) not in (
-        dist.ReduceOp.SUM,
-        dist.ReduceOp.AVG,
-    ):
+    if OPS.get(_kind(op)) not in (SUM, AVG):
         raise ValueError(
             f"shm: {op_name(op)} has no meaning for {x.dtype}; complex tensors can be summed"
         )

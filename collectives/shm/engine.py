@@ -12,17 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...cuda_kernels.kernel_cache import entry
 from ..errors import CallMismatch, anew
-from ..sendable import wraps
 from ..shown_call import ShownCall, is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
 from . import check
 from .calls import (
+    KIND,
     KINDS,
     code_of,
-    dense_view,
     describe,
     even_table,
     operator,
@@ -30,9 +28,10 @@ from .calls import (
     view_of,
     views_of,
 )
-from .exchange import exchange, exchange_evenly
+from .exchange import exchange
 from .fold import SCRATCH_BYTES, SUM, fold_address
 from .members import Members
+from .noted import NotedCall
 from .progress import Progress
 from .reductions import all_reduce, all_reduce_symmetric
 from .segment import CHUNK, SLOT, STRIDE, Segment
@@ -64,16 +63,18 @@ from .steps import (
 )  # fmt: skip
 from .work import PATIENCE, Pending
 
-KIND = {name: number for number, name in enumerate(KINDS)}
 Kernel = Callable[..., int]
-EvenCall = tuple[int, int, int, Any]  # where its words stand, its code and elements, the words
-MOST_EVEN = 4096  # calls of even runs that are remembered
 
 
 class Engine:
     """Runs the kernels of one rank in a group.
 
-    State: where the group is in the row of steps (an array that the kernels keep), pending work, symmetric memory.
+    Attributes:
+        finished: what a call gives that is done.
+        shows_calls: whether all ranks' calls are compared before each.
+
+    State: where the group is in the row of steps (an array that the kernels keep), pending work, symmetric memory,
+    calls that come again.
     """
 
     def __init__(
@@ -92,8 +93,7 @@ class Engine:
         state[FIRST_INPUT + members.ranks :] = [card["pid"] for card in members.cards]
         state[LINE_BYTES] = line_bytes(members.ranks)
         state[SINGLE] = BY_COST if members.readable else NEVER
-        self._even: dict[Any, EvenCall | None] = {}
-        self._state_at, self._evenly_at = state.ctypes.data, entry(exchange_evenly)
+        self.noted: dict[Any, NotedCall | None] = {}  # see noted.py
         self._reductions: dict[Any, tuple[int, int, int]] = {}
         self.finished = Finished()
         self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
@@ -166,8 +166,8 @@ class Engine:
 
     def _tables(self, kernel: Kernel, arguments: Any) -> Any:
         """Find what an exchange sends to each rank, and expects from each; None for other calls."""
-        if kernel == self._evenly:
-            return np.split(arguments[0][-4 * self.members.ranks :], 2)
+        if isinstance(kernel, NotedCall):
+            return kernel.tables
         return (arguments[1], arguments[3]) if kernel is exchange else None
 
     def _differing(self, one: tuple[int, str], other: tuple[int, str]) -> str:
@@ -187,6 +187,7 @@ class Engine:
         outputs: list[Tensor],
         inputs: list[Tensor] | None,
     ) -> Pending:
+        """Make a call pending work; the caller holds the lock."""
         state = self.state
 
         def advance(patience: int) -> bool:
@@ -207,9 +208,8 @@ class Engine:
 
     def _expected(self, kernel: Kernel, arguments: Any) -> Any:
         """Find what an exchange expects of each rank: first element and number."""
-        if kernel == self._evenly:
-            return arguments[0][-2 * self.members.ranks :].reshape(-1, 2)
-        return arguments[3] if kernel is exchange else None
+        tables = self._tables(kernel, arguments)
+        return None if tables is None else tables[1]
 
     def _mismatch(self, code: int, count: int, received: Any) -> CallMismatch:
         """Say which rank is in another call, or (`received`: what is expected of each) sends another number."""
@@ -263,6 +263,7 @@ class Engine:
     def adopt(self, segments: list[Segment], bases: Any, size: int) -> None:
         """Take memory that all ranks have mapped as symmetric (see symmetric.py)."""
         self._symmetric.append((segments, bases, size))
+        self.noted.clear()  # there may have been another tensor
 
     def place_of(self, x: Tensor) -> tuple[Any, int] | None:
         """Find where in symmetric memory a contiguous tensor lies: the ranks' bases and its offset."""
@@ -300,71 +301,8 @@ class Engine:
         kept = sent[self.members.rank, 1] / max(count, 1) if kind == "all_to_all" else None
         return self.run(exchange, arguments, code, count, receives, wait, sends, kept)
 
-    def exchange_evenly(
-        self, kind: str, output: Tensor, input: Tensor, wait: bool
-    ) -> dist.Work | None:
-        """Move equal runs of two dense tensors; None, with nothing done, where they are not such, or do not fit."""
-        try:
-            known = self._even[
-                kind, output.data_ptr(), input.data_ptr(), output.shape, input.shape, output.dtype, input.dtype
-            ]  # fmt: skip
-        except KeyError:
-            known = self._note_even(kind, output, input)
-        except RuntimeError:  # they have no memory of their own
-            return None
-        if known is None or not (output.is_contiguous() and input.is_contiguous()):
-            return None
-        at, code, count, words = known
-        progress, work = self.progress, None
-        # most calls: what `run` does, in less time
-        if wait and not self.shows_calls and not listening():
-            with progress.lock:
-                if not progress.collectives and progress.broken is None:
-                    if self._evenly_at(self._state_at, at, code, PATIENCE) == DONE:
-                        return self.finished
-                    work = self.pend(self._evenly, (words,), code, count, [output], [input])
-        if work is None:
-            return self.run(self._evenly, (words,), code, count, [output], wait, [input])
-        work.wait()
-        return work
-
-    def _evenly(self, state: Any, words: Any, code: int, patience: int) -> int:
-        return self._evenly_at(self._state_at, words.ctypes.data, code, patience)
-
-    def _note_even(self, kind: str, output: Tensor, input: Tensor) -> EvenCall | None:
-        """Write such a call down at the addresses of its tensors; most calls come again."""
-        if not all(x.is_cpu and not x.is_neg() and not wraps(x) for x in (output, input)):
-            return None
-        if len(self._even) == MOST_EVEN:
-            self._even.clear()
-        to, of = output.data_ptr(), input.data_ptr()
-        found = even_words(
-            kind, self.members.ranks, to, of, output.shape, input.shape, output.dtype, input.dtype
-        )
-        if to and of:  # tensors without memory, on any device, are at 0
-            key = kind, to, of, output.shape, input.shape, output.dtype, input.dtype
-            self._even[key] = found
-        return found
-
     def close(self) -> None:
         """End what is pending, and leave the group."""
         self.progress.close()
         self.members.close()
         self._symmetric.clear()
-
-
-def even_words(
-    kind: str, ranks: int, to: int, of: int, into: torch.Size, shape: torch.Size,
-    dtype: torch.dtype, sent: torch.dtype,
-) -> EvenCall | None:  # fmt: skip
-    """Write down what `exchange_evenly` takes; None where the tensors do not fit."""
-    count, shared, item = shape.numel(), kind == "all_gather", dtype.itemsize
-    step = count if shared else count // ranks
-    whole = shape[:1].numel() % ranks == 0 and into[:1].numel() % ranks == 0
-    if dtype != sent or into.numel() != ranks * step or not (shared or whole):
-        return None
-    received = even_table(ranks, step, step)
-    table = even_table(ranks, count, 0) if shared else received
-    views = dense_view(of, item), dense_view(to, item)
-    words = np.concatenate([(shared, item), *views, table.ravel(), received.ravel()])
-    return words.ctypes.data, code_of(KIND[kind], dtype), count, words

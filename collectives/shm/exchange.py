@@ -260,7 +260,7 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
 
 @njit(nogil=True)
 def exchange_evenly(state_at, words_at, code, patience):
-    """Do an `exchange` whose arguments `even_words` has written down: addresses cost less to pass than arrays."""
+    """Do an `exchange` whose arguments `even_exchange` has written down: addresses cost less to pass than arrays."""
     state, words = carray(at(state_at, _WORDS), FIRST_INPUT), carray(at(words_at, _WORDS), TABLE)
     world, tables = state[WORLD], words_at + 8 * TABLE
     sends = carray(at(words_at + 8 * SENDS, _WORDS), (1, VIEW_WORDS))

@@ -20,8 +20,8 @@ from ...cuda_kernels.kernel_cache import entry, njit
 from ...cuda_kernels.quantised import Quantised
 from ...cuda_kernels.room import keep_heap
 from ..trace import listening
-from .calls import code_of
-from .engine import KIND, Engine
+from .calls import KIND, code_of
+from .engine import Engine
 from .fold import SUM
 from .memory import at, call_fold, store
 from .norms import (

@@ -20,6 +20,7 @@ from .engine import Engine
 from .fused import FusedNorm
 from .mailbox import Mailbox
 from .members import Members
+from .noted import Noted
 from .reductions import reduce_scatter
 from .steps import STEP
 
@@ -42,8 +43,8 @@ class ShmGroup(PythonGroup):
         self._members = members
         self._name = self._description = ""
         self.engine = Engine(self, members, timeout_s, spins)
-        self._evenly = self.engine.exchange_evenly
         self.all_reduce_norm = FusedNorm(self.engine).run  # what `collectives.fused` asks for
+        self._noted = Noted(self.engine)
         self._mailbox = Mailbox(members, self.engine.progress, self.engine.state)
 
     # ---- who it is
@@ -68,7 +69,9 @@ class ShmGroup(PythonGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = _SUM) -> dist.Work:
         if len(tensors) != 1:
             return self.allreduce_coalesced(tensors, opts)
-        return self.engine.reduce(tensors[0], opts.reduceOp, -1, "all_reduce", not opts.asyncOp)
+        (x,), op, wait = tensors, opts.reduceOp, not opts.asyncOp
+        work = self._noted.all_reduce(x, op, wait)
+        return work if work is not None else self.engine.reduce(x, op, -1, "all_reduce", wait)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = _SUM) -> dist.Work:
         op, wait = opts.reduceOp, not opts.asyncOp
@@ -109,7 +112,7 @@ class ShmGroup(PythonGroup):
         )  # fmt: skip
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
-        work = self._evenly("all_gather", output, input, not opts.asyncOp)
+        work = self._noted.exchange("all_gather", output, input, not opts.asyncOp)
         if work is not None:
             return work
         n = input.numel()
@@ -182,6 +185,9 @@ class ShmGroup(PythonGroup):
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
     ) -> dist.Work:
+        work = self._noted.reduce_scatter(output, input, opts.reduceOp, not opts.asyncOp)
+        if work is not None:
+            return work
         n = output.numel()
         if input.dtype != output.dtype:
             raise ValueError(
@@ -229,7 +235,7 @@ class ShmGroup(PythonGroup):
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
         if not output_splits and not input_splits:
-            work = self._evenly("all_to_all", output, input, not opts.asyncOp)
+            work = self._noted.exchange("all_to_all", output, input, not opts.asyncOp)
             if work is not None:
                 return work
         sent, received = self._split(input, input_splits), self._split(output, output_splits)

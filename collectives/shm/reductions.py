@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numba import carray
+
 from ...cuda_kernels.kernel_cache import njit
 from .fold import BLOCK
-from .memory import call_fold, put, store
+from .memory import VIEW_WORDS, at, call_fold, put, store
 from .places import pages, place, place_with_results, results_of, shown_by, shown_to
 from .steps import (
     CHUNK_BYTES,
@@ -37,6 +40,11 @@ from .stores import PAST, give, show
 from .ways import REDUCE, SCATTER, SYMMETRIC, choose, compare, end, filled
 
 ONE_SHOT = 16 << 10  # up to these bytes every rank reduces everything
+# words of a reduction that is written down (noted.py): a view, and of a reduce-scatter another, and where runs begin
+FUNCTION, ELEMENTS, OPERATOR, OF = range(4)
+TO = OF + VIEW_WORDS
+STARTS = TO + VIEW_WORDS
+_WORDS = np.empty(0, np.int64)
 
 
 @njit(nogil=True)
@@ -85,7 +93,7 @@ def show_parts(state, view, done, n):
     show(state, view, done + after, n - after, slot + after * item)
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def all_reduce(state, view, function, count, op, root, code, patience):
     """Reduce a tensor over the ranks, in place; on the root only, unless that is -1.
 
@@ -144,6 +152,15 @@ def all_reduce(state, view, function, count, op, root, code, patience):
 
 
 @njit(nogil=True)
+def all_reduce_dense(state_at, words_at, code, patience):
+    """Do an `all_reduce` for all ranks whose arguments `dense_reduction` has written down."""
+    state, words = carray(at(state_at, _WORDS), FIRST_INPUT), carray(at(words_at, _WORDS), OF)
+    view = carray(at(words_at + 8 * OF, _WORDS), VIEW_WORDS)
+    function, count, op = words[FUNCTION], words[ELEMENTS], words[OPERATOR]
+    return all_reduce(state, view, function, count, op, -1, code, patience)
+
+
+@njit(nogil=True)
 def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, patience):
     """Reduce tensors that lie at one offset of every rank's shared memory, where they lie.
 
@@ -185,7 +202,7 @@ def all_reduce_symmetric(state, bases, offset, item, function, count, op, code, 
     return DONE
 
 
-@njit(nogil=True)
+@njit(nogil=True, forceinline=True)
 def reduce_scatter(state, views, starts, out, function, count, op, code, patience):
     """Reduce `count` elements for each rank: those that `starts` shows in a view, or in one for each rank.
 
@@ -235,3 +252,14 @@ def reduce_scatter(state, views, starts, out, function, count, op, code, patienc
         if state[PLACE] >= count:
             end(state)
             return DONE
+
+
+@njit(nogil=True)
+def reduce_scatter_evenly(state_at, words_at, code, patience):
+    """Do a `reduce_scatter` whose arguments `even_reduction` has written down."""
+    state, words = carray(at(state_at, _WORDS), FIRST_INPUT), carray(at(words_at, _WORDS), OF)
+    views = carray(at(words_at + 8 * OF, _WORDS), (1, VIEW_WORDS))
+    out = carray(at(words_at + 8 * TO, _WORDS), VIEW_WORDS)
+    starts = carray(at(words_at + 8 * STARTS, _WORDS), state[WORLD])
+    function, count, op = words[FUNCTION], words[ELEMENTS], words[OPERATOR]
+    return reduce_scatter(state, views, starts, out, function, count, op, code, patience)

@@ -9,20 +9,27 @@ from .channel import look, pull, push
 from .exchange import exchange, exchange_evenly
 from .fold import SUM, fold_address
 from .fused import all_reduce_norm
-from .reductions import all_reduce, all_reduce_symmetric, reduce_scatter
+from .reductions import (
+    all_reduce,
+    all_reduce_dense,
+    all_reduce_symmetric,
+    reduce_scatter,
+    reduce_scatter_evenly,
+)
 
 _WORD, _ROW, _TABLE = (
     types.int64,
     types.Array(types.int64, 1, "C"),
     types.Array(types.int64, 2, "C"),
 )
+_NOTED = exchange_evenly, all_reduce_dense, reduce_scatter_evenly
 _SIGNATURES = (
     (all_reduce, (_ROW, _ROW, *[_WORD] * 6)),
     (all_reduce_symmetric, (_ROW, _ROW, *[_WORD] * 7)),
     (all_reduce_norm, (_WORD,) * 13),
     (reduce_scatter, (_ROW, _TABLE, _ROW, _ROW, *[_WORD] * 5)),
     (exchange, (_ROW, *[_TABLE] * 4, *[_WORD] * 5)),
-    (exchange_evenly, (_WORD,) * 4),
+    *((kernel, (_WORD,) * 4) for kernel in _NOTED),
     (push, (_ROW, _WORD, _ROW, _ROW, *[_WORD] * 4)),
     (pull, (_WORD, _ROW, _ROW, *[_WORD] * 2)),
     (look, (_WORD, _ROW, _WORD)),
