@@ -168,7 +168,7 @@ def reduce_scatter(peers: Peers, out: Tensor, inputs: Sequence[Tensor], by: Redu
         peers.wire.land(brought[0], out)
         return
     twin = peers.wire.lend(out, read=False)
-    brought = [b if r == peers.rank else _apart(b, twin) for r, b in enumerate(brought)]
+    brought = [b if r == peers.rank else peers.wire.apart(b, twin) for r, b in enumerate(brought)]
     own = brought[peers.rank].view(twin.shape)
     yield from _reduce_to(peers, twin, own, [(b.data_ptr(), b.nbytes) for b in brought], by, tag)
     peers.wire.land(twin, out)
@@ -182,7 +182,7 @@ def reduce_scatter_single(
     brought, twin = peers.wire.lend(t, read=True), peers.wire.lend(out, read=False)
     address, n = brought.data_ptr(), twin.nbytes
     if twin.data_ptr() != address + peers.rank * n:
-        brought = _apart(brought, twin)
+        brought = peers.wire.apart(brought, twin)
         address = brought.data_ptr()
     if peers.size == 1:
         peers.wire.land(brought.view(out.shape), out)
@@ -195,12 +195,6 @@ def reduce_scatter_single(
         yield from _reduce_to(peers, twin, own, runs, by, tag)
     if twin is not out:
         peers.wire.land(twin, out)
-
-
-def _apart(brought: Tensor, out: Tensor) -> Tensor:
-    """Keep what is sent from what is written meanwhile."""
-    shared = brought.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-    return brought.clone() if shared else brought
 
 
 def _runs(t: Tensor, ranks: int) -> list[Run]:
@@ -325,6 +319,7 @@ def all_to_all_single(
 ) -> Steps:
     """Exchange runs of rows of dim 0; empty counts mean equal runs. Ranks may differ in whether they give counts."""
     twin, own = peers.wire.lend(out, read=False), peers.wire.lend(t, read=True)
+    own = peers.wire.apart(own, twin)  # MPI may receive before it sends
     if send or receive:
         even = [(t.shape[0] if t.dim() else 1) // peers.size] * peers.size
         runs = _by_rows(own, send or even), _by_rows(twin, receive or even)

@@ -140,6 +140,27 @@ class MPIGroup(Member):
     def all_to_all_single(
         self, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int], opts: Any = None
     ) -> dist.Work:
+        shape, even = t.shape, not (receive or send)
+        alike = even and out.shape == shape and out.dtype == t.dtype
+        if (
+            not alike
+            or t.is_conj()
+            or out.is_conj()
+            or (shape[0] if shape else 1) % len(self.ranks)
+        ):
+            self._check_exchange(out, t, receive, send)
+        steps = exchange.all_to_all_single(self.peers, out, t, receive, send, _spins(opts))
+        if even and not self.shows_calls:  # equal runs are of interest to nobody else
+            return self._run("all_to_all_single", [out], steps, opts, None, [t])
+        moved = by_rank(t, send, self.size()), by_rank(out, receive, self.size())
+        self.check_own(*moved)
+        return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
+
+    alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]
+
+    def _check_exchange(
+        self, out: Tensor, t: Tensor, receive: Sequence[int], send: Sequence[int]
+    ) -> None:
         for x, runs, what in ((t, send, "input"), (out, receive, "output")):
             rows, ranks = x.shape[0] if x.dim() else 1, len(self.ranks)
             if (sum(runs) != rows or len(runs) != ranks) if runs else rows % ranks:
@@ -150,16 +171,6 @@ class MPIGroup(Member):
                 f"all_to_all of {shapes([t])} {t.dtype} into {shapes([out])} {out.dtype}"
             )
         check_sendable("mpi", (out, t))
-        if out.untyped_storage().data_ptr() == t.untyped_storage().data_ptr():
-            t = t.clone()  # MPI may receive before it sends
-        steps = exchange.all_to_all_single(self.peers, out, t, receive, send, _spins(opts))
-        if not (send or receive or self.shows_calls):  # equal runs are of interest to nobody else
-            return self._run("all_to_all_single", [out], steps, opts, None, [t])
-        moved = by_rank(t, send, self.size()), by_rank(out, receive, self.size())
-        self.check_own(*moved)
-        return self._run("all_to_all_single", [out], steps, opts, None, [t], moved)
-
-    alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]
 
     def alltoall(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None

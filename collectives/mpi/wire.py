@@ -78,6 +78,16 @@ class Wire:
             else:
                 t.detach().copy_(twin)
 
+    @staticmethod
+    def apart(brought: Tensor, out: Tensor) -> Tensor:
+        """Keep what is sent from what is written meanwhile; both are lent."""
+        if brought.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+            return brought
+        copy = brought.clone()
+        if copy.is_cuda:
+            torch.cuda.current_stream(copy.device).synchronize()  # MPI knows no streams
+        return copy
+
     def message(self, t: Tensor) -> Message:
         """Describe a lent tensor for one MPI call."""
         if t.is_contiguous():

@@ -154,8 +154,8 @@ def views_of(tensors: list[Tensor]) -> Any:
     """Describe several tensors of one dtype, a row for each."""
     if len(tensors) == 1:
         (x,) = tensors
-        plain = type(x) is Tensor and x.layout is torch.strided and x.is_cpu and not x.is_neg()
-        if plain and x.is_contiguous():
+        plain = type(x) is Tensor and x.layout is torch.strided and x.is_cpu
+        if plain and x.is_contiguous() and not (x.is_neg() or x.is_conj()):
             return dense_row(x.data_ptr(), x.itemsize)
         return view_of(x).reshape(1, VIEW_WORDS)
     return np.stack([view_of(x) for x in tensors])

@@ -2,8 +2,8 @@
 
 Their kernels find in memory what others are passed as arrays, and are called by address: 2 us less than the general
 way. A call is found by everything that it depends on: operation and operator, addresses, shapes and dtypes; strides are
-looked at each time. What does not suit (views, complex numbers, tensors that do not fit) goes the general way. So do
-single elements: such may be dense and yet marked as negated (`is_neg`), and to ask that takes half a microsecond.
+looked at each time, and whether a tensor is marked as negated. What does not suit (views, complex numbers, tensors that
+do not fit) goes the general way.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Noted:
             call = self._calls[key]
         except KeyError:
             call = self._note(key, places, output, even_exchange(self._engine, kind, output, input))
-        if call is None or not (output.is_contiguous() and input.is_contiguous()):
+        if call is None or output.is_neg() or input.is_neg():
+            return None
+        if not (output.is_contiguous() and input.is_contiguous()):
             return None
         return self._do(call, output, input, wait)
 
@@ -91,7 +93,9 @@ class Noted:
             call = self._calls[key]
         except KeyError:
             call = self._note(key, places, output, even_reduction(self._engine, output, input, op))
-        if call is None or not (output.is_contiguous() and input.is_contiguous()):
+        if call is None or output.is_neg() or input.is_neg():
+            return None
+        if not (output.is_contiguous() and input.is_contiguous()):
             return None
         return self._do(call, output, input, wait)
 
@@ -106,7 +110,7 @@ class Noted:
             call = self._calls[key]
         except KeyError:
             call = self._note(key, (place,), x, dense_reduction(self._engine, x, op))
-        if call is None or not x.is_contiguous():
+        if call is None or x.is_neg() or not x.is_contiguous():
             return None
         return self._do(call, x, x, wait)
 
@@ -178,11 +182,10 @@ def dense_reduction(engine: Engine, x: Tensor, op: Any) -> NotedCall | None:
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """Say whether tensors have memory of the CPU that holds their numbers as they are, and one dtype."""
+    """Say whether tensors have memory of the CPU, and one dtype."""
     dtype = tensors[0].dtype
-    if dtype.is_complex or min(x.numel() for x in tensors) == 1:
-        return False
-    return all(x.is_cpu and x.dtype == dtype and not (x.is_neg() or wraps(x)) for x in tensors)
+    same = all(x.is_cpu and x.dtype == dtype and not wraps(x) for x in tensors)
+    return same and not dtype.is_complex
 
 
 def _views(*tensors: Tensor) -> list[Any]:

@@ -113,7 +113,7 @@ MUTANTS = [
     (all_right, "hash(op), places,", "0, places,"),
     (all_right, "output.shape, input.shape, output.dtype", "0, 0, output.dtype"),
     (all_right, "output.dtype, input.dtype\n", "0, 0\n"),
-    (all_right_strided, "not x.is_contiguous()", "False"),
+    (all_right_strided, "or not x.is_contiguous()", ""),
     (all_right_strided, "not (output.is_contiguous() and input.is_contiguous())", "False"),
     (all_right_strided, "(output.is_contiguous() and input.", "(input."),
     (all_right_strided, "and input.is_contiguous())", ")"),
@@ -133,13 +133,20 @@ def refusals(folder: str) -> None:
     x, out = torch.ones(8), torch.empty(4)
     dist.all_reduce(x)
     dist.reduce_scatter_single(out, x)
+    group: Any = dist.group.WORLD
+    number, pairs = torch.ones(1, dtype=torch.complex64), torch.ones(2, dtype=torch.complex64)
+    group.all_gather_single(pairs, number)
     for call, said in (
         (lambda: dist.all_reduce(x, dist.ReduceOp.BAND), "band is for whole numbers"),
         (lambda: dist.all_reduce(x.view(torch.int16)), "cannot reduce torch.int16"),
         (lambda: dist.reduce_scatter_single(out, x, dist.ReduceOp.BXOR), "bxor is for whole"),
         (lambda: dist.reduce_scatter_single(out.view(torch.int32), x), "use one dtype"),
-        (lambda: dist.reduce_scatter_single(out[:3], x), r"\(8,\) reduced and scattered into"),
-        (lambda: dist.reduce_scatter_single(out, x[:6]), r"\(6,\) reduced and scattered into"),
+        (lambda: dist.all_reduce(torch._neg_view(x)), r"is_neg\(\) is"),
+        (lambda: dist.reduce_scatter_single(out, torch._neg_view(x)), r"is_neg\(\) is"),
+        (lambda: dist.reduce_scatter_single(torch._neg_view(out), x), r"is_neg\(\) is"),
+        (lambda: group.all_gather_single(pairs, number.conj()), r"is_conj\(\) is"),
+        (lambda: dist.reduce_scatter_single(out[:3], x), r"\[8\] reduced and scattered into"),
+        (lambda: dist.reduce_scatter_single(out, x[:6]), r"\[6\] reduced and scattered into"),
     ):
         for _ in range(2):
             with pytest.raises(ValueError, match=said):

@@ -19,6 +19,7 @@ from plait.collectives.shm.steps import (
     RANK,
     TABLES,
     WAY,
+    WAY_WORDS,
     WORLD,
     line_bytes,
 )
@@ -27,8 +28,10 @@ from plait.collectives.shm.ways import (
     CLASSES,
     COST,
     EXCHANGE,
+    FRESH,
     LEAST,
     LONG,
+    MOVED,
     ONE,
     PAST,
     RETRY,
@@ -36,6 +39,7 @@ from plait.collectives.shm.ways import (
     SYMMETRIC_NORM,
     THROUGH,
     TRIAL,
+    TURN_BYTES,
 )
 
 SIZE = 64 << 10
@@ -155,6 +159,52 @@ def test_one_interruption_is_doubted() -> None:
     call(states, usual, among=2)
     found = [call(states, usual, among=2) for _ in range(20)]
     assert set(found) == {PAST}
+
+
+@pytest.mark.parametrize(
+    ("way", "moved", "share"),
+    [
+        (THROUGH, SIZE, FRESH),
+        (THROUGH, TURN_BYTES - 1, FRESH),
+        (THROUGH, TURN_BYTES, 1),  # it comes round to lines that it wrote before
+        (THROUGH, 0, 1),  # too large to move on
+        (PAST, SIZE, 1),
+        (ONE, SIZE, 1),
+    ],
+)
+def test_a_call_among_lines_that_nobody_touched_is_taken_for_less(
+    way: int, moved: int, share: float
+) -> None:
+    (state,), _ = world(1)
+    ways.choose(state, EXCHANGE, SIZE, 3, True)
+    words = int(state[WAY_WORDS])
+    state[[WAY, NOTED]] = way, 1
+    state[words + MOVED] = moved
+    state[CAME] = ways_clock() - 100_000 * SIZE // 1024
+    ways.end(state)
+    assert state[words + COST + way] / 100_000 == pytest.approx(share, rel=0.1)
+
+
+@pytest.mark.parametrize(("cold", "warm", "best"), [(1.5, 0.7, THROUGH), (1.7, 1.6, PAST)])
+def test_through_the_cache_is_judged_by_what_it_will_cost(
+    cold: float, warm: float, best: int
+) -> None:
+    """Its first turn costs twice the later ones: it is held to it, unless it is the wrong way."""
+    (state,), _ = world(1)
+    words, past, found = ways.words_of(EXCHANGE, SIZE), 1e4, []
+    for _ in range(40 + 2 * TURN_BYTES // SIZE):
+        ways.choose(state, EXCHANGE, SIZE, 2, True)
+        ways.filled(state)
+        way = int(state[WAY])
+        state[words + MOVED] += SIZE * (way == THROUGH)
+        through = cold if state[words + MOVED] < TURN_BYTES else warm
+        ways.compare(state)
+        state[FILLING] = 0
+        state[CAME] = ways_clock() - int((through if way == THROUGH else 1) * past * SIZE / 1024)
+        ways.end(state)
+        found.append(way)
+    again = {32 + turn for turn in range(TRIAL + 1)} | {64 + turn for turn in range(TRIAL + 1)}
+    assert {way for n, way in enumerate(found) if n > 2 * TRIAL and n not in again} == {best}
 
 
 def test_small_calls_and_such_as_not_all_make_are_not_timed() -> None:
