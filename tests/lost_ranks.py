@@ -31,7 +31,9 @@ from world import current_rank
 RANKS = 4
 VICTIM = 3
 LARGE = 1_000_000
-PATIENCE_S = 2.0
+PATIENCE_S = 2.0  # of groups in which a rank stops
+LONG_S = 60.0  # of groups in which a rank ends: the others must not wait for that
+SOON_S = LONG_S / 3  # a busy machine takes seconds for what is at once
 REGISTER = {"gloo": gloo.register, "shm": shm.register}
 
 
@@ -157,7 +159,7 @@ def with_victim(folder: str, backend: str, end: str, calls: int) -> list[tuple[s
     victim, before = 0, open_files()
     if current_rank() == 0 and (victim := os.fork()) == 0:
         live_and_end(folder, backend, end, calls)
-    groups = open_groups(folder, backend, current_rank(), calls)
+    groups = open_groups(folder, backend, current_rank(), end, calls)
     # no group has a name here: a future's error keeps the frames it went through
     each = list(CALLS)[:calls]
     seen = [lost_in(call, CALLS[call], groups.pop(0), backend) for call in each]
@@ -223,7 +225,7 @@ def left_open(before: Counter[str], most: int, seconds: float = 10) -> dict[str,
 
 
 def live_and_end(folder: str, backend: str, end: str, calls: int) -> None:
-    open_groups(folder, backend, VICTIM, calls)
+    open_groups(folder, backend, VICTIM, end, calls)
     if end == "leave":
         dist.destroy_process_group()
         time.sleep(60)
@@ -235,13 +237,14 @@ def live_and_end(folder: str, backend: str, end: str, calls: int) -> None:
     os._exit(0)
 
 
-def open_groups(folder: str, backend: str, rank: int, count: int) -> list[Any]:
+def open_groups(folder: str, backend: str, rank: int, end: str, count: int) -> list[Any]:
     """Open the world and a group of all ranks for each call, and see that each works."""
+    timeout = timedelta(seconds=PATIENCE_S if end == "stop" else LONG_S)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group(REGISTER[backend](), store=store, rank=rank, world_size=RANKS)
     groups = [dist.new_group(list(range(RANKS))) for _ in range(count)]
     for group in groups:
         dist.all_reduce(torch.ones(3), group=group)
-        group.set_timeout(timedelta(seconds=PATIENCE_S))
+        group.set_timeout(timeout)
     dist.barrier()
     return groups

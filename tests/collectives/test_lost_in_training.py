@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lost_ranks import PATIENCE_S, REGISTER
+from lost_ranks import LONG_S, PATIENCE_S, REGISTER, SOON_S
 from plait.collectives import PeerLost
 from plait.collectives.work import Promise
 from world import current_rank, run_world
@@ -64,7 +64,7 @@ def step(trained: nn.Module) -> None:
     trained(torch.ones(2, 12)).sum().backward()
 
 
-def opened(folder: str, backend: str, rank: int, wrap: str) -> tuple[nn.Module, Any]:
+def opened(folder: str, backend: str, rank: int, wrap: str, end: str) -> tuple[nn.Module, Any]:
     """Open the world and a group without the victim, and see that training works."""
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group(REGISTER[backend](), store=store, rank=rank, world_size=RANKS)
@@ -72,13 +72,14 @@ def opened(folder: str, backend: str, rank: int, wrap: str) -> tuple[nn.Module, 
     trained = WRAPS[wrap]()
     for _ in range(2):  # DDP makes its buckets anew in the second
         step(trained)
-    dist.group.WORLD.set_timeout(timedelta(seconds=PATIENCE_S))  # type: ignore[union-attr]
+    patience = timedelta(seconds=PATIENCE_S if end == "stop" else LONG_S)
+    dist.group.WORLD.set_timeout(patience)  # type: ignore[union-attr]
     dist.barrier()
     return trained, survivors
 
 
 def live_and_end(folder: str, backend: str, wrap: str, end: str) -> None:
-    opened(folder, backend, VICTIM, wrap)
+    opened(folder, backend, VICTIM, wrap, end)
     if end == "raise":
         sys.last_value = ValueError("my own error")
         atexit._run_exitfuncs()
@@ -92,11 +93,11 @@ def trains(folder: str, backend: str, wrap: str, end: str) -> list[str]:
     victim = 0
     if current_rank() == 0 and (victim := os.fork()) == 0:
         live_and_end(folder, backend, wrap, end)
-    trained, survivors = opened(folder, backend, current_rank(), wrap)
+    trained, survivors = opened(folder, backend, current_rank(), wrap, end)
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as lost:  # torch's C++ makes it of a PeerLost
         step(trained)
-    assert time.monotonic() - begin < 3 * PATIENCE_S
+    assert time.monotonic() - begin < SOON_S
     with pytest.raises(PeerLost) as again:
         dist.barrier()
     x = torch.ones(4)
