@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -229,6 +229,11 @@ def live_and_end(folder: str, backend: str, end: str, calls: int) -> None:
     if end == "leave":
         dist.destroy_process_group()
         time.sleep(60)
+    end_here(end)
+
+
+def end_here(end: str) -> NoReturn:
+    """Raise, be killed, or stop, in a process that pytest must not go on in."""
     if end == "raise":
         sys.last_value = ValueError("my own error")
         atexit._run_exitfuncs()

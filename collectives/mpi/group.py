@@ -11,7 +11,6 @@ from mpi4py import MPI
 from torch import Tensor
 
 from ..python_group import by_rank, elements, listed, shapes
-from ..sendable import check_sendable
 from ..work import Several
 from . import exchange
 from .arrival import receive
@@ -142,12 +141,7 @@ class MPIGroup(Member):
     ) -> dist.Work:
         shape, even = t.shape, not (receive or send)
         alike = even and out.shape == shape and out.dtype == t.dtype
-        if (
-            not alike
-            or t.is_conj()
-            or out.is_conj()
-            or (shape[0] if shape else 1) % len(self.ranks)
-        ):
+        if not alike or (shape[0] if shape else 1) % len(self.ranks):
             self._check_exchange(out, t, receive, send)
         steps = exchange.all_to_all_single(self.peers, out, t, receive, send, _spins(opts))
         if even and not self.shows_calls:  # equal runs are of interest to nobody else
@@ -170,7 +164,6 @@ class MPIGroup(Member):
             raise self.misfit(
                 f"all_to_all of {shapes([t])} {t.dtype} into {shapes([out])} {out.dtype}"
             )
-        check_sendable("mpi", (out, t))
 
     def alltoall(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -21,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lost_ranks import LONG_S, PATIENCE_S, REGISTER, SOON_S
+from lost_ranks import LONG_S, PATIENCE_S, REGISTER, SOON_S, end_here
 from plait.collectives import PeerLost
 from plait.collectives.work import Promise
 from world import current_rank, run_world
@@ -80,12 +78,7 @@ def opened(folder: str, backend: str, rank: int, wrap: str, end: str) -> tuple[n
 
 def live_and_end(folder: str, backend: str, wrap: str, end: str) -> None:
     opened(folder, backend, VICTIM, wrap, end)
-    if end == "raise":
-        sys.last_value = ValueError("my own error")
-        atexit._run_exitfuncs()
-        os._exit(1)
-    os.kill(os.getpid(), signal.SIGKILL if end == "kill" else signal.SIGSTOP)
-    os._exit(0)
+    end_here(end)
 
 
 def trains(folder: str, backend: str, wrap: str, end: str) -> list[str]:

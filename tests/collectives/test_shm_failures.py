@@ -70,15 +70,19 @@ def test_ranks_of_two_hosts_are_refused_alike(tmp_path: Path) -> None:
     assert "use backend 'gloo'" in first
 
 
+def refusal_of_three(folder: str) -> str:
+    store = dist.FileStore(f"{folder}/store", 3)
+    with pytest.raises(BackendUnavailable) as refusal:
+        dist.init_process_group("shm", store=store, rank=current_rank(), world_size=3)
+    return str(refusal.value)
+
+
 def where_one_cannot_map(folder: str) -> str:
     shm.register()
     if current_rank() == 1:
         really = members.Segment.open
         members.Segment.open = lambda *_: really(os.getpid(), 10**6, 0)  # no such file
-    store = dist.FileStore(f"{folder}/store", 3)
-    with pytest.raises(BackendUnavailable) as refusal:
-        dist.init_process_group("shm", store=store, rank=current_rank(), world_size=3)
-    return str(refusal.value)
+    return refusal_of_three(folder)
 
 
 def test_where_one_rank_cannot_map_all_are_told(tmp_path: Path) -> None:
@@ -94,10 +98,7 @@ def where_one_cannot_watch(folder: str) -> str:
     shm.register()
     if current_rank() == 1:
         os.pidfd_open = refused
-    store = dist.FileStore(f"{folder}/store", 3)
-    with pytest.raises(BackendUnavailable) as refusal:
-        dist.init_process_group("shm", store=store, rank=current_rank(), world_size=3)
-    return str(refusal.value)
+    return refusal_of_three(folder)
 
 
 def test_where_one_rank_cannot_watch_all_are_told(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_a_failure_on_one_rank_is_every_ranks(fails: str, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def refusal(group: dist.ProcessGroup, driver: SharedDriver) -> str:
+    with pytest.raises(PeerMemoryError) as caught:
+        symmetric.symmetric_buffer(SIZE, group, driver)
+    return str(caught.value)
+
+
 def with_much_to_say(folder: str) -> str:
     """The error where rank 1's device has a problem of many lines, letters that JSON writes with six, and length."""
     driver, group = SharedDriver(folder), dist.group.WORLD
@@ -100,9 +106,7 @@ def with_much_to_say(folder: str) -> str:
     if group.rank():
         known = driver.card()
         driver.card = lambda: known | {"problem": '\N{SNOWMAN}\x1b"' * 500 + "\nmore"}
-    with pytest.raises(PeerMemoryError) as caught:
-        symmetric.symmetric_buffer(SIZE, group, driver)
-    return str(caught.value)
+    return refusal(group, driver)
 
 
 def test_a_problem_of_any_length_is_told(tmp_path: Path) -> None:
@@ -120,9 +124,7 @@ def with_a_device_that_fails_when_asked(folder: str) -> str:
 
     if group.rank():
         driver.objection = fails
-    with pytest.raises(PeerMemoryError) as caught:
-        symmetric.symmetric_buffer(SIZE, group, driver)
-    return str(caught.value)
+    return refusal(group, driver)
 
 
 def test_an_error_of_one_device_is_told(tmp_path: Path) -> None:
