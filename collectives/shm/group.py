@@ -112,7 +112,7 @@ class ShmGroup(PythonGroup):
         )  # fmt: skip
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
-        work = self._noted.exchange("all_gather", output, input, not opts.asyncOp)
+        work = self._noted.runs("all_gather", output, input, not opts.asyncOp)
         if work is not None:
             return work
         n = input.numel()
@@ -185,7 +185,7 @@ class ShmGroup(PythonGroup):
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
     ) -> dist.Work:
-        work = self._noted.reduce_scatter(output, input, opts.reduceOp, not opts.asyncOp)
+        work = self._noted.runs("reduce_scatter", output, input, not opts.asyncOp, opts.reduceOp)
         if work is not None:
             return work
         n = output.numel()
@@ -235,7 +235,7 @@ class ShmGroup(PythonGroup):
         opts: Any = _EXCHANGE,
     ) -> dist.Work:
         if not output_splits and not input_splits:
-            work = self._noted.exchange("all_to_all", output, input, not opts.asyncOp)
+            work = self._noted.runs("all_to_all", output, input, not opts.asyncOp)
             if work is not None:
                 return work
         sent, received = self._split(input, input_splits), self._split(output, output_splits)

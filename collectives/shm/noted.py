@@ -62,37 +62,20 @@ class Noted:
         self._engine, self._calls = engine, engine.noted
         self._state_at = engine.state.ctypes.data
 
-    def exchange(self, kind: str, output: Tensor, input: Tensor, wait: bool) -> dist.Work | None:
-        """Move equal runs."""
+    def runs(
+        self, kind: str, output: Tensor, input: Tensor, wait: bool, op: Any = None
+    ) -> dist.Work | None:
+        """Move equal runs, or reduce them by an operator."""
         try:
             places = output.data_ptr(), input.data_ptr()
         except RuntimeError:  # they have no memory of their own
             return None
-        key = kind, places, output.shape, input.shape, output.dtype, input.dtype
-        try:
-            call = self._calls[key]
-        except KeyError:
-            call = self._note(key, places, output, even_exchange(self._engine, kind, output, input))
-        if call is None or output.is_neg() or input.is_neg():
-            return None
-        if not (output.is_contiguous() and input.is_contiguous()):
-            return None
-        return self._do(call, output, input, wait)
-
-    def reduce_scatter(
-        self, output: Tensor, input: Tensor, op: Any, wait: bool
-    ) -> dist.Work | None:
-        """Reduce equal runs."""
-        try:
-            places = output.data_ptr(), input.data_ptr()
-        except RuntimeError:
-            return None
         # of the operator its number: to look at it otherwise costs more
-        key = hash(op), places, output.shape, input.shape, output.dtype, input.dtype
+        key = kind, hash(op), places, output.shape, input.shape, output.dtype, input.dtype
         try:
             call = self._calls[key]
         except KeyError:
-            call = self._note(key, places, output, even_reduction(self._engine, output, input, op))
+            call = self._note(key, places, output, even_call(self._engine, kind, output, input, op))
         if call is None or output.is_neg() or input.is_neg():
             return None
         if not (output.is_contiguous() and input.is_contiguous()):
@@ -137,6 +120,15 @@ class Noted:
             return engine.run(call, (), code, count, [output], wait, [input])
         work.wait()
         return work
+
+
+def even_call(
+    engine: Engine, kind: str, output: Tensor, input: Tensor, op: Any
+) -> NotedCall | None:
+    """Write down a call of equal runs."""
+    if op is None:
+        return even_exchange(engine, kind, output, input)
+    return even_reduction(engine, output, input, op)
 
 
 def even_exchange(engine: Engine, kind: str, output: Tensor, input: Tensor) -> NotedCall | None:
