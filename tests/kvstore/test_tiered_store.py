@@ -483,7 +483,8 @@ def test_a_full_disk_costs_pages_of_the_tier_only(tmp_path) -> None:
     with make(num_pages=40, disk=tmp_path / "c", disk_bytes="60KiB") as store:
         for first in range(0, 300, 30):
             run(store, list(range(first, first + 30)))
-            assert store.flush(60)  # pages of one batch are refused where they find no room, not evicted
+            # at each prompt: pages of one batch that find no room are refused, nothing is evicted for them
+            assert store.flush(60)
         assert store.tier_counters()["disk"]["evicted"] > 0
         store.evict()
         for first in range(0, 300, 30):
