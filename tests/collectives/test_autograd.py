@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plait.collectives import autograd, primitive
+from plait.collectives.autograd import parts as cut
+from plait.collectives.autograd import regions
 from plait.collectives.primitive import chunk_sizes
 from world import run_calls, run_world
 
@@ -210,13 +212,13 @@ def test_summing_does_not_touch_other_gradients() -> None:
 def mutated() -> list[bool]:
     """The checks above, each with the collective's backward broken: every one must fail."""
     breaks: list[tuple[Any, Callable[[], None]]] = [
-        (autograd._Enter, region),
-        (autograd._Leave, region),
-        (autograd._Gather, gathers),
-        (autograd._Split, sequence_pairs),
-        (autograd._GatherSequence, sequence_pairs),
-        (autograd._ScatterSequence, sequence_pairs),
-        (autograd._AllToAll, exchanges),
+        (regions._Enter, region),
+        (regions._Leave, region),
+        (cut._Gather, gathers),
+        (cut._Split, sequence_pairs),
+        (cut._GatherSequence, sequence_pairs),
+        (cut._ScatterSequence, sequence_pairs),
+        (cut._AllToAll, exchanges),
     ]
     noticed = []
     for function, check in breaks:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from exactness import EXACT, Case, case, measure, world_of, worst
 from plait.collectives import autograd
+from plait.collectives.autograd import regions
 from plait.cuda_kernels.scores import Interleave
 from plait.parallel import layout, tensor
 from plait.parallel.attention import exchange, gradients, heads, helix, mla, role, step
@@ -163,7 +164,7 @@ def only_whole_copies_summed() -> Any:
 
 def enter_without_sum() -> Any:
     """The gradient that leaves a region backwards stays partial."""
-    return patch.object(autograd._Enter, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+    return patch.object(regions._Enter, "backward", staticmethod(lambda ctx, grad: (grad, None)))
 
 
 def gathered_keys_not_summed() -> Any:

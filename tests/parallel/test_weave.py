@@ -13,7 +13,8 @@ import torch
 
 from exactness import Case, Pair, far, train
 from models import tiny, tokens
-from plait.collectives import autograd, primitive
+from plait.collectives import primitive
+from plait.collectives.autograd import regions
 from plait.collectives.primitive import Started
 from plait.collectives.trace import Trace
 from plait.parallel import Plan, PlanError, parallelize, weave
@@ -123,7 +124,7 @@ def landed_too_early() -> AbstractContextManager[Any]:
             started.wait()
         return grad, None
 
-    return patch.object(autograd._Land, "backward", staticmethod(backward))
+    return patch.object(regions._Land, "backward", staticmethod(backward))
 
 
 def left_unsummed() -> AbstractContextManager[Any]:
