@@ -20,7 +20,8 @@ from ..cuda_kernels.gpu.vectors import VECTORS
 from ..cuda_kernels.quantised import Quantised
 from .norm_schedule import ONE, SLOT_BYTES, SWITCH, Steps, choose, steps_for
 from .peer_driver import Driver
-from .symmetric import PeerBuffer, PerGroup, symmetric_buffer
+from .per_group import PerGroup
+from .symmetric import PeerBuffer, symmetric_buffer
 from .trace import listening, tell_traces
 
 MOST_ROW_BYTES = 32 << 10  # a row stays in the registers of 512 threads

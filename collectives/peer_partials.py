@@ -20,7 +20,8 @@ from ..cuda_kernels.gpu.peers import Layout
 from ..cuda_kernels.gpu.vectors import VECTORS
 from ..cuda_kernels.helix_combine import helix_combine, helix_send, inverse_of, record_bytes
 from .peer_driver import Driver
-from .symmetric import PeerBuffer, PerGroup, symmetric_buffer
+from .per_group import PerGroup
+from .symmetric import PeerBuffer, symmetric_buffer
 from .trace import listening, tell_traces
 
 # what a rank receives from another in a step: 16 MiB of each device at 8 ranks

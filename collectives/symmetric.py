@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,6 @@ from .errors import PeerMemoryError
 from .peer_driver import CudaDriver, Driver, Mapped
 
 TORCH, IPC = "torch symmetric memory", "CUDA IPC"
-MOST_RANKS = 16
-Made = TypeVar("Made")
 
 
 @dataclass
@@ -103,44 +101,6 @@ def symmetric_buffer(
         passed = f"{TORCH}: several ranks share a device"
     addresses = _by_ipc(size, group, driver, passed)
     return PeerBuffer(group, driver, size, addresses, 0, IPC, cards, passed, None)
-
-
-class PerGroup(Generic[Made]):
-    """What CUDA groups have one each of, over such memory: made at a group's first call, or found out why not.
-
-    State: what was made, until the process ends.
-    """
-
-    def __init__(self, name: str, make: Callable[[dist.ProcessGroup], Made]) -> None:
-        self.name, self.make = name, make
-        self.made: dict[dist.ProcessGroup, Made | str] = {}
-
-    def of(self, group: dist.ProcessGroup | None, x: Tensor) -> Made | None:
-        """Give a group's for tensors like `x`; None off CUDA, and where the memory cannot be had.
-
-        Collective: the first call of a group on CUDA; see `symmetric_buffer`.
-
-        Raises:
-            RuntimeError: that first call is inside a CUDA graph capture.
-        """
-        if group is None or x.device.type != "cuda" or not 1 < group.size() <= MOST_RANKS:
-            return None
-        if group not in self.made:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    f"a group's first {self.name} allocates memory on all ranks, which cannot be inside a CUDA graph "
-                    "capture; call it once before capturing"
-                )
-            self.made[group] = self.tried(group)
-        found = self.made[group]
-        return None if isinstance(found, str) else found
-
-    def tried(self, group: dist.ProcessGroup) -> Made | str:
-        """Make it, or say why it cannot be."""
-        try:
-            return self.make(group)
-        except PeerMemoryError as error:
-            return str(error)
 
 
 def symmetric_empty(
