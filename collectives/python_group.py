@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -96,6 +97,19 @@ class PythonGroup(dist.ProcessGroup):
     @property
     def group_desc(self) -> str:
         return self._description
+
+    def _get_backend(self, device: torch.device | str) -> PythonGroup:
+        """Give the group itself, which is what C++ keeps apart as the backend of a device; torch asks in a few places.
+
+        Raises:
+            RuntimeError: it sends nothing of that device.
+        """
+        kinds = [able.type for able in self._device_types]
+        if torch.device(device).type not in kinds:
+            raise RuntimeError(
+                f"group {self.group_name} sends no tensors of {device}, only of {', '.join(kinds)}"
+            )
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._name!r}, rank {self.rank()} of {self.size()})"

@@ -96,20 +96,16 @@ def groups_that_are_gone(can: Abilities) -> None:
 def strides_are_kept_or_refused(can: Abilities) -> None:
     """Never taken for dense memory: gloo alone would sum the wrong elements."""
 
-    def summed(x: Tensor) -> Tensor:
-        dist.all_reduce(x)
-        return x
-
-    def sent(x: Tensor) -> Tensor:
-        dist.broadcast(x, 1)
-        return x
-
-    def exchanged(x: Tensor) -> Tensor:
+    def filled(x: Tensor) -> Tensor:
         dist.all_to_all_single(x, torch.full(x.shape, float(rank())))
         return x
 
     rows = torch.arange(float(size()))[:, None].expand(size(), 2)
-    for call, wanted in ((summed, rows.sum(0)[0]), (sent, torch.tensor(1.0)), (exchanged, rows)):
+    for call, wanted in (
+        (summed, rows.sum(0)[0]),
+        (sent_from(1), torch.tensor(1.0)),
+        (filled, rows),
+    ):
         whole = torch.full((2, 2 * size()), float(rank()))
         view = whole[:, ::2].t()
         if can.strided:
@@ -153,6 +149,80 @@ def complex_parts(can: Abilities) -> None:
     with pytest.raises(ValueError, match="resolve_conj"):
         dist.reduce_scatter(found, [x.conj()] * size())
     goes_on()
+
+
+def refused_on_one_rank_only(can: Abilities) -> None:
+    """It has taken no part: the others wait until it comes again, with what can be sent, and nobody is out of step."""
+    n, late = size(), 1
+    own, whole = torch.full((2,), float(rank())), torch.arange(2.0 * n) + rank()
+    total = torch.full((2,), n * (n - 1) / 2)
+    everyone = torch.arange(float(n)).repeat_interleave(2)
+    share = (torch.arange(2.0) + 2 * rank()) * n + total
+    column = (torch.arange(2.0) + 2 * rank()).repeat(n) + everyone
+    for call, brought, wanted in (
+        (summed, own, total),
+        (sent_from(late), own, torch.full((2,), float(late))),
+        (gathered, own, everyone),
+        (gathered_whole, own, everyone),
+        (scattered, whole, share),
+        (scattered_whole, whole, share),
+        (exchanged, whole, column),
+        (exchanged_whole, whole, column),
+    ):
+        if rank() == late:
+            with pytest.raises(ValueError, match="resolve_neg"):
+                call(torch._neg_view(brought.clone()))
+        assert torch.equal(call(brought.clone()), wanted), call.__name__
+    goes_on()
+
+
+def summed(x: Tensor) -> Tensor:
+    dist.all_reduce(x)
+    return x
+
+
+def sent_from(root: int) -> Callable[[Tensor], Tensor]:
+    def broadcast(x: Tensor) -> Tensor:
+        dist.broadcast(x, root)
+        return x
+
+    return broadcast
+
+
+def gathered(x: Tensor) -> Tensor:
+    parts = [torch.zeros(2) for _ in range(size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def gathered_whole(x: Tensor) -> Tensor:
+    found = torch.zeros(2 * size())
+    dist.all_gather_into_tensor(found, x)
+    return found
+
+
+def scattered(x: Tensor) -> Tensor:
+    found = torch.zeros(2)
+    dist.reduce_scatter(found, list(x.chunk(size())))
+    return found
+
+
+def scattered_whole(x: Tensor) -> Tensor:
+    found = torch.zeros(2)
+    dist.reduce_scatter_tensor(found, x)
+    return found
+
+
+def exchanged(x: Tensor) -> Tensor:
+    parts = [torch.zeros(2) for _ in range(size())]
+    dist.all_to_all(parts, list(x.chunk(size())))
+    return torch.cat(parts)
+
+
+def exchanged_whole(x: Tensor) -> Tensor:
+    found = torch.zeros(2 * size())
+    dist.all_to_all_single(found, x)
+    return found
 
 
 def exchanges_in_place(can: Abilities) -> None:
@@ -218,6 +288,7 @@ REFUSALS: Sequence[Check] = (
     strides_are_kept_or_refused,
     parts_of_other_strides,
     complex_parts,
+    refused_on_one_rank_only,
     exchanges_in_place,
     what_follows_a_call_may_call,
     a_fork_is_no_rank,

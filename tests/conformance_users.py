@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
@@ -113,10 +115,22 @@ def checkpoints_change_their_sharding(can: Abilities) -> None:
         shutil.rmtree(str(folder[0]))
 
 
+def tools_ask_for_the_backend(can: Abilities) -> None:
+    """As training frameworks do to set a timeout: torch sets those of its own alone, and says so."""
+    group = dist.group.WORLD
+    assert isinstance(group, dist.ProcessGroup)
+    assert group._get_backend(torch.device("cpu")) is group
+    with pytest.raises(RuntimeError, match="sends no tensors of meta"):
+        group._get_backend(torch.device("meta"))
+    with pytest.warns(UserWarning, match="Set timeout"):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=5))
+
+
 USERS: tuple[Check, ...] = (
     ddp_averages_gradients,
     fsdp2_trains,
     dtensors_change_their_placement,
     pipelines_train,
     checkpoints_change_their_sharding,
+    tools_ask_for_the_backend,
 )

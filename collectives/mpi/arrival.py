@@ -10,7 +10,7 @@ from __future__ import annotations
 from mpi4py import MPI
 from torch import Tensor
 
-from .exchange import Peers, Steps
+from .peers import Peers, Steps
 from .wire import Message
 
 

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from ..errors import CallMismatch
 from ..shown_call import ShownCall, mismatch, room_of
-from .exchange import Peers, Steps
+from .peers import Peers, Steps
 from .wire import Message
 
 

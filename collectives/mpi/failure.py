@@ -36,6 +36,8 @@ def where(rank: int, answer: Answer | None, left: str | None, call: int | None, 
         return f"rank {rank} has ended with {left}"
     if answer is None:
         return f"rank {rank} does not answer: it is dead or stopped"
+    if answer.get("gone"):
+        return f"rank {rank} is alive but will not come: there {answer['gone']}"
     place: Any = "before its first collective"
     if answer["doing"]:
         place = f"{'after' if answer['done'] else 'in'} call {answer['calls']}, {answer['doing']}"

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..python_group import by_rank, elements, listed, shapes
 from ..work import Several
-from . import exchange
+from . import exchange, folds
 from .arrival import receive
-from .exchange import Steps
 from .member import Member
+from .peers import Steps, barrier, together
 from .reduction import one_dtype, reduction
 from .swap import SPINS
 
@@ -32,19 +32,19 @@ class MPIGroup(Member):
         (t,) = tensors = listed(tensors)
         by = reduction(hash(opts.reduceOp), t.dtype)
         return self._run(
-            "all_reduce", tensors, exchange.all_reduce(self.peers, t, by, _spins(opts)), opts
+            "all_reduce", tensors, folds.all_reduce(self.peers, t, by, _spins(opts)), opts
         )
 
     def allreduce_coalesced(self, tensors: Any, opts: Any) -> dist.Work:
         op = hash(opts.reduceOp)
-        steps = [exchange.all_reduce(self.peers, t, reduction(op, t.dtype)) for t in tensors]
-        return self._run("all_reduce_coalesced", list(tensors), exchange.together(steps), opts)
+        steps = [folds.all_reduce(self.peers, t, reduction(op, t.dtype)) for t in tensors]
+        return self._run("all_reduce_coalesced", list(tensors), together(steps, tensors), opts)
 
     def reduce(self, tensors: Any, opts: Any) -> dist.Work:
         (t,) = listed(tensors)
         self.check_rank(opts.rootRank)
         by = reduction(hash(opts.reduceOp), t.dtype)
-        return self._run("reduce", [t], exchange.reduce(self.peers, t, by, opts.rootRank), opts)
+        return self._run("reduce", [t], folds.reduce(self.peers, t, by, opts.rootRank), opts)
 
     def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = _SCATTER) -> dist.Work:
         outputs = listed(outputs)
@@ -55,14 +55,13 @@ class MPIGroup(Member):
                 raise self.misfit(f"reduce_scatter of {shapes(parts)} into {shapes([out])}")
             one_dtype(out, parts)
         steps = [
-            exchange.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
+            folds.reduce_scatter(self.peers, o, i, reduction(op, o.dtype))
             for o, i in zip(outputs, lists, strict=True)
         ]
         brought = [t for parts in lists for t in parts]
         moved = [elements(p) for p in zip(*lists, strict=True)], [elements(outputs)] * self.size()
-        return self._run(
-            "reduce_scatter", outputs, exchange.together(steps), opts, None, brought, moved
-        )
+        whole = together(steps, [*outputs, *brought])
+        return self._run("reduce_scatter", outputs, whole, opts, None, brought, moved)
 
     def reduce_scatter_single(self, out: Tensor, t: Tensor, opts: Any = _SCATTER) -> dist.Work:
         steps = self._reduce_scatter_steps(out, t, hash(opts.reduceOp), _spins(opts))
@@ -75,9 +74,8 @@ class MPIGroup(Member):
     ) -> dist.Work:
         op, pairs = hash(opts.reduceOp), zip(outputs, inputs, strict=True)
         steps = [self._reduce_scatter_steps(*pair, op) for pair in pairs]
-        return self._run(
-            "reduce_scatter", list(outputs), exchange.together(steps), opts, brought=inputs
-        )
+        whole = together(steps, [*outputs, *inputs])
+        return self._run("reduce_scatter", list(outputs), whole, opts, brought=inputs)
 
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
 
@@ -86,17 +84,15 @@ class MPIGroup(Member):
             raise self.misfit(f"reduce_scatter_tensor of {shapes([t])} into {shapes([out])}")
         one_dtype(out, [t])
         by = reduction(op, out.dtype)
-        return exchange.reduce_scatter_single(self.peers, out, t, by, spins)
+        return folds.reduce_scatter_single(self.peers, out, t, by, spins)
 
     # ---- moving
 
     def broadcast(self, tensors: Any, opts: Any) -> dist.Work:
         tensors = listed(tensors)
         self.check_rank(opts.rootRank)
-        steps = exchange.together(
-            [exchange.broadcast(self.peers, t, opts.rootRank) for t in tensors]
-        )
-        return self._run("broadcast", tensors, steps, opts)
+        steps = [exchange.broadcast(self.peers, t, opts.rootRank) for t in tensors]
+        return self._run("broadcast", tensors, together(steps, tensors), opts)
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         inputs = listed(inputs)
@@ -108,7 +104,9 @@ class MPIGroup(Member):
         flat = [out for outs in outputs for out in outs]
         gathered = [elements(o) for o in zip(*outputs, strict=True)]
         moved = [elements(inputs)] * self.size(), gathered
-        return self._run("all_gather", flat, exchange.together(steps), opts, None, inputs, moved)
+        return self._run(
+            "all_gather", flat, together(steps, [*flat, *inputs]), opts, None, inputs, moved
+        )
 
     def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         # c10d lists these by rank, then by tensor
@@ -127,8 +125,9 @@ class MPIGroup(Member):
         for out, t in zip(outputs, inputs, strict=True):
             self._check_gather(out, t)
         pairs = zip(outputs, inputs, strict=True)
-        steps = exchange.together([exchange.all_gather_single(self.peers, o, t) for o, t in pairs])
-        return self._run("all_gather_into_tensor", list(outputs), steps, opts, None, inputs)
+        steps = [exchange.all_gather_single(self.peers, o, t) for o, t in pairs]
+        whole = together(steps, [*outputs, *inputs])
+        return self._run("all_gather_into_tensor", list(outputs), whole, opts, None, inputs)
 
     def _check_gather(self, out: Tensor, t: Tensor) -> None:
         if out.numel() != t.numel() * self.size() or out.dtype != t.dtype:
@@ -194,7 +193,7 @@ class MPIGroup(Member):
         return self._run("scatter", [out], steps, opts, None, parts, moved)
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        return self._run("barrier", [], exchange.barrier(self.peers), opts)
+        return self._run("barrier", [], barrier(self.peers), opts)
 
     # ---- point to point
 

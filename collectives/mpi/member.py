@@ -15,14 +15,14 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from ..errors import anew
+from ..errors import PeerLost, anew
 from ..python_group import PythonGroup
 from ..shown_call import Moved, ShownCall, is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
-from . import check, exchange, failure
-from .exchange import Peers, Steps, complete
+from . import check, failure
 from .operation import About, Operation, OperationWork
+from .peers import Peers, Steps, complete, meet, tag_of
 from .progress import Engine
 from .rollcall import Answer
 
@@ -77,11 +77,11 @@ class Member(PythonGroup):
 
         MPI makes them in calls that cannot be given up, so all members meet first.
         """
-        meeting = exchange.meet(self.engine.meeting, self.ranks, self._name)
+        meeting = meet(self.engine.meeting, self.ranks, self._name)
         self._run_here(("new_group", None, None), [], meeting)
         with self.engine.turn:
             members = self.engine.world.Get_group().Incl(self.ranks)
-            comm = self.engine.world.Create_group(members, exchange.tag_of(self._name))
+            comm = self.engine.world.Create_group(members, tag_of(self._name))
             members.Free()
             return Peers(comm, comm.Dup(), self.engine.wire, self._rank, len(self.ranks))
 
@@ -155,16 +155,22 @@ class Member(PythonGroup):
             compare = check.compare(self.peers, self.ranks, call, str(self))
             self._run_here((f"{call}, before it,", None, None), [], compare)
         about: About = (name, tensors[0].shape, tensors[0].dtype) if tensors else (name, None, None)
+        before = self.calls, self._last
         if peer is None:
             self.calls += 1
             self._last = about
-        if opts is None or opts.asyncOp or self._coalescing is not None:
-            work = self._run_aside(Operation(self, about, tensors, steps, peer))
-        else:
-            self._open = True
-            self._run_here(about, tensors, steps)
-            self._open = False
-            work = self._finished
+        try:
+            if opts is None or opts.asyncOp or self._coalescing is not None:
+                work = self._run_aside(Operation(self, about, tensors, steps, peer))
+            else:
+                self._open = True
+                self._run_here(about, tensors, steps)
+                self._open = False
+                work = self._finished
+        except (TypeError, ValueError):  # refused: this rank has taken no part
+            if peer is None:
+                (self.calls, self._last), self._open = before, False
+            raise
         if begin is not None:
             root = getattr(opts, "rootRank", None)
             self._tell(name, tensors if brought is None else brought, begin, work, moved[0], root)
@@ -202,12 +208,16 @@ class Member(PythonGroup):
             if not self.engine.serial:
                 requests = next(steps, None)
                 while requests is not None and any(map(complete, repeat(requests, SPINS))):
+                    requests = None  # an interruption may come before the next ones have this name
                     requests = next(steps, None)
                 if requests is None:
                     return
         except MPI.Exception as error:
             operation = Operation(self, about, tensors, steps)
             raise self.engine.explain(operation, error) from error
+        except KeyboardInterrupt as interruption:
+            self._leave_open(Operation(self, about, tensors, steps), requests, interruption)
+            raise
         operation = Operation(self, about, tensors, steps)
         if requests is None:
             operation.start()
@@ -216,9 +226,25 @@ class Member(PythonGroup):
         try:
             operation.wait()
         except KeyboardInterrupt:
-            # it goes on: others wait for it, and MPI knows its tensors
-            self.engine.adopt(operation)
+            self._set_aside(operation)
             raise
+
+    def _set_aside(self, operation: Operation) -> None:
+        """Let a call go on that nobody waits for: others do, and MPI knows its tensors."""
+        self._open = weakref.ref(operation)
+        self.engine.adopt(operation)
+
+    def _leave_open(
+        self, operation: Operation, requests: Any, interruption: KeyboardInterrupt
+    ) -> None:
+        """After an interruption of the first moments: let go on what can."""
+        if requests is not None:
+            operation.resume(requests)
+            self._set_aside(operation)
+        elif not operation.is_unbegun():
+            # the requests have no name any more, but MPI may still write where they say
+            self.engine.abandoned.append((operation.remains(), interruption))
+            self.lost = self.lost or RuntimeError(f"{self} is closed: {operation} was interrupted")
 
     def state(self) -> Answer:
         """Say where this rank is in the calls of the group; the roll call asks."""
@@ -226,4 +252,5 @@ class Member(PythonGroup):
         done = (
             not self._open if isinstance(self._open, bool) else under_way is None or under_way.done
         )
-        return {"calls": self.calls, "doing": failure.text(*self._last), "done": done}
+        gone = "" if self.lost is None or isinstance(self.lost, PeerLost) else str(self.lost)
+        return {"calls": self.calls, "doing": failure.text(*self._last), "done": done, "gone": gone}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Generator
 from datetime import timedelta
+from inspect import GEN_CREATED, getgeneratorstate
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from ..errors import anew
 from ..work import Promise
 from . import failure
-from .exchange import Steps, complete
+from .peers import Steps, complete
 
 if TYPE_CHECKING:
     from .member import Member
@@ -72,6 +74,11 @@ class Operation:
     def resume(self, requests: Any) -> None:
         """Take over steps that somebody else has driven up to these requests."""
         self._requests = requests
+
+    def is_unbegun(self) -> bool:
+        """Say whether no step has been taken."""
+        steps = self._steps
+        return isinstance(steps, Generator) and getgeneratorstate(steps) == GEN_CREATED
 
     def __str__(self) -> str:
         if self.peer is None:

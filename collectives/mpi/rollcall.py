@@ -17,7 +17,8 @@ from mpi4py import MPI
 ASK, ANSWER, LEAVE = 1, 2, 3
 PATIENCE_S = 1.0  # how long an answer may take
 
-Answer = dict[str, Any]  # {"calls": int, "doing": str, "done": bool} of one group
+# {"calls": int, "doing": str, "done": bool, "gone": str} of one group; gone: why it is over, but for a lost rank
+Answer = dict[str, Any]
 
 
 class RollCall:

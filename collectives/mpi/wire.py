@@ -27,6 +27,7 @@ from ..sendable import unsendable, wraps
 from .strided import Datatypes, layout, least_run, strided_memory
 
 Message = list  # [memory, count, datatype], as mpi4py takes it
+Run = tuple[int, int]  # address and bytes
 
 
 class Wire:
@@ -109,6 +110,12 @@ def memory(t: Tensor) -> Message:
 def span(address: int, n_bytes: int) -> Message:
     """Describe a run of memory."""
     return [MPI.memory.fromaddress(address, n_bytes), n_bytes, MPI.BYTE]
+
+
+def elements_of(t: Tensor, run: Run) -> Tensor:
+    """Give the elements of a contiguous tensor that lie in a run of its memory."""
+    item = t.element_size()
+    return t.view(-1).narrow(0, (run[0] - t.data_ptr()) // item, run[1] // item)
 
 
 def takes_cuda(comm: MPI.Comm) -> bool:

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from conformance_exchanges import EXCHANGES
 from conformance_refusals import REFUSALS
 from exactness import far
 from models import tiny, tokens
-from plait.collectives import CallMismatch, Trace
+from plait.collectives import CallMismatch, PeerLost, Trace
 from plait.collectives.mpi import register
 from plait.collectives.world import World, init
 from plait.parallel import parallelize
@@ -299,6 +300,65 @@ def test_late_ranks_finish_what_the_kernel_left(world: World) -> None:
         for work in works:
             work.wait()
             assert bool((work.result()[0] == RANKS).all())
+
+
+def test_a_call_goes_on_after_an_interruption(
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the first moments of a call, before it is anybody's to move on: the others get what they wait for."""
+    from plait.collectives.mpi import member
+
+    def interrupted(requests: Any) -> bool:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    for length in (3, 700, 300_000):
+        x, heard = torch.full((length,), float(world.rank)), folder / f"heard {length}"
+        if world.rank == 0:
+            monkeypatch.setattr(member, "complete", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                dist.all_reduce(x)
+            heard.touch()
+        else:
+            assert appears(heard.exists)
+            dist.all_reduce(x)
+        assert appears(lambda x=x: bool((x == 6).all()))  # rank 0's goes on aside
+        dist.barrier()
+
+
+def appears(seen: Callable[[], bool]) -> bool:
+    """Wait for what comes by itself, a minute at most."""
+    until = time.monotonic() + 60
+    while not (found := seen()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return found
+
+
+def test_a_group_is_closed_where_an_interruption_lost_its_place(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps: what MPI was told to do has no name any more, so nothing is sent after it."""
+    from plait.collectives.mpi.reduction import Reduction
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    group = dist.new_group()
+    x = torch.full((300_000,), float(world.rank))
+    if world.rank == 0:
+        monkeypatch.setattr(Reduction, "fold", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dist.all_reduce(x, group=group)
+        monkeypatch.undo()
+        with pytest.raises(
+            RuntimeError, match=r"is closed: all_reduce \[300000\].* was interrupted"
+        ):
+            dist.all_reduce(x, group=group)
+    else:
+        group.set_timeout(timedelta(seconds=3))  # type: ignore[union-attr]
+        with pytest.raises(PeerLost, match=r"rank 0 .*all_reduce \[300000\]"):
+            dist.all_reduce(x, group=group)
+    dist.barrier()
 
 
 def test_it_says_how_cuda_tensors_travel(world: World) -> None:
