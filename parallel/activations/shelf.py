@@ -122,6 +122,7 @@ class Shelf:
         self._moves = Moves(self.tier, threads=THREADS, queue_bytes=queue_bytes)
         self._failure: BaseException | None = None
         self._lock = threading.RLock()  # a destructor may interrupt who holds it
+        self._room, self._most, self._on_the_way = threading.Condition(self._lock), queue_bytes, 0
 
     def put(self, x: Tensor, group: Group) -> Slot:
         """Begin to write a tensor's storage.
@@ -130,6 +131,8 @@ class Shelf:
             TierError: something put before could not be written.
         """
         self.check()
+        with self._waiting():
+            self._wait_for_room(x.untyped_storage().nbytes())
         slot = Slot(self, x)
         raw = whole_storage(x).to("cpu")
         self.hold(slot.size)
@@ -141,12 +144,29 @@ class Shelf:
             slot.stored = None
         return slot
 
+    def _wait_for_room(self, size: int) -> None:
+        """Wait until so many bytes more may be on the way.
+
+        `Moves` bounds what waits for a transfer; we also what waits for its commit, for until then it is in memory.
+        """
+        with self._room:
+            self._room.wait_for(
+                lambda: not self._on_the_way or self._on_the_way + size <= self._most
+            )
+            self._on_the_way += size
+
     def _written(self, slot: Slot) -> Any:
         """What to do when a slot's bytes are in the tier, without holding the slot until then."""
         known = weakref.ref(slot)
         keys, size = slot.keys, slot.size
 
         def then(move: Move) -> None:
+            settled(move)
+            with self._room:
+                self._on_the_way -= size
+                self._room.notify_all()
+
+        def settled(move: Move) -> None:
             slot = known()
             if slot is None:
                 self.tier.unwanted.extend(keys)  # those that came after the slot had gone
