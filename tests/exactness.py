@@ -244,7 +244,7 @@ class Table:
         """The largest error over the ranks, by what was measured."""
         if each.name not in self.answers:
             batch = self.batch(each)
-            ranks = run_world(measure_all, world_of(each.plan), batch, timeout=300)
+            ranks = run_world(measure_all, world_of(each.plan), batch)
             for i, c in enumerate(batch):
                 self.answers[c.name] = [answers[i] for answers in ranks]
         found = self.answers[each.name]

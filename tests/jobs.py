@@ -107,7 +107,7 @@ def start(command: Sequence[str], folder: Path, **env: str) -> subprocess.Popen[
     )
 
 
-def finish(job: subprocess.Popen[str], folder: Path, timeout: float = 100) -> Ended:
+def finish(job: subprocess.Popen[str], folder: Path, timeout: float = 300) -> Ended:
     try:
         output, _ = job.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -91,7 +91,7 @@ def as_script(name: str, arguments: list[str]) -> str:
 def test_train_moe(tmp_path: Path) -> None:
     """Two plans train from each other's checkpoint as one process does, and a third decodes."""
     arguments = [str(tmp_path / "run"), "--steps", "4", "--tokens", "72"]
-    said = run_world(as_script, 4, "train_moe.py", arguments, timeout=300)[0]
+    said = run_world(as_script, 4, "train_moe.py", arguments)[0]
     found = re.search(r"of a loss from one process: ([0-9.e+-]+)", said)
     assert found is not None, said
     assert float(found[1]) < 1e-5

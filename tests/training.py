@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from exactness import Case, Pair, assert_exact, far, loss_of, worst
 from models import StayFloat64, tokens
 from plait.parallel import clip_grad_norm_
-from world import run_calls
+from world import PATIENCE_S, run_calls
 
 Loss = Callable[[Any, tuple[Tensor, Tensor]], Tensor]
 
@@ -164,7 +164,7 @@ def assert_as_one_process(
     measure: Callable[..., dict[str, float]],
     cases: Sequence[Case | tuple[Any, ...]],
     ranks: int,
-    timeout: float = 200,
+    timeout: float = PATIENCE_S,
 ) -> None:
     """Run ``measure`` of every case, with its further arguments, on all ranks; all errors must be exact."""
     rows = [each if isinstance(each, tuple) else (each,) for each in cases]

@@ -46,6 +46,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 TAIL_BYTES = 6000
+PATIENCE_S = 400.0  # of a world that hangs; no measure of speed: a busy machine takes a minute for what takes 5 s alone
 
 
 def current_rank() -> int:
@@ -115,7 +116,7 @@ def run_world(
     size: int,
     *args: Any,
     backend: str | None = "gloo",
-    timeout: float = 60,
+    timeout: float = PATIENCE_S,
     threads: int = 1,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
@@ -142,7 +143,7 @@ def run_calls(
     size: int,
     *,
     backend: str | None = "gloo",
-    timeout: float = 60,
+    timeout: float = PATIENCE_S,
     threads: int = 1,
     env: dict[str, str] | None = None,
 ) -> list[list[Any]]:
@@ -221,13 +222,14 @@ def _collect(
             else:
                 results[rank] = outcome
         if failures:
-            _, rank, outcome = min(failures)
+            # who raised lives on until all are told: a death is a cause, what others say of it is not
+            _, rank, outcome = min(failures, key=lambda each: (each[2][0] != "Died", each[0]))
             raise _failed(rank, outcome, folder)
     return [results[rank] for rank in range(len(ranks))]
 
 
 def _died(process: BaseProcess) -> tuple[str, str, str]:
-    process.join(5)
+    process.join(60)
     code = process.exitcode
     how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
     return "Died", how, f"the rank ended without an answer: {how}"
@@ -249,7 +251,7 @@ def _timed_out(
     for rank in late:
         with contextlib.suppress(ProcessLookupError, TypeError):
             os.kill(ranks[rank].pid, signal.SIGUSR1)  # type: ignore[arg-type]
-    time.sleep(0.5)  # faulthandler writes at once, even where Python code cannot run
+    _until_written([folder / f"stack{rank}" for rank in late])
     report = [f"no end after {timeout} s; still running: ranks {late} of {len(ranks)}"]
     for rank in late:
         report.append(
@@ -258,6 +260,17 @@ def _timed_out(
         if said := _tail(folder / f"out{rank}"):
             report.append(f"--- rank {rank} printed\n{said}")
     return WorldTimeout(late[0], "Timeout", report[0], "\n".join(report))
+
+
+def _until_written(stacks: list[Path], seconds: float = 10) -> None:
+    """Wait for faulthandler: it writes at once, also where Python code cannot run, but not where no core is free."""
+    until, before = time.monotonic() + seconds, []
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        sizes = [path.stat().st_size if path.exists() else 0 for path in stacks]
+        if all(sizes) and sizes == before:
+            return
+        before = sizes
 
 
 def _tail(path: Path) -> str:
@@ -276,7 +289,7 @@ def _end(ranks: Iterable[BaseProcess]) -> None:
     for process in ranks:
         process.kill()
     for process in ranks:
-        process.join(10)
+        process.join(60)
         process.close()
 
 

@@ -113,7 +113,7 @@ def bitwise(folder: str, *row: Any) -> tuple[list[str], Counters]:
 
 def assert_bitwise(rows: list[Row], ranks: int, folder: Path) -> None:
     calls = [(bitwise, str(folder / str(n)), *row) for n, row in enumerate(rows)]
-    for answer in run_calls(calls, ranks, timeout=300):
+    for answer in run_calls(calls, ranks):
         for (plan, *row), (wrong, counters) in zip(rows, answer, strict=True):
             print(plan, *row, counters)
             assert not wrong, (plan, row)
@@ -178,7 +178,7 @@ def peak(folder: str | None) -> tuple[int, Counters | None]:
 def test_memory_shrinks(tmp_path: Path) -> None:
     """Backward's tensors are on disk: what stays are the gradients, the last layer's, and what is on its way."""
     (whole, _), (less, counters) = (
-        run_world(peak, 1, folder, timeout=200)[0] for folder in (None, str(tmp_path))
+        run_world(peak, 1, folder)[0] for folder in (None, str(tmp_path))
     )
     print(f"{whole:,} without, {less:,} with; {counters}")
     assert less < 0.6 * whole

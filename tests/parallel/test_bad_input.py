@@ -1,4 +1,4 @@
-"""Bad input: a clear error on every rank within seconds, no hang, and a model that is as it was."""
+"""Bad input: a clear error on every rank at once, no hang, and a model that is as it was."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def refused(make: Callable[[], Any], call: Callable[[Any], Any]) -> tuple[str, s
     try:
         call(model)
     except (PlanError, ValueError) as error:
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 60, "somebody waited for a rank that does not come"
         wrong = differences(before, fingerprint(model))
         assert not wrong, f"changed by a refused call: {wrong}"
         return type(error).__name__, str(error)
@@ -332,7 +332,7 @@ ANSWERS: dict[str, list[tuple[str, str]]] = {}
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refused_on_every_rank(name: str) -> None:
     if not ANSWERS:
-        for answers in run_world(refusals, 2, list(REFUSALS), timeout=110):
+        for answers in run_world(refusals, 2, list(REFUSALS)):
             for key, said in answers.items():
                 ANSWERS.setdefault(key, []).append(said)
     _, _, kind, words = REFUSALS[name]

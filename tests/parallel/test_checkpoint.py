@@ -399,16 +399,13 @@ def resume_training(plan: str | None, folder: str) -> float:
     ("source", "target"), [(("tp2", 2), SINGLE), (SINGLE, HELIX), (HELIX, ("tp2", 2))]
 )
 def test_training_goes_on_under_another_plan(source: Any, target: Any, tmp_path: Path) -> None:
-    run_world(
-        save_training, source[1], source[0], str(tmp_path), backend=backend_of(source), timeout=180
-    )
+    run_world(save_training, source[1], source[0], str(tmp_path), backend=backend_of(source))
     off = run_world(
         resume_training,
         target[1],
         target[0],
         str(tmp_path),
         backend=backend_of(target),
-        timeout=180,
     )
     # transformers' norms compute in float32; a wrong optimizer state is off by the learning rate, 1e-2
     assert max(off) < 1e-5

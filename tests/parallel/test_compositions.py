@@ -137,7 +137,7 @@ def staged_logits(plan: str) -> dict[str, float]:
 
 
 def test_stages_of_a_cut_sequence_give_whole_logits() -> None:
-    for errors in run_world(staged_logits, 4, "pp2 cp2", timeout=200):
+    for errors in run_world(staged_logits, 4, "pp2 cp2"):
         assert_exact(errors)
 
 
@@ -149,7 +149,7 @@ CACHED = [
 
 
 def test_stages_decode_under_helix() -> None:
-    for answers in zip(*run_world(measure_all, 4, CACHED, timeout=300), strict=True):
+    for answers in zip(*run_world(measure_all, 4, CACHED), strict=True):
         crashed = [a for a in answers if isinstance(a, str)]
         assert not crashed, crashed[0]
         assert_exact(worst(answers))  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def left_early(plan: str, folder: str) -> list[str]:
 def test_nobody_leaves_before_the_files_are_whole(tmp_path: Path) -> None:
     plans = ["dp2 pp2", "cp2 pp2", "dp4", "dp2:shard cp2"]
     calls = [(left_early, plan, str(tmp_path / plan)) for plan in plans]
-    assert run_calls(calls, 4, timeout=300) == [[[]] * len(plans)] * 4
+    assert run_calls(calls, 4) == [[[]] * len(plans)] * 4
 
 
 # --- other backends ---------------------------------------------------------------------------
@@ -194,9 +194,7 @@ def over_shared_memory(plans: list[str], folder: str) -> list[dict[str, float]]:
 
 
 def test_steps_over_shared_memory(tmp_path: Path) -> None:
-    answers = run_world(
-        over_shared_memory, 4, ELSEWHERE[:2], str(tmp_path), backend=None, timeout=300
-    )
+    answers = run_world(over_shared_memory, 4, ELSEWHERE[:2], str(tmp_path), backend=None)
     for errors in zip(*answers, strict=True):
         assert_exact(worst(errors))
 

@@ -96,7 +96,7 @@ def over_ranks(plan: str, tp: int, policies: list[tuple[str, tuple[int, ...]]]) 
 )
 def test_the_ranks_keep_what_one_process_keeps(plan, tp, kvp) -> None:
     policies = list(POLICIES.values())
-    ranks = run_world(over_ranks, tp * kvp, plan, tp, policies, timeout=400)
+    ranks = run_world(over_ranks, tp * kvp, plan, tp, policies)
     for number, policy in enumerate(policies):
         want = alone_kept(*policy)
         assert max(rank[number][0] for rank in ranks) < EXACT, policy
@@ -170,7 +170,7 @@ def zipped_over_ranks(plans: tuple[str, ...]) -> list[Any]:
 
 def test_kvzip_keeps_over_ranks_what_one_process_keeps() -> None:
     want = zipped_alone()[1]
-    ranks = run_world(zipped_over_ranks, 2, ("kvp2:interleave=3", "tp2"), timeout=400)
+    ranks = run_world(zipped_over_ranks, 2, ("kvp2:interleave=3", "tp2"))
     for rank in ranks:
         assert all(error < EXACT for error, _ in rank)
     cut = KV_HEADS // 2

@@ -43,7 +43,7 @@ def test_equals_one_process(each: Case, batch: str) -> None:
     name, size = each.name + batch, SIZES[each.name + batch]
     if name not in ANSWERS:
         alike = [(c, b) for c, b in CASES if SIZES[c.name + b] == size]
-        ranks = run_calls([(measure, c, b) for c, b in alike], size, timeout=200)
+        ranks = run_calls([(measure, c, b) for c, b in alike], size)
         for i, (c, b) in enumerate(alike):
             ANSWERS[c.name + b] = worst([answers[i] for answers in ranks])
     print(ANSWERS[name])
@@ -122,9 +122,9 @@ def other_ways_in() -> dict[str, float]:
 
 def test_compositions_and_other_ways_in() -> None:
     calls = [(over_dp, "dp2 cp2"), (over_dp, "dp2:shard cp2"), (checkpointed, "cp2 tp2")]
-    for answers in run_calls(calls, 4, timeout=100):
+    for answers in run_calls(calls, 4):
         assert max(answers) < EXACT, answers
-    for (errors,) in run_calls([(other_ways_in,)], 2, timeout=100):
+    for (errors,) in run_calls([(other_ways_in,)], 2):
         assert max(errors.values()) < EXACT, errors
 
 

@@ -144,7 +144,7 @@ CALLS = [
 
 
 def test_modules_by_rules_are_exact_or_refused() -> None:
-    for *exact, unsaid, nowhere, lengths in run_calls(CALLS, 4, timeout=200):
+    for *exact, unsaid, nowhere, lengths in run_calls(CALLS, 4):
         for errors in exact:
             assert max(errors.values()) < EXACT, errors
         assert "plait.Sequence(" in unsaid

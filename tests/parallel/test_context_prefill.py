@@ -56,7 +56,7 @@ def of_two(each: Case) -> Any:
 @pytest.mark.parametrize("size", [2, 3])
 def test_prefill_by_ring_and_decode_are_exact(size: int) -> None:
     cases = [c for c in CASES if c.plan.startswith(f"cp{size}")]
-    ranks = run_calls([(of_two, c) for c in cases], size, timeout=150)
+    ranks = run_calls([(of_two, c) for c in cases], size)
     for i, each in enumerate(cases):
         errors = worst([answers[i] for answers in ranks])
         assert max(errors.values()) < EXACT, (each.name, errors)
@@ -65,7 +65,7 @@ def test_prefill_by_ring_and_decode_are_exact(size: int) -> None:
 def test_what_is_sent() -> None:
     plans = (f"cp2 kvp2,{KV}", f"kvp2,{KV}")
     calls = [*((sent, p) for p in plans), (refused, "cp2:ulysses kvp2")]
-    for ring, gathered, said in run_calls(calls, 2, timeout=100):
+    for ring, gathered, said in run_calls(calls, 2):
         layers = 2
         assert ring["prefill send"] == layers
         assert gathered["prefill all_gather"] - ring["prefill all_gather"] == layers

@@ -60,7 +60,7 @@ def test_refusals_say_what_would_do() -> None:
         "dropout": "attention_dropout=0",
         "rope": "another rope_type",
     }
-    for (found,) in run_calls([(refused,)], 2, timeout=100):
+    for (found,) in run_calls([(refused,)], 2):
         for name, words in expected.items():
             assert words in found[name], (name, found[name])
 

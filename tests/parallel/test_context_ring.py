@@ -60,7 +60,7 @@ def test_parts_travel_and_sums_come_home(size: int) -> None:
     backends = ["gloo", "shm"]
     calls = [(tour, b, sizes[:size]) for b in backends for sizes in tours]
     calls += [(traced, b, tours[0][:size]) for b in backends]
-    for rank, answers in enumerate(run_calls(calls, size, timeout=100)):
+    for rank, answers in enumerate(run_calls(calls, size)):
         assert answers[:-2] == [True] * 8
         sent = sum(tours[0][:size]) - tours[0][:size][(rank + 1) % size]
         assert answers[-2:] == [(size - 1, 4 * sent)] * 2
@@ -148,7 +148,7 @@ def test_ring_attention_is_attention(size: int) -> None:
             (3, 0.0, False, 512),
         )
     ]
-    for answers in run_calls(calls, size, timeout=100):
+    for answers in run_calls(calls, size):
         for call, errors in zip(calls, answers, strict=True):
             assert max(errors.values()) < 1e-12, (call[1:], errors)
 

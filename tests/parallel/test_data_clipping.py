@@ -28,7 +28,7 @@ STAGED = [case("pp2 tp2", "llama"), case("dp2 pp2", "llama")]  # tied over two s
 
 def test_steps_with_clipping() -> None:
     calls = [(clipped, each, False) for each in CASES] + [(clipped, each, True) for each in STAGED]
-    answers = run_calls(calls, 4, timeout=250)
+    answers = run_calls(calls, 4)
     for i, each in enumerate([*CASES, *STAGED]):
         print(each.name)
         assert_exact(worst([answer[i] for answer in answers]))

@@ -112,7 +112,7 @@ def around() -> list[dict[str, float]]:
 
 
 def test_accumulation_checkpointing_and_frozen_parameters() -> None:
-    answers = run_world(around, 4, timeout=200)
+    answers = run_world(around, 4)
     for errors in zip(*answers, strict=True):
         assert_exact(worst(errors))
 

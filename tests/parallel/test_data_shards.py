@@ -88,7 +88,7 @@ def held(plan: str) -> dict[str, float]:
 
 def test_accumulation_checkpointing_and_memory() -> None:
     calls = [(accumulated, False), (accumulated, True), (checkpointed,), (held, "dp2:shard tp2")]
-    for answers in zip(*run_calls(calls, 4, timeout=200), strict=True):
+    for answers in zip(*run_calls(calls, 4), strict=True):
         assert_exact(worst(answers))
 
 
@@ -275,7 +275,7 @@ READ = [
 
 def test_weights_are_read_as_shards(tmp_path: Path) -> None:
     calls = [(read, *each, str(tmp_path / each[1])) for each in READ]
-    for answers in zip(*run_calls(calls, 4, timeout=300), strict=True):
+    for answers in zip(*run_calls(calls, 4), strict=True):
         assert_exact(worst(answers))
 
 

@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_with_more_ranks(tmp_path: Path) -> None:
     ended = run_job(job, tmp_path / "reports", TEST_DIES_AFTER=str(at))
     assert ended.code == -signal.SIGKILL, ended.output
     assert len(curve(tmp_path)) == at + 1, ended.output
-    run_world(run, 4, "dp2:shard", str(tmp_path), steps, timeout=250)
+    run_world(run, 4, "dp2:shard", str(tmp_path), steps)
     as_if_nothing_happened(tmp_path, steps)
 
 
@@ -182,6 +182,6 @@ def test_torchrun_goes_on_with_a_host_that_comes_later(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_stages_go_on_as_shards(tmp_path: Path) -> None:
     """Weights and moments of pp2 tp2, saved in the background, under dp2:shard tp2."""
-    run_world(run, 4, "pp2 tp2", str(tmp_path), 2, timeout=250)
-    run_world(run, 4, "dp2:shard tp2", str(tmp_path), 4, timeout=250)
+    run_world(run, 4, "pp2 tp2", str(tmp_path), 2)
+    run_world(run, 4, "dp2:shard tp2", str(tmp_path), 4)
     assert torch.tensor(curve(tmp_path)) == pytest.approx(torch.tensor(uninterrupted(4)), rel=1e-9)

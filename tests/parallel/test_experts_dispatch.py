@@ -161,7 +161,7 @@ FOUR: list[Any] = [
 
 
 def test_two_ranks() -> None:
-    answers = run_calls(TWO, 2, timeout=400)
+    answers = run_calls(TWO, 2)
     for i, each in enumerate(TWO):
         found = [answer[i] for answer in answers]
         print(each[0].__name__, each[1:], found)
@@ -178,7 +178,7 @@ def test_two_ranks() -> None:
 
 
 def test_four_ranks() -> None:
-    answers = run_calls(FOUR, 4, timeout=400)
+    answers = run_calls(FOUR, 4)
     for i, each in enumerate(FOUR[:-1]):
         errors = worst([answer[i] for answer in answers])
         print(each[0].__name__, each[1:], errors)

@@ -45,7 +45,7 @@ def test_routing_without_work_for_all() -> None:
     for plan in (TOKENS, SUMS):
         calls += [(one_way, plan), (single_token, plan, "mixtral"), (nan_logits, plan)]
     calls += [(one_way, "dp2 ep2"), (sent, TOKENS), (sent, "dp2 ep2"), (sent, "dp2 etp2")]
-    answers = run_calls(calls, 2, timeout=300)
+    answers = run_calls(calls, 2)
     for i, call in enumerate(calls):
         errors = worst([answer[i] for answer in answers])
         print(call[0].__name__, call[1], errors)
@@ -103,7 +103,7 @@ def both(number: int) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def test_a_mutation_is_noticed() -> None:
-    answers = run_calls([(both, n) for n in range(len(CONTROLS))], 2, timeout=300)
+    answers = run_calls([(both, n) for n in range(len(CONTROLS))], 2)
     for i, (mutation, each) in enumerate(CONTROLS):
         exact, mutated = (worst([answer[i][k] for answer in answers]) for k in range(2))
         print(mutation.__name__, each.name, exact, mutated)

@@ -75,7 +75,6 @@ def answers() -> list[Any]:
     return run_calls(
         [*calls, (reduced, "tp2 ep2", "deepseek"), (not_summed, "tp2 ep2", "deepseek")],
         2,
-        timeout=300,
     )
 
 

@@ -39,7 +39,7 @@ CASES = [("tp2 ep2,exchange=tokens", "mixtral"), ("dp2 ep2", "qwen3_moe"), ("cp2
 
 
 def test_the_balancing_loss_sees_all_tokens() -> None:
-    answers = run_calls([(losses, *each) for each in CASES], 2, timeout=300)
+    answers = run_calls([(losses, *each) for each in CASES], 2)
     for i, each in enumerate(CASES):
         errors = worst([answer[i] for answer in answers])
         print(each, errors)
@@ -72,6 +72,6 @@ def router_bias(model: Any) -> Tensor:
 
 def test_selection_biases_move_as_in_one_process() -> None:
     plans = ["dp2 ep2", "tp2 ep2,exchange=tokens", "cp2 ep2"]
-    for answers in run_calls([(biased, plan) for plan in plans], 2, timeout=300):
+    for answers in run_calls([(biased, plan) for plan in plans], 2):
         for plan, errors in zip(plans, answers, strict=True):
             assert errors["bias"] < EXACT, (plan, errors)

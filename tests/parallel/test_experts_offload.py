@@ -90,7 +90,7 @@ def cut(plan: str) -> dict[str, float]:
 
 def test_a_cut_model() -> None:
     plans = ["tp2 ep2", "kvp2 ep1 etp2"]
-    for answers in run_calls([(cut, plan) for plan in plans], 2, timeout=300):
+    for answers in run_calls([(cut, plan) for plan in plans], 2):
         assert worst(answers) == {"tokens": 0.0, "back": 0.0}
 
 

@@ -158,7 +158,7 @@ def own(kind: str, plan: str) -> dict[str, float]:
 def test_modules_of_any_form_are_exact() -> None:
     calls = [(own, kind, plan) for kind in RULES for plan in ("tp2 ep2", "dp2 ep2")]
     calls.append((own, "listed", "dp2:shard ep2"))  # another rank's experts are empty here
-    for answers in run_calls(calls, 2, timeout=300):
+    for answers in run_calls(calls, 2):
         for call, errors in zip(calls, answers, strict=True):
             name = max(errors, key=errors.__getitem__)
             assert errors[name] < EXACT, (call[1:], name, errors[name])

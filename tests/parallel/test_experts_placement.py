@@ -128,7 +128,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         (copies_apart, f"dp2 ep2,placement={copied}", "mixtral", 1),
         (homes_swapped, f"dp2 ep2,placement={moved}", "mixtral", 1),
     ]
-    answers = run_calls(cases, 2, timeout=300)
+    answers = run_calls(cases, 2)
     for i, each in enumerate(cases):
         errors = worst([answer[i] for answer in answers])
         print(each[0].__name__, each[1:], errors)
@@ -145,7 +145,7 @@ def test_four_ranks(tmp_path: Path) -> None:
         (placed, f"dp2 tp2 ep2,placement={copied} etp2", "gpt_oss", 2, 0.01),
         (placed, f"dp4 ep2,placement={uneven}", "mixtral", 2),
     ]
-    answers = run_calls(cases, 4, timeout=300)
+    answers = run_calls(cases, 4)
     for i, each in enumerate(cases):
         errors = worst([answer[i] for answer in answers])
         print(each, errors)

@@ -266,7 +266,7 @@ TWO: list[Any] = [
 
 
 def test_two_ranks() -> None:
-    answers = run_calls(TWO, 2, timeout=400)
+    answers = run_calls(TWO, 2)
     for i, each in enumerate(TWO[:-2]):
         errors = worst([answer[i] for answer in answers])
         print(each[0].__name__, each[1:], errors)
@@ -300,7 +300,7 @@ def test_four_ranks() -> None:
         (staged, "pp2 dp2 ep2,nodes=2"),
         (staged, "pp2 tp2 ep2,capacity=9.0,pad=true"),
     ]
-    answers = run_calls(calls, 4, timeout=400)
+    answers = run_calls(calls, 4)
     for i, each in enumerate(calls):
         errors = worst([answer[i] for answer in answers])
         print(each[1:], errors)

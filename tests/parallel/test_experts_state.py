@@ -48,7 +48,7 @@ def moved(folder: str, first: str, second: str, family: str) -> list[str]:
 @pytest.mark.parametrize("ranks", MOVES)
 def test_no_shard_is_lost_between_plans(tmp_path: Path, ranks: int) -> None:
     calls = [(moved, str(tmp_path / str(i)), *move) for i, move in enumerate(MOVES[ranks])]
-    for answers in run_calls(calls, ranks, timeout=300):
+    for answers in run_calls(calls, ranks):
         assert answers == [[]] * len(calls)
 
 
@@ -74,5 +74,5 @@ FILES = [("tp2 ep2", "mixtral"), ("dp2 ep2", "qwen3_moe"), ("tp2 etp2", "gpt_oss
 
 def test_files_are_read_in_slices_and_written_whole(tmp_path: Path) -> None:
     calls = [(read_and_written, str(tmp_path / str(i)), *case) for i, case in enumerate(FILES)]
-    for answers in run_calls(calls, 2, timeout=300):
+    for answers in run_calls(calls, 2):
         assert answers == [[]] * len(calls)

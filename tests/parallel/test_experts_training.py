@@ -30,4 +30,4 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_steps_are_those_of_one_process(ranks: int) -> None:
-    assert_as_one_process(trained, CASES[ranks], ranks, timeout=300)
+    assert_as_one_process(trained, CASES[ranks], ranks)

@@ -287,7 +287,7 @@ def parameter_bytes(plan: str, family: str) -> int:
     [("pp2 tp2", "llama"), ("dp2:shard tp2", "phi3"), ("pp2 dp2:shard ep2", "mixtral")],
 )
 def test_weights_of_stages_and_shards_are_those_of_every_rank(plan: str, family: str) -> None:
-    right = run_world(parameter_bytes, 4, plan, family, timeout=200)
+    right = run_world(parameter_bytes, 4, plan, family)
     found = [explain(plan, tiny(family), rank=rank).weights for rank in range(4)]
     assert [w.bytes for w in found] == right
     assert len(set(right)) > 1 or "shard" in plan

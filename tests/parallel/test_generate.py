@@ -187,7 +187,7 @@ CELLS = [(2, plan, "llama", tuple(WAYS)) for plan in ("tp2", "kvp2,interleave=2"
 def test_generation_gives_the_same_tokens(
     size: int, plan: str, family: str, names: tuple[str, ...]
 ) -> None:
-    for rank, answers in enumerate(run_world(ways, size, plan, family, names, timeout=100)):
+    for rank, answers in enumerate(run_world(ways, size, plan, family, names)):
         print(rank, answers)
         assert answers.keys() == set(names)
         wrong = {name: error for name, error in answers.items() if not error <= EXACT}

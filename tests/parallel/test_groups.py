@@ -156,7 +156,7 @@ def with_uneven_counts() -> None:
 
 
 def test_ranks_with_uneven_counts_meet() -> None:
-    run_world(with_uneven_counts, 4, timeout=60)
+    run_world(with_uneven_counts, 4)
 
 
 def of_another_size() -> str:

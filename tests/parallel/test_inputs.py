@@ -93,7 +93,7 @@ def test_refused_alike_on_every_rank() -> None:
         "tp2 ep2": "mixtral",
     }
     calls = [(said, plan, family) for plan, family in families.items()]
-    for mine, other in zip(*run_calls(calls, 2, timeout=200), strict=True):
+    for mine, other in zip(*run_calls(calls, 2), strict=True):
         assert mine == other
 
 
@@ -134,6 +134,6 @@ def hidden_states(plan: str, length: int) -> dict[str, float]:
 
 def test_hidden_states_are_whole() -> None:
     calls = [(hidden_states, "tp2:sp", n) for n in (9, 1)] + [(hidden_states, "tp2", 5)]
-    for answers in run_calls(calls, 2, timeout=100):
+    for answers in run_calls(calls, 2):
         for errors in answers:
             assert max(errors.values()) < EXACT, errors

@@ -123,7 +123,7 @@ def all_ways(family: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_what_pages_do_not_serve_works_as_before(family: str) -> None:
-    for answers in run_world(all_ways, 2, family, timeout=100):
+    for answers in run_world(all_ways, 2, family):
         assert {name: e for name, e in answers.items() if not e <= EXACT} == {}
 
 

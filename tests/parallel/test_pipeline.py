@@ -47,7 +47,7 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_ten_steps_are_those_of_one_process(ranks: int) -> None:
-    assert_as_one_process(several, CASES[ranks], ranks, timeout=250)
+    assert_as_one_process(several, CASES[ranks], ranks)
 
 
 def several(each: Any) -> dict[str, float]:
@@ -56,7 +56,7 @@ def several(each: Any) -> dict[str, float]:
 
 def test_three_axes() -> None:
     cases = [case("dp2 pp2 tp2", "llama"), case("dp2 pp2 tp2 ep4", "mixtral")]
-    assert_as_one_process(several, cases, 8, timeout=250)
+    assert_as_one_process(several, cases, 8)
 
 
 # --- the loop ---------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def around_tp() -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(("rank_function", "ranks"), [(around, 2), (around_tp, 4)])
 def test_the_ordinary_loop(rank_function: Callable[[], Any], ranks: int) -> None:
-    for errors in zip(*run_world(rank_function, ranks, timeout=250), strict=True):
+    for errors in zip(*run_world(rank_function, ranks), strict=True):
         assert_exact(worst(errors))
 
 

@@ -238,7 +238,7 @@ PLANS = {
 @pytest.mark.parametrize("ranks", PLANS)
 def test_training_is_that_of_one_process(ranks: int) -> None:
     calls = [(trained, *each) for each in PLANS[ranks]]
-    answers = run_calls(calls, ranks, timeout=300)
+    answers = run_calls(calls, ranks)
     for i, each in enumerate(PLANS[ranks]):
         print(each)
         assert_exact(worst([answer[i] for answer in answers]))
@@ -286,7 +286,7 @@ def around() -> list[dict[str, float]]:
 
 
 def test_what_crosses_is_what_is_used() -> None:
-    for answers in zip(*run_world(around, 2, timeout=300), strict=True):
+    for answers in zip(*run_world(around, 2), strict=True):
         assert_exact(worst(answers))
 
 
@@ -310,7 +310,7 @@ def unshared() -> dict[str, float]:
 
 @pytest.mark.parametrize("mutation", [apart, unshared])
 def test_wrong_gradients_are_seen(mutation: Callable[[], dict[str, float]]) -> None:
-    assert worst(run_world(mutation, 2, timeout=300))["gradients"] > 1e-3
+    assert worst(run_world(mutation, 2))["gradients"] > 1e-3
 
 
 # --- checkpoints ------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def resumed(folder: str) -> dict[str, float]:
 
 
 def test_a_checkpoint_goes_on_under_another_plan(tmp_path: Path) -> None:
-    assert_exact(worst(run_world(resumed, 2, str(tmp_path), timeout=300)))
+    assert_exact(worst(run_world(resumed, 2, str(tmp_path))))
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -397,6 +397,6 @@ def refused() -> list[str]:
 
 
 def test_refusals_are_everywhere() -> None:
-    for twice, dropping in run_world(refused, 2, timeout=200):
+    for twice, dropping in run_world(refused, 2):
         assert "called twice" in twice
         assert "dropout p=0.1" in dropping

@@ -78,5 +78,5 @@ def test_gradients_are_those_of_one_process() -> None:
         (compared, "pp2 dp2", True),
         (half_refused,),
     ]
-    for answers in zip(*run_calls(calls, 4, timeout=300), strict=True):
+    for answers in zip(*run_calls(calls, 4), strict=True):
         assert_exact(worst(answers), CLOSE)

@@ -84,7 +84,7 @@ MICROBATCHES = {c.plan: 2 for cases in CASES.values() for c in cases} | {
 
 @pytest.mark.parametrize("ranks", CASES)
 def test_balancing_losses_are_those_of_the_same_microbatches(ranks: int) -> None:
-    assert_as_one_process(balanced, CASES[ranks], ranks, timeout=300)
+    assert_as_one_process(balanced, CASES[ranks], ranks)
 
 
 def unweighted(each: Case) -> dict[str, float]:
@@ -178,7 +178,7 @@ def test_z_losses_and_biases() -> None:
         (penalised, "pp2:zero-bubble,microbatches=4", "deepseek"),
         (biased, "pp2:gpipe,microbatches=3"),  # of two rows
     ]
-    for answers in zip(*run_calls(calls, 2, timeout=300), strict=True):
+    for answers in zip(*run_calls(calls, 2), strict=True):
         assert_exact(worst(answers))
 
 

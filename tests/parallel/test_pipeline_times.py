@@ -40,13 +40,16 @@ def test_times_move_the_cut(tmp_path: Path) -> None:
 
 
 def test_a_slow_layer_is_found(tmp_path: Path) -> None:
-    """The last layer sleeps, in forward only; by parameters the cut is in the middle."""
+    """The last layer sleeps, in forward only; by parameters the cut is in the middle.
+
+    The least of three times is no stall of the machine's.
+    """
     model, path, ids = tiny("qwen3", layers=4), tmp_path / "times.json", tokens(2, 12)
     before = copy.deepcopy(model.state_dict())
     batch = {"input_ids": ids, "labels": ids}
     slow = model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     state = torch.get_rng_state()
-    measure_layers(model, batch, path, repeats=1)
+    measure_layers(model, batch, path, repeats=3)
     slow.remove()
     assert bounds(model, path) == (0, 3, 4)
     assert bounds(model) == (0, 2, 4)
@@ -63,7 +66,7 @@ def uneven(path: str) -> dict[str, float]:
     """Rank 0 measures; both cut by it: one layer and four, with an embedding that both hold."""
     model, ids = tiny("llama", layers=5), tokens(2, 9)
     slow = model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.3))
-    measure_layers(model, {"input_ids": ids}, path, repeats=1)
+    measure_layers(model, {"input_ids": ids}, path, repeats=3)
     slow.remove()
     each = case(f"pp2:gpipe,microbatches=3,times={path}", "llama", layers=5)
     assert parallelize(model, each.plan)._plait.split.bounds == (0, 1, 5)
@@ -92,8 +95,8 @@ def differing(folder: str) -> None:
 
 
 def test_stages_by_time_train_as_one_process(tmp_path: Path) -> None:
-    assert_exact(worst(run_world(uneven, 2, str(tmp_path / "times.json"), timeout=200)))
-    run_world(differing, 2, str(tmp_path), timeout=200)
+    assert_exact(worst(run_world(uneven, 2, str(tmp_path / "times.json"))))
+    run_world(differing, 2, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def every_case() -> list[dict[str, float]]:
 
 
 def test_fused_steps_are_near_float64_and_wrong_ones_are_not() -> None:
-    for answers in run_world(every_case, 2, timeout=100):
+    for answers in run_world(every_case, 2):
         for said in answers:
             assert (said["apart"] < NEAR, said["apart calls"]) == (True, 0), said
         for case, said in zip(ALL, answers, strict=False):

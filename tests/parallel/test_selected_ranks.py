@@ -103,9 +103,7 @@ def over_ranks(plan: str, tp: int, shards: int, run: int, names: list[str]) -> l
     ],
 )
 def test_each_rank_chooses_among_its_own(plan, tp, shards, run, names) -> None:
-    for *errors, without in run_world(
-        over_ranks, tp * shards, plan, tp, shards, run, names, timeout=400
-    ):
+    for *errors, without in run_world(over_ranks, tp * shards, plan, tp, shards, run, names):
         assert max(errors) < EXACT, dict(zip(names, errors, strict=True))
         # Documented: ranks choose for themselves, so with kvp the tokens read are others than without.
         assert (without > 1e-6) == (shards > 1)

@@ -91,7 +91,7 @@ CHECKPOINTED = [
 
 
 def test_gradient_checkpointing_is_exact() -> None:
-    for answers in run_calls([(checkpointed, *cell) for cell in CHECKPOINTED], 2, timeout=100):
+    for answers in run_calls([(checkpointed, *cell) for cell in CHECKPOINTED], 2):
         for cell, errors in zip(CHECKPOINTED, answers, strict=True):
             name = max(errors, key=errors.__getitem__)
             print(cell, name, errors[name])
@@ -158,7 +158,7 @@ PRECISION = [
 
 def test_lower_precision_is_as_good_as_one_process() -> None:
     """float32 to 1e-5; bfloat16 to 1.5 times the error of one bfloat16 process (DESIGN section 6)."""
-    for answers in run_calls([(precision, *cell) for cell in PRECISION], 2, timeout=100):
+    for answers in run_calls([(precision, *cell) for cell in PRECISION], 2):
         for cell, errors in zip(PRECISION, answers, strict=True):
             for name, (found, alone) in errors.items():
                 print(cell, name, f"{found:.1e} one process {alone:.1e}")
@@ -228,7 +228,7 @@ UNDONE = [
 
 
 def test_undo_leaves_nothing_behind() -> None:
-    for answers in run_calls([(undone, *cell) for cell in UNDONE], 2, timeout=100):
+    for answers in run_calls([(undone, *cell) for cell in UNDONE], 2):
         for cell, left in zip(UNDONE, answers, strict=True):
             assert not left, (cell, left)
 

@@ -65,7 +65,7 @@ def whole(grad: Any) -> Tensor:
 
 
 def test_losses_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
-    errors = worst(run_world(both, 4, str(tmp_path / "model"), timeout=300))
+    errors = worst(run_world(both, 4, str(tmp_path / "model")))
     print(errors)
     assert len(errors) > 20
     assert max(errors.values()) < 2e-5

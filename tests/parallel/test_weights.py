@@ -248,9 +248,7 @@ def read_in_parallel(kind: str, plan: str, folder: str) -> tuple[float, list[str
 )
 def test_ranks_read_their_parts(kind: str, plan: str, size: int, tmp_path: Path) -> None:
     make(kind).save_pretrained(tmp_path, max_shard_size="50KB")
-    for error, meta, differ in run_world(
-        read_in_parallel, size, kind, plan, str(tmp_path), timeout=180
-    ):
+    for error, meta, differ in run_world(read_in_parallel, size, kind, plan, str(tmp_path)):
         assert error < 1e-6  # the norms of transformers compute in float32
         assert meta == []
         assert differ == []
@@ -335,7 +333,7 @@ def test_bad_weights_are_errors_on_every_rank(tmp_path: Path) -> None:
     for how in cases:
         make("tied").save_pretrained(tmp_path / how)
         break_file(tmp_path / how, how)
-    for said in run_world(read_bad, 2, str(tmp_path), timeout=180):
+    for said in run_world(read_bad, 2, str(tmp_path)):
         for how, (text, untouched) in zip(cases, said, strict=True):
             assert re.search(SAID[how], text)  # NaN is seen by rank 1 only, and told by both
             assert untouched
@@ -398,14 +396,14 @@ def test_a_rank_holds_its_part_and_one_tensor_at_most(tmp_path: Path) -> None:
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(tmp_path)
     del model
-    results = run_world(growth, 2, "tp2", str(tmp_path), timeout=180)
+    results = run_world(growth, 2, "tp2", str(tmp_path))
     for most, own, largest in results:
         figures = [f"{x / 2**20:.1f}" for x in (most, own, largest, total)]
         print("grew {} MiB; part {}, largest tensor {}, all {}".format(*figures))
         assert own < 0.51 * total
         assert 0.9 * own <= most <= own + largest + SLACK  # the heap may hold a little from before
     # negative control: a rank that loads the whole model breaks the bound of one that loads its half
-    ((whole, _, _),) = run_world(growth, 1, "tp1", str(tmp_path), backend=None, timeout=180)
+    ((whole, _, _),) = run_world(growth, 1, "tp1", str(tmp_path), backend=None)
     assert whole > results[0][1] + results[0][2] + SLACK
 
 
