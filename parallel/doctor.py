@@ -191,7 +191,7 @@ def _mpirun() -> Finding:
         )
     try:
         said = subprocess.run(
-            [found, "--version"], capture_output=True, text=True, timeout=20
+            [found, "--version"], capture_output=True, text=True, timeout=60
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return Finding(

@@ -23,7 +23,8 @@ class Anonymous(TorchDispatchMode):
     @staticmethod
     def now() -> int:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+        # what a full machine has swapped out is the process's all the same
+        return sum(map(int, re.findall(r"(?:RssAnon|VmSwap):\s+(\d+) kB", status))) * 1024
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

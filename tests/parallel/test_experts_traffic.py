@@ -84,7 +84,7 @@ def test_clusters_are_the_best_there_are() -> None:
         return sum(abs(loads[list(c)].sum() - loads.sum() / 2) for c in clusters)
 
     halves = [(c, tuple(set(range(6)) - set(c))) for c in combinations(range(6), 3)]
-    found = clustered(loads, 2, 5.0)
+    found = clustered(loads, 2, 60.0)
     assert sorted(e for c in found for e in c) == list(range(6))
     assert distance(found) == min(map(distance, halves))
     assert distance(found) < distance(balanced(loads.tolist(), 2).ranks), "greedy is not as good"
@@ -100,12 +100,12 @@ def test_clusters_go_where_their_tokens_are(slow: bool) -> None:
     def worst(order: Any) -> float:
         return max(traffic[s, order[t]] / speed[s, t] for s in range(4) for t in range(4) if s != t)
 
-    assert worst(assigned(traffic, speed, 5.0)) == min(worst(o) for o in permutations(range(4)))
+    assert worst(assigned(traffic, speed, 60.0)) == min(worst(o) for o in permutations(range(4)))
 
 
 def test_both_are_better_than_none(routing: Routing) -> None:
     even = weigh(routing, {n: Placement.even(8, 4) for n in routing.experts})
-    made = weigh(routing, tuned(routing, 4, seconds=3.0))
+    made = weigh(routing, tuned(routing, 4, seconds=60.0))
     copied = weigh(routing, {n: balanced(routing.loads(n).tolist(), 4, 1) for n in routing.experts})
     for layer, before in even.items():
         assert made[layer].measured == pytest.approx(made[layer].predicted)
