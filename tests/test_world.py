@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import world
 from world import RankError, WorldTimeout, run_calls, run_world
 
 
@@ -90,6 +92,20 @@ def killed() -> None:
 
 
 def test_a_killed_rank_is_named() -> None:
+    with pytest.raises(RankError, match="SIGKILL") as caught:
+        run_world(killed, 2)
+    assert caught.value.rank == 1
+
+
+def test_a_death_goes_before_what_the_others_say_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody looks until all have answered, as on a busy machine."""
+    look = world.connection.wait
+
+    def late(*given: Any, **options: Any) -> list[Any]:
+        time.sleep(1)
+        return look(*given, **options)
+
+    monkeypatch.setattr(world.connection, "wait", late)
     with pytest.raises(RankError, match="SIGKILL") as caught:
         run_world(killed, 2)
     assert caught.value.rank == 1

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,9 @@ import torch.distributed as dist
 import plait
 from models import tiny, tokens
 from plait.collectives import Timeline
+from plait.collectives.trace import Event
+from plait.parallel.attention.exchange import Chunks
 from world import run_world
-
-LATE_S = 0.3
 
 
 @torch.no_grad()
@@ -41,16 +42,35 @@ def test_axes_have_the_models_names() -> None:
 
 @torch.no_grad()
 def timeline_of_a_step(folder: str, chunks: int) -> list[dict[str, Any]]:
-    """Trace a decode step to whose first exchanges rank 1 comes late, and read the file of it."""
+    """Trace a decode step and read the file of it; to its first exchanges rank 1 comes when rank 0 has attended."""
     model = plait.parallelize(tiny("llama"), f"kvp2,chunks={chunks},exchange=partials")
     cache = model(tokens(4, 9), use_cache=True).past_key_values
-    late = LATE_S * dist.get_rank()
-    model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: time.sleep(late))
-    with plait.trace(model) as trace:
+    store = dist.distributed_c10d._get_default_store()
+    attended: list[float] = []
+    merge = Chunks.merge
+
+    def told(self: Chunks, *given: Any) -> torch.Tensor:
+        attended.append(time.perf_counter())
+        store.set(f"attended by {dist.get_rank()}", "")
+        return merge(self, *given)
+
+    if chunks > 1 and dist.get_rank() == 1:
+        attention = model.model.layers[0].self_attn
+        attention.register_forward_pre_hook(lambda *_: store.wait(["attended by 0"]))
+    with plait.trace(model) as trace, patch.object(Chunks, "merge", told):
         model(tokens(4, 1), past_key_values=cache, use_cache=True)
+    if chunks > 1 and dist.get_rank() == 0:  # another thread may note when an exchange ended
+        end = time.monotonic() + 60
+        while min(trace.events, key=is_sent).end < attended[0] and time.monotonic() < end:
+            time.sleep(0.01)
     path = Path(folder, f"{chunks}-{dist.get_rank()}.json")
     Timeline.gathered(trace, dist.group.WORLD).save(path)
     return json.loads(path.read_text())["traceEvents"]
+
+
+def is_sent(event: Event) -> tuple[bool, float]:
+    """The order in which the first exchange is the least."""
+    return event.op != "all_to_all", event.start
 
 
 def hidden(events: list[dict[str, Any]]) -> bool:
