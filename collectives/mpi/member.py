@@ -203,7 +203,7 @@ class Member(PythonGroup):
 
     def _run_here(self, about: About, tensors: list[Tensor], steps: Steps) -> None:
         """Run to the end in this thread; what takes longer than a moment becomes an `Operation`."""
-        requests = None
+        requests: Any = None
         try:
             if not self.engine.serial:
                 requests = next(steps, None)
@@ -216,10 +216,13 @@ class Member(PythonGroup):
             operation = Operation(self, about, tensors, steps)
             raise self.engine.explain(operation, error) from error
         except KeyboardInterrupt as interruption:
-            self._leave_open(Operation(self, about, tensors, steps), requests, interruption)
+            operation = Operation(self, about, tensors, steps)
+            operation.resume(requests)
+            operation.interrupted(interruption)
+            self._set_aside(operation)
             raise
         operation = Operation(self, about, tensors, steps)
-        if requests is None:
+        if self.engine.serial:
             operation.start()
         else:
             operation.resume(requests)
@@ -230,21 +233,10 @@ class Member(PythonGroup):
             raise
 
     def _set_aside(self, operation: Operation) -> None:
-        """Let a call go on that nobody waits for: others do, and MPI knows its tensors."""
+        """Let a call go on that nobody waits for any more: others do, and MPI knows its tensors."""
         self._open = weakref.ref(operation)
-        self.engine.adopt(operation)
-
-    def _leave_open(
-        self, operation: Operation, requests: Any, interruption: KeyboardInterrupt
-    ) -> None:
-        """After an interruption of the first moments: let go on what can."""
-        if requests is not None:
-            operation.resume(requests)
-            self._set_aside(operation)
-        elif not operation.is_unbegun():
-            # the requests have no name any more, but MPI may still write where they say
-            self.engine.abandoned.append((operation.remains(), interruption))
-            self.lost = self.lost or RuntimeError(f"{self} is closed: {operation} was interrupted")
+        if not operation.done:
+            self.engine.adopt(operation)
 
     def state(self) -> Answer:
         """Say where this rank is in the calls of the group; the roll call asks."""

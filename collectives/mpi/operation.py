@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
 from datetime import timedelta
-from inspect import GEN_CREATED, getgeneratorstate
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +70,20 @@ class Operation:
             raise self.group.engine.explain(self, error) from error
 
     def resume(self, requests: Any) -> None:
-        """Take over steps that somebody else has driven up to these requests."""
+        """Take over steps that somebody else has driven up to these requests; None: what they wait for is not known."""
         self._requests = requests
 
-    def is_unbegun(self) -> bool:
-        """Say whether no step has been taken."""
-        steps = self._steps
-        return isinstance(steps, Generator) and getgeneratorstate(steps) == GEN_CREATED
+    def interrupted(self, by: KeyboardInterrupt) -> None:
+        """Take note of Ctrl-C: what can go on does, for others wait for it.
+
+        Between two steps there is nothing that could: the requests have no name any more, but MPI may still write where
+        they say. Then this is the end of the operation, and of the group.
+        """
+        if self.done or self._requests is not None:
+            return
+        self.group.engine.abandoned.append((self.remains(), by))
+        self._end(RuntimeError(f"{self.group} is closed: {self} was interrupted"))
+        self.group.lost = self.group.lost or self.error
 
     def __str__(self) -> str:
         if self.peer is None:
@@ -94,7 +99,7 @@ class Operation:
             self._move()
         finally:
             self._lock.release()
-        self._tell()
+            self._tell()
         return self.done
 
     def _move(self) -> None:
@@ -103,6 +108,9 @@ class Operation:
                 self._advance()
         except Exception as error:
             self._end(self.group.engine.explain(self, error))
+        except KeyboardInterrupt as interruption:
+            self.interrupted(interruption)
+            raise
 
     def _arrived(self) -> bool:
         requests = self._requests
@@ -117,6 +125,7 @@ class Operation:
     def _advance(self) -> None:
         assert self._steps is not None
         with self.group.engine.turn:
+            self._requests = None  # an interruption may come before the next ones have this name
             self._requests = next(self._steps, None)
         if self._requests is None:
             self._end(None)

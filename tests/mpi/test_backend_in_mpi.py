@@ -335,7 +335,7 @@ def appears(seen: Callable[[], bool]) -> bool:
 
 
 def test_a_group_is_closed_where_an_interruption_lost_its_place(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two steps: what MPI was told to do has no name any more, so nothing is sent after it."""
     from plait.collectives.mpi.reduction import Reduction
@@ -343,7 +343,8 @@ def test_a_group_is_closed_where_an_interruption_lost_its_place(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    group = dist.new_group()
+    group, heard = dist.new_group(), folder / "heard"
+    assert isinstance(group, dist.ProcessGroup)
     x = torch.full((300_000,), float(world.rank))
     if world.rank == 0:
         monkeypatch.setattr(Reduction, "fold", interrupted)
@@ -354,10 +355,14 @@ def test_a_group_is_closed_where_an_interruption_lost_its_place(
             RuntimeError, match=r"is closed: all_reduce \[300000\].* was interrupted"
         ):
             dist.all_reduce(x, group=group)
+        heard.touch()
     else:
-        group.set_timeout(timedelta(seconds=3))  # type: ignore[union-attr]
-        with pytest.raises(PeerLost, match=r"rank 0 .*all_reduce \[300000\]"):
-            dist.all_reduce(x, group=group)
+        work = dist.all_reduce(x, group=group, async_op=True)
+        assert work is not None
+        assert appears(heard.exists)
+        group.set_timeout(timedelta(seconds=3))
+        with pytest.raises(PeerLost, match=r"rank 0 .*all_reduce \[300000\].* was interrupted"):
+            work.wait()
     dist.barrier()
 
 
