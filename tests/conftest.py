@@ -19,16 +19,17 @@ import world
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw the same examples at every run, so that what fails anywhere fails everywhere.
+    """Draw the same examples at every run, and time none, so that what fails anywhere fails everywhere.
 
     New ones: `pytest --hypothesis-profile search`. The environments of single tools have no hypothesis.
     """
     if not config.pluginmanager.hasplugin("hypothesispytest"):
         return
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("search", print_blob=True)
-    settings.register_profile("same", derandomize=True, print_blob=True)
+    untimed: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("search", print_blob=True, **untimed)
+    settings.register_profile("same", derandomize=True, print_blob=True, **untimed)
     settings.load_profile("same")
 
 

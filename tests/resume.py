@@ -4,7 +4,7 @@
 
 Where TEST_DIES_AFTER is set a host's last rank kills its launcher and itself (SIGKILL) after that step, as a host that
 is lost would, while that step's checkpoint may be half written. Where TEST_WAITS_AFTER is set the ranks of one host
-alone wait after that step until torchrun starts them again with those of another.
+alone wait after that step (-1: before the first) until torchrun starts them again with those of another.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def run(plan: str, folder: str, steps: int) -> None:
         0
     )  # the batches are drawn from torch's own generator, whose state is in the checkpoint
     step, pending = restore(model, optimizer, Path(folder)), None
+    interrupt(world, step - 1)
     saving = dist.new_group()  # a save in the background must not meet the step's own collectives
     while step < steps:
         loss = train_step(model, optimizer, step, fitted.dp.size, coordinate(model))

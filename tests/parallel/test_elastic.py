@@ -110,6 +110,9 @@ def wait_for(port: int, seconds: float = 120) -> None:
     pytest.fail(f"nobody listens at {port}")
 
 
+# torch 2.13's agents keep the place of an earlier round's store, for which who comes later waits in vain: each round
+# gets a store of its own
+OWN_STORES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 SCRIPT = str(Path(__file__).parent.parent / "resume.py")
 
 
@@ -140,9 +143,10 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> None:
     port = free_port()
     wait_for_both = "last_call_timeout=25,keep_alive_interval=1,keep_alive_max_attempt=3"
     job = [*elastic(port, wait_for_both), SCRIPT, "dp2:shard", str(tmp_path), str(steps)]
-    first = start(job, tmp_path / "first")
+    # who comes later than that finds the first where it waits, and nothing is lost: see the next test
+    first = start(job, tmp_path / "first", TEST_WAITS_AFTER="-1", **OWN_STORES)
     wait_for(port)  # whoever comes first keeps the hosts' common state, and must live
-    second = start(job, tmp_path / "second", TEST_DIES_AFTER=str(at))
+    second = start(job, tmp_path / "second", TEST_DIES_AFTER=str(at), **OWN_STORES)
     lost, ended = (finish(host, tmp_path / "none", timeout=500) for host in (second, first))
     assert lost.code == -signal.SIGKILL, lost.output
     assert ended.code == 0, ended.output
@@ -152,11 +156,7 @@ def test_torchrun_goes_on_with_the_hosts_that_are_left(tmp_path: Path) -> None:
 @pytest.mark.table
 @pytest.mark.filterwarnings("ignore")
 def test_torchrun_goes_on_with_a_host_that_comes_later(tmp_path: Path) -> None:
-    """A host alone trains tp2; when another joins, torchrun starts all ranks again, and they are dp2:shard tp2.
-
-    torch 2.13's agents keep the place of an earlier round's store, for which who comes later waits in vain: each round
-    gets a store of its own.
-    """
+    """A host alone trains tp2; when another joins, torchrun starts all ranks again, and they are dp2:shard tp2."""
     steps, at, port = 5, random.randrange(1, 4), free_port()
     job = [
         *elastic(port, "last_call_timeout=1", 2),
@@ -165,13 +165,12 @@ def test_torchrun_goes_on_with_a_host_that_comes_later(tmp_path: Path) -> None:
         str(tmp_path),
         str(steps),
     ]
-    own_stores = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    first = start(job, tmp_path / "first", TEST_WAITS_AFTER=str(at), **own_stores)
-    end = time.monotonic() + 250
+    first = start(job, tmp_path / "first", TEST_WAITS_AFTER=str(at), **OWN_STORES)
+    end = time.monotonic() + 400
     while len(lines(tmp_path)) <= at and first.poll() is None and time.monotonic() < end:
         time.sleep(0.2)
-    second = start(job, tmp_path / "second", **own_stores)
-    ends = [finish(host, tmp_path / "none", timeout=400) for host in (first, second)]
+    second = start(job, tmp_path / "second", **OWN_STORES)
+    ends = [finish(host, tmp_path / "none", timeout=500) for host in (first, second)]
     assert [end.code for end in ends] == [0, 0], "\n---\n".join(end.output for end in ends)
     as_if_nothing_happened(tmp_path, steps)
     plans = [said["plan"] for said in lines(tmp_path)]
