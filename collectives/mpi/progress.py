@@ -196,7 +196,7 @@ class Engine:
         self._stop.set()
         self._work.set()
         self._thread.join(1.0)
-        if self.abandoned and not self._farewell():
+        if self.abandoned and not self._farewell(patient=failed is None):
             print(
                 f"rank {self.world.rank}: a peer is lost, or its part of a call: the job is ended",
                 file=sys.stderr,
@@ -207,18 +207,32 @@ class Engine:
                 os._exit(1)
             MPI.COMM_WORLD.Abort(1)
 
-    def _farewell(self) -> bool:
-        """Give the others time to raise and to come; if all do, a late one included, MPI ends as usual."""
-        end = time.monotonic() + FAREWELL_S
-        request: MPI.Request | None = None
-        with contextlib.suppress(MPI.Exception):  # the dead come to no barrier
+    def _farewell(self, patient: bool) -> bool:
+        """Give the others time to raise and to come; if all do, a late one included, MPI ends as usual.
+
+        Where nothing has failed they may have much to do still: `patient`, it waits for them while all answer.
+        """
+        try:
             request = self.world.Ibarrier()
-        while time.monotonic() < end:
-            try:
-                if request is not None and request.Test():
-                    return True
-            except MPI.Exception:
-                request = None  # tested again it would pass for done
+            while not self._all_come(request, FAREWELL_S):
+                if not (patient and self._all_answer()):
+                    return self._all_come(request, 0.0)  # who has come and gone answers no more
+            return True
+        except MPI.Exception:  # the dead come to no barrier; tested again it would pass for done
+            return self._all_come(None, FAREWELL_S)
+
+    def _all_come(self, request: MPI.Request | None, seconds: float) -> bool:
+        """Answer the others for a while; say whether all have come to the barrier."""
+        end = time.monotonic() + seconds
+        while request is None or not request.Test():
+            if time.monotonic() > end:
+                return False
             self.rollcall.attend()
             time.sleep(0.01)
-        return False
+        return True
+
+    def _all_answer(self) -> bool:
+        """Say whether every other rank lives, and none has left with an error."""
+        others = [r for r in range(self.world.size) if r != self.world.rank]
+        answers = self.rollcall.ask("", others, SILENCE_S)
+        return len(answers) == len(others) and not self.rollcall.left

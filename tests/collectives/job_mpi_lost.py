@@ -18,7 +18,7 @@ from plait.collectives import PeerLost, init
 from plait.collectives.mpi import operation, progress, register
 
 TIMEOUT_S = 2.0
-PATIENT_S = 200.0  # as long as nobody waits for it: a stopped rank is given up before
+PATIENT_S = 1000.0  # as long as nobody waits for it: a stopped rank is given up before
 
 
 def talk(asynchronous: bool) -> None:
@@ -61,7 +61,7 @@ def until_lost(model: torch.nn.Module | None) -> str:
 
 
 def main(how: str) -> None:
-    world = init(register(), timeout_s=60)
+    world = init(register(), timeout_s=200)
     talk(False)
     model = None
     if how.endswith("_in_ddp"):

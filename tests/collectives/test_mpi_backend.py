@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ HERE = Path(__file__).parent
 TESTS = HERE.parent / "mpi" / "test_backend_in_mpi.py"
 LOST = HERE / "job_mpi_lost.py"
 # asked for within a second after the timeout, on top of what ran before the loss and a crowded machine
-BOUND_S = 20.0
+BOUND_S = 60.0
 
 pytest.importorskip("mpi4py")
 
@@ -39,7 +38,6 @@ def under_pytest(folder: Path, *options: str, **env: str) -> Ended:
 
 def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
     """Run a job that loses a rank; nothing is left of it: no process, no segment, no folder of MPI's."""
-    started = time.monotonic()
     place = folder / "mpi"
     place.mkdir()
     ended = run_job(
@@ -51,7 +49,6 @@ def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
         TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"),
         OMPI_MCA_btl_sm_backing_directory=str(place),
     )
-    assert time.monotonic() - started < 90
     assert not still_running(folder)
     meetings = place / f"plait-{os.getuid()}"  # the user's, for all jobs: it stays, and is empty
     assert [path for path in place.rglob("*") if path != meetings] == []
@@ -140,6 +137,29 @@ def test_a_killed_rank_is_named_by_a_fault_tolerant_mpi(tmp_path: Path) -> None:
     for told in ended.reports.values():
         assert "rank 1 is dead" in told["lost"]
         assert told["seconds"] < BOUND_S
+
+
+@pytest.mark.slow
+def test_who_works_on_for_long_is_not_lost(tmp_path: Path) -> None:
+    """All gave up a message that never came; who ends first waits for the others longer than for one that is lost."""
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import time\n"
+        "import torch\n"
+        "import torch.distributed as dist\n"
+        "from plait.collectives import init\n"
+        "from plait.collectives.mpi import progress, register\n"
+        "progress.FAREWELL_S = 0.1\n"
+        "world = init(register(), timeout_s=200)\n"
+        "group = dist.new_group()\n"
+        "work = dist.irecv(torch.ones(3), (world.rank + 1) % world.size, group=group)\n"
+        "dist.destroy_process_group(group)\n"
+        "assert dist.group.WORLD.engine.abandoned\n"
+        "dist.barrier()\n"
+        "time.sleep(2.0 * world.rank)\n"
+    )
+    ended = run_job([*mpirun(3), str(job)], tmp_path / "reports", OMP_NUM_THREADS="1")
+    assert ended.code == 0, ended.output
 
 
 @pytest.mark.slow

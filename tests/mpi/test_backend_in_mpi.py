@@ -29,7 +29,7 @@ from conformance_refusals import REFUSALS
 from exactness import far
 from models import tiny, tokens
 from plait.collectives import CallMismatch, PeerLost, Trace
-from plait.collectives.mpi import register
+from plait.collectives.mpi import progress, register
 from plait.collectives.world import World, init
 from plait.parallel import parallelize
 
@@ -45,7 +45,7 @@ pytestmark = [
 def world() -> Iterator[World]:
     if dist.is_initialized():
         dist.destroy_process_group()
-    world = init(register(), timeout_s=30)
+    world = init(register(), timeout_s=120)
     yield world
     world.close()
 
@@ -221,9 +221,13 @@ def test_groups_of_threads(world: World) -> None:
     assert [sums[i] for i in range(3)] == [[float(6 + 4 * step) for step in range(20)]] * 3
 
 
-def test_a_destroyed_group_ends_what_is_under_way(world: World) -> None:
+def test_a_destroyed_group_ends_what_is_under_way(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MPI would wait for it: for ever, as nobody sends."""
+    monkeypatch.setattr(progress, "FAREWELL_S", 5.0)  # the others may be late by more than two
     group = dist.new_group()
+    dist.barrier()
     done = dist.all_reduce(torch.ones(3), group=group, async_op=True)
     begin = time.monotonic()
     waits = dist.irecv(torch.ones(3), (world.rank + 1) % world.size, group=group)
@@ -233,7 +237,7 @@ def test_a_destroyed_group_ends_what_is_under_way(world: World) -> None:
     done.wait()  # what ends is not given up
     with pytest.raises(RuntimeError, match="is closed"):
         waits.wait()
-    assert time.monotonic() - begin < 30  # of a timeout of 300
+    assert time.monotonic() - begin < 100  # of a timeout of 300
     dist.barrier()
 
 

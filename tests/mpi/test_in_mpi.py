@@ -11,7 +11,7 @@ from plait.collectives.world import World, init
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return init(timeout_s=60)
+    return init(timeout_s=120)
 
 
 @pytest.mark.mpi(min_size=2)
