@@ -43,7 +43,8 @@ class Timeline:
     @classmethod
     def of(cls, trace: Trace, rank: int = 0) -> Timeline:
         """Read one rank's trace."""
-        since = time.time() - time.perf_counter()
+        # a process may be kept waiting between the two: the largest of a few is the nearest
+        since = max(time.time() - time.perf_counter() for _ in range(9))
         spans = [Bar(rank, s.name, "", s.start + since, s.seconds) for s in trace.spans]
         events = [
             Bar(rank, e.op, e.axis, e.start + since, e.seconds, e.sent_bytes, e.scope)

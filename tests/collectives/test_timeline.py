@@ -19,39 +19,45 @@ from world import run_world
 LATE = 0.2
 
 
-def one_comes_late(backend: str) -> list[tuple[str, float, float]]:
-    """Seconds of an asynchronous and of a waiting exchange to which rank 1 comes late; and the times of a span."""
+def one_comes_late(backend: str) -> list[Bar]:
+    """Bars of an asynchronous and of a waiting exchange, to which rank 1 comes when rank 0 has begun, and of spans."""
     if backend == "shm":
         register()
-    group = dist.new_group([0, 1], backend=backend)
+    group, first = dist.new_group([0, 1], backend=backend), dist.get_rank() == 0
+    store = dist.distributed_c10d._get_default_store()
     x, out = torch.ones(2, 3), torch.empty(2, 3)
     dist.all_to_all_single(out, x, group=group)
     with Trace(lambda _: "kvp") as trace:
         with span("computing"):
-            time.sleep(LATE * dist.get_rank())
+            if not first:
+                store.wait(["computes behind it"])
+                time.sleep(LATE)
         work = dist.all_to_all_single(out, x, group=group, async_op=True)
         assert work is not None
         with span("behind it"):
+            if first:
+                store.set("computes behind it", "")
             time.sleep(LATE)
         work.wait()
-        time.sleep(LATE * dist.get_rank())
+        if first:
+            store.set("begins to wait", "")
+        else:
+            store.wait(["begins to wait"])
+            time.sleep(LATE)
         dist.all_to_all_single(out, x, group=group)
-        timeline = Timeline.gathered(trace, group)
-    return [(b.name, b.start, b.seconds) for b in timeline.bars if b.rank == 0 and b.axis != ""][
-        :2
-    ] + [(b.name, b.start, b.seconds) for b in timeline.bars if b.axis == ""]
+        return list(Timeline.gathered(trace, group).bars)
 
 
 @pytest.mark.parametrize("backend", ["gloo", "shm"])
 def test_seconds_last_until_the_end(backend: str) -> None:
     zero, one = run_world(one_comes_late, 2, backend)
     assert zero == one  # all ranks gathered all bars
-    (_, began, late), (_, _, waited), *spans = zero
-    assert late > 0.9 * LATE  # the call returned at once; the exchange lasted
-    assert waited > 0.9 * LATE
-    computed, behind = spans[0], spans[1]
-    assert computed[1] + computed[2] <= began
-    assert began <= behind[1] <= began + late  # what was computed meanwhile lies beside it
+    computed, behind = (bar for bar in zero if bar.rank == 0 and not bar.axis)
+    (late, waited), came = ([bar for bar in zero if bar.rank == r and bar.axis][:2] for r in (0, 1))
+    assert late.seconds > 0.9 * LATE  # the call returned at once; the exchange lasted
+    assert [late.end >= came[0].start, waited.end >= came[1].start] == [True, True]
+    assert computed.end <= late.start
+    assert late.start <= behind.start <= late.end  # what was computed meanwhile lies beside it
 
 
 def bars() -> Timeline:
