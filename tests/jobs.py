@@ -128,7 +128,7 @@ def report(rank: int, answer: Any) -> None:
     (Path(os.environ["TEST_REPORTS"]) / f"{rank}.json").write_text(json.dumps(answer))
 
 
-def still_running(folder: Path, seconds: float = 10) -> list[int]:
+def still_running(folder: Path, seconds: float = 60) -> list[int]:
     """Processes of a job with this folder that have not ended some time after it, stopped ones too."""
     until = time.monotonic() + seconds
     while found := [process for process in Path("/proc").glob("[0-9]*") if _is_of(process, folder)]:

@@ -1,8 +1,12 @@
-"""Run the same work on several threads, and let none fail unseen."""
+"""Threads of tests: the same work on several, none of which fails unseen; and one that interrupts a wait."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -29,3 +33,24 @@ def run_threads(work: Callable[[int], None], count: int = 8, seconds: float = 12
         raise problems[0]
     if any(thread.is_alive() for thread in threads):
         raise TimeoutError(f"a thread did not end in {seconds} s")
+
+
+def interrupt_wait(seconds: float, before: Callable[[], object] = lambda: None) -> None:
+    """Send Ctrl-C to this process when its main thread has been in a `wait` for so long; first, call `before`."""
+    main = threading.main_thread().ident
+
+    def waits() -> bool:
+        frame = sys._current_frames()[main]  # type: ignore[index]
+        while frame is not None and frame.f_code.co_name != "wait":
+            frame = frame.f_back
+        return frame is not None
+
+    def run() -> None:
+        since = time.monotonic()
+        while time.monotonic() < since + seconds:
+            since = since if waits() else time.monotonic()
+            time.sleep(0.02)
+        before()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=run, daemon=True).start()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from jobs import report
 from plait.collectives.world import init
 
-with init(timeout_s=60) as w:
+with init(timeout_s=120) as w:
     total = torch.tensor([w.rank + 1.0])
     dist.all_reduce(total)
     w.print("only rank", w.rank, "of", w.size, "says this")

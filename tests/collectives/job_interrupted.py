@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +15,11 @@ import torch.distributed as dist
 
 from jobs import report
 from plait.collectives import PeerLost, gloo, init, mpi, shm
+from threads import interrupt_wait
 
 REGISTER = {"gloo": gloo.register, "shm": shm.register, "mpi": mpi.register}
 DEEP_S = 0.3  # in a wait, before it is interrupted
+GROUP_S = 600.0  # that the groups would wait
 
 
 def main(backend: str) -> None:
@@ -32,13 +33,13 @@ def waits(folder: Path, x: torch.Tensor) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # mpirun may have it ignored
     dist.barrier()
     for number, wait in enumerate((dist.all_reduce, dist.recv)):
-        interrupt_soon(folder / f"interrupted{number}")
+        interrupt_wait(DEEP_S)
         with pytest.raises(KeyboardInterrupt):
             wait(x)
         (folder / f"heard{number}").touch()
         dist.barrier()
     assert x.tolist() == [2.0] * 3  # of the message, which rank 1 sent after their sum
-    interrupt_soon(folder / "interrupted2")
+    interrupt_wait(DEEP_S, (folder / "interrupted").touch)
     dist.all_reduce(x)
 
 
@@ -49,30 +50,11 @@ def comes_late(folder: Path, x: torch.Tensor) -> None:
         see(folder / f"heard{number}")
         come(x)
         dist.barrier()
-    begin = see(folder / "interrupted2")
+    begin = see(folder / "interrupted")
     try:
         dist.recv(x, 0)
     except PeerLost as error:
         report(1, [str(error), time.time() - begin])
-
-
-def interrupt_soon(sign: Path) -> None:
-    """Send Ctrl-C to this process when it has waited for a while."""
-    main = threading.main_thread().ident
-
-    def run() -> None:
-        since = time.monotonic()
-        while time.monotonic() < since + DEEP_S:
-            frame, names = sys._current_frames()[main], []  # type: ignore[index]
-            while frame is not None:
-                names.append(frame.f_code.co_name)
-                frame = frame.f_back
-            since = since if "wait" in names else time.monotonic()
-            time.sleep(0.02)
-        sign.touch()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=run, daemon=True).start()
 
 
 def see(sign: Path) -> float:
@@ -84,9 +66,9 @@ def see(sign: Path) -> float:
 
 def join(backend: str, folder: Path) -> int:
     if backend == "mpi":
-        return init(REGISTER[backend](), timeout_s=60).rank
+        return init(REGISTER[backend](), timeout_s=GROUP_S).rank
     rank, store = int(os.environ["RANK"]), dist.FileStore(str(folder / "store"), 2)
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=GROUP_S)
     name = REGISTER[backend]()
     dist.init_process_group(name, store=store, rank=rank, world_size=2, timeout=limit)
     return rank

@@ -44,6 +44,7 @@ def in_different_groups(folder: str) -> str:
     assert isinstance(all_three, gloo.GlooGroup)
     dist.all_reduce(torch.ones(3), group=all_three)
     dist.group.WORLD.set_timeout(timedelta(seconds=PATIENCE_S))  # type: ignore[union-attr]
+    dist.barrier()
     calls = {2: lambda: dist.all_gather([torch.ones(2)] * 3, torch.ones(2))}
     with pytest.raises(PeerLost) as lost:
         calls.get(current_rank(), lambda: dist.barrier(group=all_three))()
@@ -62,13 +63,14 @@ def test_ranks_that_wait_for_each_other_see_both_calls(tmp_path: Path) -> None:
 
 def comes_late(folder: str) -> str:
     store = dist.FileStore(f"{folder}/store", 2)
-    limit = timedelta(seconds=1)
-    name = gloo.register()
-    dist.init_process_group(name, store=store, rank=current_rank(), world_size=2, timeout=limit)
+    dist.init_process_group(gloo.register(), store=store, rank=current_rank(), world_size=2)
+    dist.barrier()
+    dist.group.WORLD.set_timeout(timedelta(seconds=1))  # type: ignore[union-attr]
     if current_rank():
-        time.sleep(3)
+        store.wait(["given up"])
     with pytest.raises(PeerLost) as lost:
         dist.all_reduce(torch.ones(3), async_op=True).wait()
+    store.set("given up", "")
     return str(lost.value)
 
 
@@ -109,12 +111,16 @@ def drops_and_leaves(folder: str, flush_s: float) -> str:
     ledger.FLUSH_S = flush_s
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group(gloo.register(), store=store, rank=current_rank(), world_size=2)
+    dist.barrier()  # or the first would leave while the second opens
     x = torch.full((100_000,), 1.0 + current_rank())
     if current_rank() == 0:
         dist.isend(x, 1)
+        store.set("sent", "")
         dist.destroy_process_group()
+        store.set("left", "")
         return ""
-    time.sleep(0.3)
+    store.wait(["sent" if flush_s else "left"])
+    time.sleep(0.3)  # it waits for this rank by now
     try:
         dist.recv(x, 0)
     except PeerLost as error:

@@ -33,7 +33,7 @@ def hydra(size: int, **more: str) -> dict[str, str]:
     return mine | more
 
 
-def outcome(size: int, timeout_s: float = 20, **more: str) -> str:
+def outcome(size: int, timeout_s: float = 100, **more: str) -> str:
     try:
         init(timeout_s=timeout_s, environ=hydra(size, **more))
     except (LaunchError, BackendUnavailable) as error:
@@ -43,7 +43,7 @@ def outcome(size: int, timeout_s: float = 20, **more: str) -> str:
 
 def join_and_sum(size: int, folder: str) -> tuple[int, int, str, float]:
     tempfile.tempdir = folder
-    world = init(timeout_s=20, environ=hydra(size))
+    world = init(timeout_s=100, environ=hydra(size))
     total = torch.tensor([world.rank + 1.0])
     dist.all_reduce(total)
     return world.rank, world.size, world.launcher, total.item()
@@ -59,7 +59,7 @@ def test_ranks_meet_without_a_port_given(size: int, tmp_path: Path) -> None:
 
 
 def share_memory(size: int) -> tuple[str, float]:
-    with init("shm", timeout_s=20, environ=hydra(size)) as world:
+    with init("shm", timeout_s=100, environ=hydra(size)) as world:
         total = torch.tensor([world.rank + 1.0])
         dist.all_reduce(total)
         return world.backend, total.item()
@@ -72,7 +72,7 @@ def test_shared_memory_by_name() -> None:
 def close_and_join_again(size: int) -> list[float]:
     totals = []
     for _ in range(3):
-        with init(timeout_s=20, environ=hydra(size)):
+        with init(timeout_s=100, environ=hydra(size)):
             total = torch.tensor([current_rank() + 1.0])
             dist.all_reduce(total)
             totals.append(total.item())
@@ -93,7 +93,7 @@ def with_a_broken_device(size: int, folder: str) -> tuple[str, float]:
         world_module._device_name = broken
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as raised:
-        init(timeout_s=60, environ=hydra(size))
+        init(timeout_s=180, environ=hydra(size))
     return f"{raised.type.__name__}: {raised.value}", time.monotonic() - begin
 
 
@@ -103,13 +103,13 @@ def test_what_goes_wrong_on_one_rank_is_told_to_all(tmp_path: Path) -> None:
     )
     assert first == "LaunchError: rank 1: the device has fallen off the bus"
     assert second == "RuntimeError: the device has fallen off the bus"
-    assert waited < 50
+    assert waited < 100
 
 
 def close_an_old_one(size: int) -> list[bool]:
-    old = init(timeout_s=20, environ=hydra(size))
+    old = init(timeout_s=100, environ=hydra(size))
     old.close()
-    new = init(timeout_s=20, environ=hydra(size))
+    new = init(timeout_s=100, environ=hydra(size))
     old.close()
     alive = [dist.is_initialized()]
     new.close()
@@ -121,7 +121,7 @@ def test_a_closed_world_does_not_close_the_next() -> None:
 
 
 def twice(size: int) -> tuple[bool, bool, str]:
-    first = init(timeout_s=20, environ=hydra(size))
+    first = init(timeout_s=100, environ=hydra(size))
     second = init(environ=hydra(size))
     second.close()  # it did not start it: nothing happens
     alive = dist.is_initialized()
@@ -168,7 +168,7 @@ def all_but(missing: list[int], size: int, folder: str) -> tuple[str, float]:
     started = time.monotonic()
     if current_rank() in missing:
         return "away", 0.0
-    return outcome(size, timeout_s=1.5), time.monotonic() - started
+    return outcome(size, timeout_s=4), time.monotonic() - started
 
 
 @pytest.mark.parametrize("missing", [[1], [0], [1, 3], [0, 2]])
@@ -180,10 +180,8 @@ def test_missing_ranks_are_named_on_every_rank_in_bounded_time(
     for rank, (answer, seconds) in enumerate(answers):
         if rank in missing:
             continue
-        assert answer.startswith(
-            f"LaunchError: {names} of 4 did not reach plait.init() within 1.5 s"
-        )
-        assert seconds < 8
+        assert answer.startswith(f"LaunchError: {names} of 4 did not reach plait.init() within 4 s")
+        assert seconds < 30
 
 
 def late(size: int) -> str:
@@ -198,7 +196,7 @@ def test_a_slow_rank_is_waited_for() -> None:
 
 def asks_differently(size: int) -> str:
     try:
-        init("gloo" if current_rank() else None, timeout_s=20, environ=hydra(size))
+        init("gloo" if current_rank() else None, timeout_s=100, environ=hydra(size))
     except LaunchError as error:
         return str(error)
     return "joined"
@@ -212,7 +210,9 @@ def test_ranks_that_ask_for_different_backends() -> None:
 
 def one_asks_for_the_absent(size: int) -> str:
     try:
-        init("carrier-pigeon" if current_rank() == 1 else "gloo", timeout_s=20, environ=hydra(size))
+        init(
+            "carrier-pigeon" if current_rank() == 1 else "gloo", timeout_s=100, environ=hydra(size)
+        )
     except (LaunchError, BackendUnavailable) as error:
         return f"{type(error).__name__}: {error}"
     return "joined"
@@ -262,7 +262,7 @@ def test_several_hosts_without_mpi4py_ask_for_a_meeting_point() -> None:
 def shares_threads(size: int, given: bool) -> int:
     torch.set_num_threads(7)
     return init(
-        timeout_s=20, environ=hydra(size, **({"OMP_NUM_THREADS": "7"} if given else {}))
+        timeout_s=100, environ=hydra(size, **({"OMP_NUM_THREADS": "7"} if given else {}))
     ).threads
 
 

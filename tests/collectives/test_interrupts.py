@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from jobs import finish, mpirun, start
 from plait.collectives import gloo
 from plait.collectives.gloo import call
+from threads import interrupt_wait
 from world import current_rank, run_world
 
 HERE = Path(__file__).parent
@@ -43,23 +43,21 @@ def test_who_waits_hears_an_interruption(backend: str, tmp_path: Path) -> None:
     assert "rank 0" in lost
     assert "has ended" in lost
     assert "with KeyboardInterrupt" in lost or backend == "shm"
-    assert told_s < 20, (
-        lost
-    )  # asked for within two seconds, on a crowded machine; the groups wait for 60
-    assert time.time() - (tmp_path / "interrupted2").stat().st_mtime < 25
+    assert told_s < 100, lost  # within two seconds, on a crowded machine; the groups wait for 600
+    assert time.time() - (tmp_path / "interrupted").stat().st_mtime < 200
 
 
-def interrupted(folder: str, turn_s: float) -> float:
-    """Rank 0 waits in vain for 6 s, and hears Ctrl-C in the first; say when it did."""
+def interrupted(folder: str, turn_s: float, limit_s: float) -> float:
+    """Rank 0 waits in vain, and is told Ctrl-C after half a second; say after how long it heard it."""
     call.TURN_S = turn_s
-    store, limit = dist.FileStore(f"{folder}/store", 2), timedelta(seconds=6)
-    name, rank = gloo.register(), current_rank()
-    dist.init_process_group(name, store=store, rank=rank, world_size=2, timeout=limit)
+    store, rank = dist.FileStore(f"{folder}/store", 2), current_rank()
+    dist.init_process_group(gloo.register(), store=store, rank=rank, world_size=2)
     dist.barrier()
+    dist.group.WORLD.set_timeout(timedelta(seconds=limit_s))  # type: ignore[union-attr]
     begin = time.monotonic()
     if rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        interrupt_wait(0.5)
         with pytest.raises(KeyboardInterrupt):
             dist.all_reduce(torch.ones(3))
         store.set("heard", "")
@@ -67,8 +65,10 @@ def interrupted(folder: str, turn_s: float) -> float:
     return time.monotonic() - begin
 
 
-@pytest.mark.parametrize(("turn_s", "heard"), [(0.25, True), (1e3, False)])
-def test_gloo_is_waited_for_in_turns(turn_s: float, heard: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("turn_s", "limit_s", "heard"), [(0.25, 150, True), (1e3, 6, False)])
+def test_gloo_is_waited_for_in_turns(
+    turn_s: float, limit_s: float, heard: bool, tmp_path: Path
+) -> None:
     """In one long turn the call ends first, here by its timeout: Python runs no handler meanwhile."""
-    seconds = run_world(interrupted, 2, str(tmp_path), turn_s, backend=None)[0]
-    assert (seconds < 5) is heard
+    seconds = run_world(interrupted, 2, str(tmp_path), turn_s, limit_s, backend=None)[0]
+    assert (seconds < limit_s - 0.5) is heard

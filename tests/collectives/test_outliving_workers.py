@@ -74,10 +74,10 @@ def live_and_end(folder: str, backend: str, starts: str, end: str, timeout_s: fl
 
 def opened(folder: str, backend: str, rank: int, timeout_s: float) -> None:
     store = dist.FileStore(f"{folder}/store", RANKS)
-    limit = timedelta(seconds=timeout_s)
     name = REGISTER[backend]()
-    dist.init_process_group(name, store=store, rank=rank, world_size=RANKS, timeout=limit)
+    dist.init_process_group(name, store=store, rank=rank, world_size=RANKS)
     dist.all_reduce(torch.ones(3))
+    dist.group.WORLD.set_timeout(timedelta(seconds=timeout_s))  # type: ignore[union-attr]
 
 
 def workers(folder: str) -> list[int]:

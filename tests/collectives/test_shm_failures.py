@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lost_ranks import CALLS, RANKS, SOON_S, shared_maps, with_victim
+from lost_ranks import CALLS, PATIENCE_S, RANKS, SOON_S, shared_maps, with_victim
 from plait.collectives import BackendUnavailable, PeerLost, processes, shm
 from plait.collectives.shm import members
 from world import current_rank, run_world
@@ -34,7 +34,7 @@ def test_a_rank_that_ends_is_named_at_once(end: str, calls: int, tmp_path: Path)
 def test_a_stopped_rank_is_named_in_time(tmp_path: Path) -> None:
     seen = run_world(with_victim, RANKS - 1, str(tmp_path), "shm", "stop", 2, backend=None)
     for message, seconds in (answer for answers in seen for answer in answers):
-        assert "is stopped within 2 s" in message or "lost rank 3" in message
+        assert f"is stopped within {PATIENCE_S:g} s" in message or "lost rank 3" in message
         assert seconds < SOON_S, message
     assert any("rank 3 (process" in message for answers in seen for message, _ in answers)
 

@@ -21,13 +21,10 @@ RANKS = 3
 N = 131 * 1024  # float32 for a rank: more than one turn of a slot, and no whole number of them
 
 
-def open_world(folder: str, size: int = RANKS, timeout_s: float = 60.0) -> np.ndarray:
+def open_world(folder: str, size: int = RANKS) -> np.ndarray:
     shm.register()
     store = dist.FileStore(f"{folder}/store", size)
-    timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "shm", store=store, rank=current_rank(), world_size=size, timeout=timeout
-    )
+    dist.init_process_group("shm", store=store, rank=current_rank(), world_size=size)
     group = dist.group.WORLD
     assert isinstance(group, shm.ShmGroup)
     return group.engine.state
@@ -140,7 +137,9 @@ def test_where_one_rank_may_not_read_all_copy_twice(tmp_path: Path) -> None:
 
 
 def withheld_later(folder: str) -> str:
-    state = open_world(folder, 2, timeout_s=1.5)
+    state = open_world(folder, 2)
+    dist.barrier()
+    dist.group.WORLD.set_timeout(timedelta(seconds=1.5))  # type: ignore[union-attr]
     state[SINGLE] = ALWAYS
     if dist.get_rank() == 1:
         state[FIRST_INPUT + 2] = 2**22 + 1  # no process has this number
