@@ -33,7 +33,7 @@ pytest.importorskip("mpi4py")
 def under_pytest(folder: Path, *options: str, **env: str) -> Ended:
     pytest.importorskip("pytest_mpi")
     job = start([*pytest_on(4, folder), str(TESTS), *options], folder, OMP_NUM_THREADS="1", **env)
-    return finish(job, folder, timeout=600)  # four ranks import torch on as many cores as there are
+    return finish(job, folder, timeout=500)  # four ranks import torch on as many cores as there are
 
 
 def lose(how: str, folder: Path, *options: str, ranks: int = 2) -> Ended:
