@@ -64,8 +64,8 @@ class Fetcher:
         self.counts: Counter[str] = Counter(
             dict.fromkeys(("fetches", "pages_fetched", "pages_missed", "pages_damaged", "late"), 0)
         )
-        self._thread = threading.Thread(target=self._work, name="plait-fetch", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._work, name="plait-fetch", daemon=True)
+        self.thread.start()
 
     def begin(self, fetch: Fetch) -> None:
         """Queue a fetch."""
@@ -175,7 +175,7 @@ class Fetcher:
                 fetch.done.set()
             self._queue.clear()
             self._change.notify_all()
-        self._thread.join()
+        self.thread.join()
 
 
 def _settled(move: Move) -> list[bool]:

@@ -71,8 +71,8 @@ class Outbox:
         self.counts: Counter[str] = Counter(
             dict.fromkeys(("pages_written", "pages_refused", "pages_dropped", "write_waits"), 0)
         )
-        self._thread = threading.Thread(target=self._work, name="plait-outbox", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._work, name="plait-outbox", daemon=True)
+        self.thread.start()
 
     # -- what the store tells ----------------------------------------------------------------
 
@@ -207,4 +207,4 @@ class Outbox:
         with self._change:
             self._closed = True
             self._change.notify_all()
-        self._thread.join()
+        self.thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -183,6 +184,17 @@ class Placement:
         self.moves.close()
         self.stack.close()
         return in_time
+
+    def end(self, seconds: float) -> None:
+        """Close after the store was dropped, in whatever thread the garbage collector found that.
+
+        It may be one of ours, which can neither flush while it waits nor wait for its own end: another one closes then.
+        """
+        ours = {self.outbox.thread, self.fetcher.thread, *self.moves.threads}
+        if threading.current_thread() in ours:
+            threading.Thread(target=self.close, args=(seconds,), name="plait-close").start()
+        else:
+            self.close(seconds)
 
 
 def make_tiers(

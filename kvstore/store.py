@@ -121,7 +121,7 @@ class KVStore(StoreAccounts):
                 self.placement = Placement(
                     self.cache, self._lock, TierStack(below), encoding, fetch, clock
                 )
-                self._end = weakref.finalize(self, self.placement.close, LAST_FLUSH)
+                self._end = weakref.finalize(self, self.placement.end, LAST_FLUSH)
             undo.pop_all()
 
     # -- sequences ---------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class Moves:
         self._committer = threading.Thread(
             target=self._commit, name="plait-moves-commit", daemon=True
         )
-        for thread in (*self._threads, self._committer):
+        for thread in self.threads:
             thread.start()
 
     def store(
@@ -132,6 +132,11 @@ class Moves:
         """Get pages into the caller's memory; a miss is a page that is not `held`."""
         views = byte_views(keys, out, writable=True)
         return self._submit(Move(keys, views, False, self._until(seconds)))
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """Those that work behind the caller's back."""
+        return [*self._threads, self._committer]
 
     @property
     def waiting_bytes(self) -> int:

@@ -457,8 +457,8 @@ def test_reading_while_the_pool_grows_sees_both_halves_of_a_layer() -> None:
     store.pool._region = slow  # type: ignore[method-assign]
     grower = threading.Thread(target=store.grow)
     grower.start()
-    assert half_grown.wait(30)
+    assert half_grown.wait(60)
     got, _ = store.attend(seq, 1, q, step=step)
     go_on.set()
-    grower.join(30)
+    grower.join(60)
     assert torch.equal(got, want)

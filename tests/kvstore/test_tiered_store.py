@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import random
 import threading
 import time
@@ -25,6 +26,7 @@ from plait.kvstore.tiers import (
     TierLocked,
     TierRefused,
 )
+from plait.kvstore.tiers.choice import Meter
 from plait.kvstore.tiers.faults import FaultyDisk, FaultyFolder
 from plait.kvstore.tiers.form import BLOCK
 from plait.kvstore.tiers.wrappers import TierWrapper
@@ -323,6 +325,7 @@ def test_recompute_is_chosen_when_it_is_sooner() -> None:
     with make(tiers={"host": MemoryTier(40, 4096)}, fetch="sooner") as store:
         fill(store)
         assert store.placement is not None
+        store.placement.stack.meters["host"] = Meter(clock=itertools.count().__next__)
         prefill = store.placement.prefill
         prefill._runs.clear()
         assert run(store, PROMPT) == 28, "nothing was measured: fetching measures"
@@ -515,29 +518,77 @@ def test_eight_threads_and_few_pages(tmp_path) -> None:
             prompt = [0] * int(draws.integers(16)) + draws.integers(2, size=8).tolist()
             run(store, prompt, "ab"[int(draws.integers(2))])
 
+    def fetch_and_work(seed: int) -> None:
+        run(store, OTHER)  # the newest in the tiers: there, whatever they forgot of the first half
+        work(seed)
+
     with store:
         run_threads(work)
         assert store.flush(60)
-        store.evict()  # so that the second half must fetch, however slow the disk was in the first
-        run_threads(work)
+        fill(store, OTHER)
+        before = store.tier_counters()["moves"]["pages_fetched"]
+        run_threads(fetch_and_work)
         store.check_integrity()
         moves = store.tier_counters()["moves"]
-        assert moves["pages_fetched"] > 0
+        assert moves["pages_fetched"] > before
         assert moves["pages_damaged"] == 0
     assert store.evict() + store.counters()["pages_free"] >= 60
 
 
 def test_a_dropped_store_ends_its_threads_and_gives_its_lock_back(tmp_path) -> None:
     gc.collect()  # the threads of other tests' stores
-    before = threading.active_count()
+    before = set(threading.enumerate())
     store = make(disk=tmp_path / "c", disk_bytes="1MiB")
     run(store, PROMPT)
-    assert threading.active_count() > before
+    assert set(threading.enumerate()) - before
     del store
     gc.collect()
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     with make(disk=tmp_path / "c") as store:
         assert run(store, PROMPT) == 28, "it flushed first"
+
+
+COLLECTORS = {
+    "outbox": (PageEncoding, "seal"),
+    "moves": (MemoryTier, "put"),
+    "committer": (MemoryTier, "contains"),
+    "fetcher": (PageEncoding, "unseal"),
+}
+
+
+@pytest.mark.parametrize("thread", COLLECTORS)
+def test_a_dropped_store_ends_when_its_own_thread_collects_it(thread, monkeypatch) -> None:
+    """The garbage collector runs in any thread, and none can wait for its own end."""
+    gc.collect()  # the threads of other tests' stores
+    before, gate, tier = set(threading.enumerate()), threading.Event(), MemoryTier(40, 4096)
+    store = make(tiers={"host": tier})
+    if thread == "fetcher":
+        fill(store)
+    where, name = COLLECTORS[thread]
+    real, gone = getattr(where, name), weakref.ref(store)
+
+    def collecting(*args):
+        if gone() is not None and threading.current_thread() is not threading.main_thread():
+            assert gate.wait(60)
+            gc.collect()
+        return real(*args)
+
+    monkeypatch.setattr(where, name, collecting)
+    gc.disable()  # only that thread collects
+    try:
+        seq = store.open(PROMPT) if thread == "fetcher" else serve(store, PROMPT)
+        del store, seq
+        assert gone() is not None, "it and its open sequence hold each other"
+        gate.set()
+        end = time.monotonic() + 60
+        while set(threading.enumerate()) - before:
+            assert time.monotonic() < end, threading.enumerate()
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+    assert gone() is None
+    assert tier.closed
+    assert tier.counters()["pages"] == 7, "it flushed first"
 
 
 def test_a_store_that_was_shut_down_is_kept_by_nothing() -> None:
@@ -561,7 +612,7 @@ def test_a_store_that_was_shut_down_is_kept_by_nothing() -> None:
 
 def test_traffic_gives_back_every_page_row_slot_and_thread(tmp_path) -> None:
     gc.collect()  # the threads of other tests' stores
-    before, draws = threading.active_count(), np.random.default_rng(5)
+    before, draws = set(threading.enumerate()), np.random.default_rng(5)
     store = make(num_pages=40, host_bytes=4096 * 8, disk=tmp_path / "c", disk_bytes="200KiB")
     held = []
     for turn in range(400):
@@ -596,5 +647,5 @@ def test_traffic_gives_back_every_page_row_slot_and_thread(tmp_path) -> None:
     assert device["pages_allocated"] == device["pages_freed"]
     store.check_integrity()
     store.shutdown()
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
     assert (tmp_path / "c" / "slab-00000").stat().st_size <= 200 << 10

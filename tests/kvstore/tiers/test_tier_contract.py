@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from plait.kvstore.tiers import (
     TierWrapper,
     VerifyTier,
 )
+from plait.kvstore.tiers.choice import Meter
 from plait.kvstore.tiers.testing import TierConformance, sample
 from plait.kvstore.tiers.wrappers import prometheus_text
 
@@ -53,6 +56,7 @@ class Broken(TierWrapper):
 def test_a_tier_that_raises_is_a_tier_that_misses() -> None:
     good = MemoryTier(4, 8)
     stack = TierStack({"bad": Broken(MemoryTier(4, 8)), "good": good})
+    stack.meters["good"] = Meter(clock=itertools.count().__next__)
     assert stack.put([b"k"], [b"12345678"]) == [True]
     out = bytearray(8)
     assert (stack.get([b"k", b"l"], [out, bytearray(8)]), bytes(out)) == ([8, None], b"12345678")
@@ -150,8 +154,18 @@ def test_limit_holds_the_rate() -> None:
         LimitTier(tier, 0)
 
 
+class Tick(TierWrapper):
+    """Lasts until the clock moves, however coarse it is."""
+
+    def around(self, name, pages, call, count):
+        begin = time.perf_counter()
+        while time.perf_counter() == begin:
+            time.sleep(0.001)
+        return call()
+
+
 def test_count_and_prometheus() -> None:
-    tier = CountTier(MemoryTier(2, 100))
+    tier = CountTier(Tick(MemoryTier(2, 100)))
     tier.put([b"a", b"b", b"c"], [bytes(100), bytes(60), bytes(40)])
     tier.get([b"a", b"b", b"c"], [bytearray(100) for _ in range(3)])
     counters = tier.counters()
