@@ -44,25 +44,29 @@ def run(plan: str, folder: str, steps: int) -> None:
     step, pending = restore(model, optimizer, Path(folder)), None
     interrupt(world, step - 1)
     saving = dist.new_group()  # a save in the background must not meet the step's own collectives
-    while step < steps:
-        loss = train_step(model, optimizer, step, fitted.dp.size, coordinate(model))
-        dist.all_reduce(loss, dist.ReduceOp.AVG)
-        if dist.get_rank() == 0:
-            with (Path(folder) / "losses.jsonl").open("a") as file:
-                said = {"step": step, "loss": loss.item(), "plan": str(fitted)}
-                file.write(json.dumps(said) + "\n")
+    try:
+        while step < steps:
+            loss = train_step(model, optimizer, step, fitted.dp.size, coordinate(model))
+            dist.all_reduce(loss, dist.ReduceOp.AVG)
+            if dist.get_rank() == 0:
+                with (Path(folder) / "losses.jsonl").open("a") as file:
+                    said = {"step": step, "loss": loss.item(), "plan": str(fitted)}
+                    file.write(json.dumps(said) + "\n")
+            if pending is not None:
+                pending.result()
+            step += 1
+            pending = dcp.async_save(
+                state_of(model, optimizer, step),
+                checkpoint_id=f"{folder}/step-{step}",
+                process_group=saving,
+            )
+            dist.barrier()
+            interrupt(world, step - 1)
+    finally:
+        # where a step fails too: a save that begins when the groups are gone takes itself for one of a single process,
+        # and what it leaves looks whole
         if pending is not None:
             pending.result()
-        step += 1
-        pending = dcp.async_save(
-            state_of(model, optimizer, step),
-            checkpoint_id=f"{folder}/step-{step}",
-            process_group=saving,
-        )
-        dist.barrier()
-        interrupt(world, step - 1)
-    if pending is not None:
-        pending.result()
 
 
 def interrupt(world: World, step: int) -> None:
