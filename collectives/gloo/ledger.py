@@ -100,7 +100,8 @@ class Ledger:
     def slow_calls(self) -> list[Call]:
         """Give the collectives that take long."""
         for call in self.under_way():
-            if call.peer is None and call.inner is not None and call.is_completed():
+            ended = call.peer is None and call.inner is not None and call.is_completed()
+            if ended and call.is_success():  # of a failed one others are told until it is explained
                 self.forget(call)
         now = time.monotonic()
         if self._lost_call is not None and now < self._lost_at + LINGER_S:
@@ -112,7 +113,12 @@ class Ledger:
 
     def explain(self, call: Call, error: Exception) -> Exception:
         """Turn what gloo raised into what the person can use, and end what else is under way after a loss."""
-        self.forget(call)
+        try:
+            return self._explained(call, error)
+        finally:
+            self.forget(call)
+
+    def _explained(self, call: Call, error: Exception) -> Exception:
         text = str(error)
         if text.startswith("Invalid scalar type"):
             return ValueError(f"gloo cannot do {call} in group {self.name}: {OTHER_DTYPES}")

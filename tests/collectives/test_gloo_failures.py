@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lost_ranks import CALLS, PATIENCE_S, RANKS, SOON_S, with_victim
 from plait.collectives import PeerLost, gloo
-from plait.collectives.gloo import ledger
+from plait.collectives.gloo import ledger, members
 from world import current_rank, run_world
 
 
@@ -35,8 +35,10 @@ def test_a_stopped_rank_is_named_in_time(tmp_path: Path) -> None:
         assert seconds < SOON_S, message
 
 
-def in_different_groups(folder: str) -> str:
-    """Ranks 0 and 1 wait for rank 2 in a group, and it for them in the world."""
+def in_different_groups(folder: str, slow_s: float) -> str:
+    """Ranks 0 and 1 wait for rank 2 in a group, and it for them in the world; words take so long to write and read."""
+    really = members._within
+    members._within = lambda *asked: (time.sleep(slow_s), really(*asked))[1]
     store = dist.FileStore(f"{folder}/store", 3)
     name = gloo.register()
     dist.init_process_group(name, store=store, rank=current_rank(), world_size=3)
@@ -53,8 +55,9 @@ def in_different_groups(folder: str) -> str:
     return str(lost.value)
 
 
-def test_ranks_that_wait_for_each_other_see_both_calls(tmp_path: Path) -> None:
-    said = run_world(in_different_groups, 3, str(tmp_path), backend=None)
+@pytest.mark.parametrize("slow_s", [0.0, 0.4])
+def test_ranks_that_wait_for_each_other_see_both_calls(slow_s: float, tmp_path: Path) -> None:
+    said = run_world(in_different_groups, 3, str(tmp_path), slow_s, backend=None)
     assert "barrier in group" in said[0]
     assert any("rank 2" in text and "all_gather of 2 float32 in group 0" in text for text in said)
     assert "all_gather of 2 float32 in group 0 did not end" in said[2]
