@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,15 @@ class SpreadMask:
     spread: Spread
     visible: Visible
 
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse what only a tensor can do; for a name that no tensor has there is no attribute, as everywhere."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        raise computes_with_masks()
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise computes_with_masks()
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float, sink: Tensor | None
     ) -> Tensor:
@@ -103,6 +112,15 @@ class SpreadMask:
             sink = sink[group.rank() * share : (group.rank() + 1) * share]
         whole = (to_heads(t, group, spread.counts)[:, :, spread.sorting] for t in (q, k, v))
         return (*whole, sink)  # type: ignore[return-value]
+
+
+def computes_with_masks() -> PlanError:
+    """Make the error of a model that does more with a mask than to hand it to attention."""
+    return PlanError(
+        "cp of this model",
+        "needs attention that only reads its mask, but this one computes with it, and here no rank has the whole",
+        "use cp=1 for this model",
+    )
 
 
 def context_attention(

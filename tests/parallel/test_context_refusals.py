@@ -47,9 +47,23 @@ def refused() -> dict[str, str]:
     found["works"] = str(tuple(model(IDS).logits.shape))
     dropping = parallelize(tiny("llama", attention_dropout=0.5), "cp2").train()
     found["dropout"] = said(lambda: dropping(IDS, labels=IDS))
+    for name, use in (
+        ("mask index", lambda mask: mask[:, 0]),
+        ("mask dtype", lambda mask: mask.dtype),
+    ):
+        found[name] = said(lambda use=use: reads_masks(use)(IDS))
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     found["rope"] = said(lambda: parallelize(tiny("llama", rope_parameters=rope), "cp2"))
     return found
+
+
+def reads_masks(use: Callable[[Any], Any]) -> Any:
+    """A model under cp whose attention does more with its mask than to hand it on, as Doge's and HYV4's."""
+    model = parallelize(tiny("llama"), "cp2").train()
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda _, args, given: use(given["attention_mask"]), with_kwargs=True
+    )
+    return model
 
 
 def test_refusals_say_what_would_do() -> None:
@@ -58,6 +72,8 @@ def test_refusals_say_what_would_do() -> None:
         "own loss": "logits, which are whole",
         "works": "(2, 9, 61)",
         "dropout": "attention_dropout=0",
+        "mask index": "only reads its mask",
+        "mask dtype": "only reads its mask",
         "rope": "another rope_type",
     }
     for (found,) in run_calls([(refused,)], 2):

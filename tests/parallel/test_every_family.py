@@ -37,7 +37,7 @@ MOST_PARAMETERS = 3_000_000
 BESIDE = {
     "pp2": ("PhimoeForCausalLM", "Llama4ForCausalLM"),
     "tp2": ("PhimoeForCausalLM", "TrOCRForCausalLM"),
-    "cp2": ("PhimoeForCausalLM", "DogeForCausalLM", "HYV4ForCausalLM"),
+    "cp2": ("PhimoeForCausalLM",),
 }
 BATCHES = 4
 
