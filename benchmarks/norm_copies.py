@@ -75,7 +75,7 @@ def copies(
     """
     shared = symmetric_empty((HEAD + x.numel() * x.element_size(),), torch.uint8, group)
     shared[:8] = 0
-    bases = group.engine.place_of(shared)[0]
+    bases = group.engine.symmetric.place_of(shared)[0]
     group.barrier().wait()
     results = torch.empty_like(x), torch.empty_like(x)
     tensors = [t.data_ptr() for t in (x, residual, *results)]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..sendable import unsendable, wraps
-from .fold import AVG, BAND, BOR, BXOR, LOOKS, MAX, MIN, PRODUCT, SUM
+from .fold import AVG, BAND, BOR, BXOR, LOOKS, MAX, MIN, PRODUCT, SUM, fold_address
 from .memory import MAX_DIMS, VIEW_WORDS
 
 KINDS = (
@@ -72,6 +72,17 @@ def code_of(kind: int, dtype: torch.dtype = torch.uint8, op: int = SUM, root: in
     return kind | _NUMBER[dtype] << 8 | op << 16 | (root + 1) << 24
 
 
+def reduction(kind: str, dtype: torch.dtype, op: Any, root: int = -1) -> tuple[int, int, int]:
+    """Look up, or compile once, what reduces a dtype by an operator: function, operator, code."""
+    return _reduction(kind, dtype, op.op.value, root)  # to compare operators costs 1 us
+
+
+@lru_cache(maxsize=1024)
+def _reduction(kind: str, dtype: torch.dtype, op: int, root: int) -> tuple[int, int, int]:
+    number = operator(dtype, dist.ReduceOp.RedOpType(op))
+    return fold_address(dtype, number), number, code_of(KIND[kind], dtype, number, root)
+
+
 def describe(code: int, count: int | str) -> str:
     """Say what a header means; the count may be given in words."""
     kind, dtype, op, root = code & 255, dtype_of(code), code >> 16 & 255, (code >> 24) - 1
@@ -100,18 +111,6 @@ def dense_view(address: int, item: int) -> Any:
 def dense_row(address: int, item: int) -> Any:
     """Describe it as a table of one view."""
     return dense_view(address, item).reshape(1, VIEW_WORDS)
-
-
-@lru_cache(maxsize=1024)
-def even_table(ranks: int, count: int, step: int) -> Any:
-    """Make a table of equal runs, `step` elements apart."""
-    return np.stack([np.arange(ranks) * step, np.full(ranks, count)], 1)
-
-
-@lru_cache(maxsize=1024)
-def even_starts(ranks: int, count: int) -> Any:
-    """List where equal runs begin; nobody writes to the answer, which is given again."""
-    return np.arange(ranks) * count
 
 
 def view_of(x: Tensor) -> Any:

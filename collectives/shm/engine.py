@@ -8,39 +8,25 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import CallMismatch, anew
+from ..errors import anew
 from ..shown_call import ShownCall, is_on
 from ..trace import listening, tell_traces
 from ..work import Finished
 from . import check
-from .calls import (
-    KIND,
-    KINDS,
-    code_of,
-    describe,
-    even_table,
-    operator,
-    real_of,
-    view_of,
-    views_of,
-)
+from .calls import KIND, KINDS, code_of, describe, views_of
 from .exchange import exchange
-from .fold import SCRATCH_BYTES, SUM, fold_address
+from .fold import SCRATCH_BYTES
 from .members import Members
 from .noted import NotedCall
 from .progress import Progress
-from .reductions import all_reduce, all_reduce_symmetric
-from .segment import CHUNK, SLOT, STRIDE, Segment
+from .segment import CHUNK, SLOT, STRIDE, Segment, SymmetricMemory
 from .single_copy import BY_COST, NEVER
 from .steps import (
     CHUNK_BYTES,
-    CODE,
     CONTROL,
-    COUNT,
     DATA,
     DONE,
     FIRST_INPUT,
@@ -49,7 +35,6 @@ from .steps import (
     MISMATCH,
     RANK,
     SCRATCH,
-    SENT,
     SETS,
     SINGLE,
     SLOT_BYTES,
@@ -61,6 +46,7 @@ from .steps import (
     WORLD,
     line_bytes,
 )  # fmt: skip
+from .tables import even_table
 from .work import PATIENCE, Pending
 
 Kernel = Callable[..., int]
@@ -94,10 +80,8 @@ class Engine:
         state[LINE_BYTES] = line_bytes(members.ranks)
         state[SINGLE] = BY_COST if members.readable else NEVER
         self.noted: dict[Any, NotedCall | None] = {}  # see noted.py
-        self._reductions: dict[Any, tuple[int, int, int]] = {}
+        self.symmetric = SymmetricMemory(members.rank)
         self.finished = Finished()
-        self._nothing = views_of([torch.empty(0, dtype=torch.uint8)])
-        self._symmetric: list[tuple[list[Segment], Any, int]] = []  # with the ranks' bases, bytes
         self.shows_calls = is_on()
 
     def run(
@@ -134,15 +118,18 @@ class Engine:
         elif status != DONE:
             progress.wake()
         if begin is not None:
-            under_way, brought = None if wait else work, outputs if inputs is None else inputs
-            group, seconds = self._group(), time.perf_counter() - begin
-            if group is not None:
-                op = KINDS[code & 255].split()[0]
-                root = (code >> 24) - 1
-                tell_traces(
-                    group, op, brought, seconds, under_way, kept, root if root >= 0 else None
-                )
+            brought, seconds = outputs if inputs is None else inputs, time.perf_counter() - begin
+            self._tell(code, brought, seconds, None if wait else work, kept)
         return work
+
+    def _tell(
+        self, code: int, brought: list[Tensor], seconds: float, work: dist.Work | None, kept: float | None
+    ) -> None:  # fmt: skip
+        """Tell traces of a call; `work`: if it is under way."""
+        group, root = self._group(), (code >> 24) - 1
+        if group is not None:
+            op = KINDS[code & 255].split()[0]
+            tell_traces(group, op, brought, seconds, work, kept, root if root >= 0 else None)
 
     def _show(self, call: ShownCall) -> None:
         """In debug mode: compare all ranks' calls first; elsewhere a root does not look at those it only sends to.
@@ -162,21 +149,13 @@ class Engine:
         finally:
             self.shows_calls = True
         if why := check.differing(found, ranks, [self.members.called(r) for r in range(ranks)]):
-            raise CallMismatch(f"ranks of group {self.members.name!r} made different calls: {why}")
+            raise check.different(self.members, why)
 
     def _tables(self, kernel: Kernel, arguments: Any) -> Any:
         """Find what an exchange sends to each rank, and expects from each; None for other calls."""
         if isinstance(kernel, NotedCall):
             return kernel.tables
         return (arguments[1], arguments[3]) if kernel is exchange else None
-
-    def _differing(self, one: tuple[int, str], other: tuple[int, str]) -> str:
-        (a, first), (b, second) = one, other
-        called = self.members.called
-        return (
-            f"ranks of group {self.members.name!r} made different calls: rank {called(a)} is in {first}, "
-            f"rank {called(b)} in {second}"
-        )
 
     def pend(
         self,
@@ -193,7 +172,9 @@ class Engine:
         def advance(patience: int) -> bool:
             status = kernel(state, *arguments, code, patience)
             if status == MISMATCH:
-                raise self._mismatch(code, count, self._expected(kernel, arguments))
+                tables = self._tables(kernel, arguments)
+                expected = None if tables is None else tables[1]
+                raise check.stuck(self.members, state, code, count, expected)
             return status == DONE
 
         work = Pending(
@@ -206,103 +187,13 @@ class Engine:
         )
         return self.progress.add(self.progress.collectives, work)
 
-    def _expected(self, kernel: Kernel, arguments: Any) -> Any:
-        """Find what an exchange expects of each rank: first element and number."""
-        tables = self._tables(kernel, arguments)
-        return None if tables is None else tables[1]
-
-    def _mismatch(self, code: int, count: int, received: Any) -> CallMismatch:
-        """Say which rank is in another call, or (`received`: what is expected of each) sends another number."""
-        other = int(self.state[STUCK])
-        line = (2 * other + int(self.state[STEP]) % 2) * line_bytes(self.members.ranks) // 8
-        header = self.members.segment.words[line : line + SENT]
-        theirs = describe(int(header[CODE]), int(header[COUNT]))
-        own = (self.members.rank, describe(code, count))
-        said = self._differing(own, (other, theirs))
-        if received is not None and header[CODE] == code:
-            own_name, name = map(self.members.called, (self.members.rank, other))
-            said += (
-                f"; rank {own_name} has room for {received[other, 1]} elements of rank {name}, "
-                "which sends it another number"
-            )
-        return CallMismatch(said)
-
-    def reduction(
-        self, kind: str, dtype: torch.dtype, op: Any, root: int = -1
-    ) -> tuple[int, int, int]:
-        """Look up, or compile once, what reduces a dtype by an operator: function, operator, code."""
-        key = (
-            kind,
-            dtype,
-            op.op.value,
-            root,
-        )  # the operator's number: to compare operators costs 1 us
-        found = self._reductions.get(key)
-        if found is None:
-            number = operator(dtype, op)
-            code = code_of(KIND[kind], dtype, number, root)
-            found = self._reductions[key] = fold_address(dtype, number), number, code
-        return found
-
-    def reduce(self, x: Tensor, op: Any, root: int, kind: str, wait: bool) -> dist.Work:
-        """Reduce a tensor in place, on the root or (-1) on all ranks."""
-        x = real_of(x, op) if x.is_complex() else x
-        function, number, code = self.reduction(kind, x.dtype, op, root)
-        if self.members.ranks == 1:
-            return Finished([x])
-        count = x.numel()
-        if root < 0:
-            place = self.place_of(x)
-            if place is not None:
-                code = code_of(KIND["all_reduce of symmetric tensors"], x.dtype, number)
-                arguments = (*place, x.element_size(), function, count, number)
-                return self.run(all_reduce_symmetric, arguments, code, count, [x], wait)
-        arguments = (view_of(x), function, count, number, root)
-        return self.run(all_reduce, arguments, code, count, [x], wait)
-
     def adopt(self, segments: list[Segment], bases: Any, size: int) -> None:
         """Take memory that all ranks have mapped as symmetric (see symmetric.py)."""
-        self._symmetric.append((segments, bases, size))
+        self.symmetric.add(segments, bases, size)
         self.noted.clear()  # there may have been another tensor
-
-    def place_of(self, x: Tensor) -> tuple[Any, int] | None:
-        """Find where in symmetric memory a contiguous tensor lies: the ranks' bases and its offset."""
-        if not self._symmetric or not x.is_contiguous():
-            return None
-        address, size = x.data_ptr(), x.numel() * x.element_size()
-        for _, bases, room in self._symmetric:
-            offset = address - int(bases[self.members.rank])
-            if offset >= 0 and offset + size <= room:
-                return bases, offset
-        return None
-
-    def exchange(
-        self,
-        kind: str,
-        sends: list[Tensor],
-        sent: Any,
-        receives: list[Tensor],
-        received: Any,
-        wait: bool,
-        root: int = -1,
-        shared: bool = False,
-    ) -> dist.Work:
-        """Move elements between ranks; see `exchange` for the tables."""
-        some = sends or receives
-        dtype = some[0].dtype if some else torch.uint8
-        if odd := {x.dtype for x in (*sends, *receives)} - {dtype}:
-            raise ValueError(f"shm: {kind} of {dtype} with tensors of {odd.pop()}; use one dtype")
-        code = code_of(KIND[kind], dtype, SUM, root)
-        meet = root < 0  # with a root, only those wait who receive
-        views = views_of(sends) if sends else self._nothing
-        places = views_of(receives) if receives else self._nothing
-        arguments = (views, sent, places, received, shared, meet, dtype.itemsize)
-        count = sends[0].numel() if len(sends) == 1 else sum(x.numel() for x in sends)
-        kept = sent[self.members.rank, 1] / max(count, 1) if kind == "all_to_all" else None
-        return self.run(exchange, arguments, code, count, receives, wait, sends, kept)
 
     def close(self) -> None:
         """End what is pending, and leave the group."""
         self.progress.close()
         self.members.close()
-        self._symmetric.clear()
+        self.symmetric.forget()

@@ -6,9 +6,10 @@ import numpy as np
 from numba import carray
 
 from ...cuda_kernels.kernel_cache import njit
-from .memory import VIEW_WORDS, at, put, store, take
-from .places import pages, place, shown_by, shown_to
-from .single_copy import CARELESS, choose_copies, offer, read_there
+from .memory import VIEW_WORDS, at, put
+from .outgoing import copy_own, give_out, turn_of, whole_of
+from .places import shown_by, shown_to
+from .single_copy import IN_PLACE, all_read, read_there
 from .steps import (
     CODE,
     COUNT,
@@ -17,119 +18,30 @@ from .steps import (
     KEPT,
     LARGEST,
     MISMATCH,
-    OFFERS,
     PEER,
     PHASE,
     PLACE,
     RANK,
     SENT,
     SHOWN,
-    SINGLE,
     SLOT_BYTES,
     STEP,
     STUCK,
     WAITING,
-    WAY,
     WORLD,
     all_came,
     has_come,
     header_word,
-    line_of,
     may_fill,
-    publish,
     slot_of,
-    tell,
 )
-from .stores import BEYOND, PAST, copy_past_and_home, settle, show
-from .ways import compare, end, filled
+from .stores import settle
+from .ways import compare, ends
 
-# bytes for a rank in the first step of a call, and in the next
-FIRST_TURN, NEXT_TURN = 512 << 10, 256 << 10
-IN_PLACE = -1  # of header word SHOWN: addresses stand in the slot
 # words of an exchange of even runs: two views, and the tables behind them
 SHARED, ITEM, SENDS, RECEIVES = 0, 1, 2, 2 + VIEW_WORDS
 TABLE = RECEIVES + VIEW_WORDS
 _WORDS = np.empty(0, np.int64)
-
-
-@njit(nogil=True, forceinline=True)
-def whole_of(received, item):
-    """Count the bytes that a call brings this rank."""
-    elements = 0
-    for r in range(received.shape[0]):
-        elements += received[r, 1]
-    return elements * item
-
-
-@njit(nogil=True, forceinline=True)
-def largest_of(sent, received):
-    """Find the longest run of this rank."""
-    largest = 0
-    for r in range(sent.shape[0]):
-        largest = max(largest, sent[r, 1], received[r, 1])
-    return largest
-
-
-@njit(nogil=True, forceinline=True)
-def turn_of(state, piece, item):
-    """Count the elements for a rank in this step: first a large turn, then such as stay in the second cache."""
-    return min(piece, FIRST_TURN if state[PLACE] == 0 else NEXT_TURN) // item
-
-
-@njit(nogil=True, forceinline=True)
-def copy_own(state, sends, sent, receives, received, item):
-    """Move what a rank sends to itself, by way of the memory behind its slot where both ends are strided."""
-    rank = state[RANK]
-    view = sends[rank if sends.shape[0] > 1 else 0]
-    out = receives[rank if receives.shape[0] > 1 else 0]
-    count = min(sent[rank, 1], received[rank, 1])
-    here, there = view[0] + sent[rank, 0] * item, out[0] + received[rank, 0] * item
-    if view[1] == 0 and out[1] == 0 and here == there:
-        return
-    if view[1] == 0:
-        settle(out, received[rank, 0], count, here, whole_of(received, item))
-    elif out[1] == 0:
-        take(view, sent[rank, 0], count, there)
-    else:
-        slot = slot_of(state, rank, state[STEP]) + state[SLOT_BYTES]
-        chunk = state[SLOT_BYTES] // (2 * item)
-        for start in range(0, count, chunk):
-            n = min(chunk, count - start)
-            take(view, sent[rank, 0] + start, n, slot)
-            put(out, received[rank, 0] + start, n, slot)
-
-
-@njit(nogil=True, forceinline=True)
-def keeps(state, sends, sent, receives, received, shared, item):
-    """Say whether what a rank shows is kept by it too, and can be copied to both places while it is read once."""
-    rank = state[RANK]
-    out, count = receives[rank if receives.shape[0] > 1 else 0], sent[rank, 1]
-    if not shared or state[WAY] != PAST or sends[0, 1] or out[1] or received[rank, 1] != count:
-        return False
-    here, there = sends[0, 0] + sent[rank, 0] * item, out[0] + received[rank, 0] * item
-    return whole_of(received, item) < BEYOND and abs(here - there) >= count * item
-
-
-@njit(nogil=True, forceinline=True)
-def fill(state, sends, sent, receives, received, shared, piece, item):
-    """Copy this step's elements for each other rank into the own slot; and home, if the call `keeps` them."""
-    rank, world, done = state[RANK], state[WORLD], state[PLACE]
-    room = turn_of(state, piece, item)
-    if shared:
-        slot = shown_by(state, rank)
-        n = min(room, sent[rank, 1] - done)
-        if n > 0 and state[KEPT]:
-            out = receives[rank if receives.shape[0] > 1 else 0]
-            here, there = sent[rank, 0] + done, received[rank, 0] + done
-            copy_past_and_home(slot, out[0] + there * item, sends[0, 0] + here * item, n * item)
-        elif n > 0:
-            show(state, sends[0], sent[rank, 0] + done, n, slot)
-        return
-    for to in range(world):
-        n = min(room, sent[to, 1] - done)
-        if to != rank and n > 0:
-            view = sends[to if sends.shape[0] > 1 else 0]
-            show(state, view, sent[to, 0] + done, n, shown_to(state, rank, to))
 
 
 @njit(nogil=True, forceinline=True)
@@ -177,28 +89,31 @@ def land(state, peer, there, out, first, count):
 
 
 @njit(nogil=True, forceinline=True)
-def give_out(state, sends, sent, receives, received, shared, meet, piece, item, code):
-    """Fill the slot of this step, or (once for a call) show in it where the elements lie; then publish it."""
-    rank, world, step = state[RANK], state[WORLD], state[STEP]
-    largest = largest_of(sent, received)
-    for r in range(world):
-        tell(state, SENT + r, sent[r, 1])
-    if state[PLACE] == 0:
-        state[OFFERS] = state[KEPT] = 0
-        if choose_copies(state, largest * item, meet):
-            offer(state, sends, sent, receives, received, shared, item, slot_of(state, rank, step))
-        if not state[OFFERS]:
-            state[KEPT] = keeps(state, sends, sent, receives, received, shared, item)
-    if state[OFFERS]:
-        largest = 0  # the others say how many steps their elements need
-        tell(state, SHOWN, IN_PLACE)
-    else:
-        step_bytes = min(turn_of(state, piece, item), max(0, largest - state[PLACE])) * item
-        span = min(pages(step_bytes), piece)
-        place(state, step_bytes if shared else (world - 1) * span, span, 0)
-        fill(state, sends, sent, receives, received, shared, piece, item)
-    filled(state)
-    publish(state, code, sent[rank, 1], largest)
+def bring_all(state, receives, received, shared, meet, piece, item, code, patience):
+    """Take this step's elements of every other rank: DONE, WAITING, or MISMATCH."""
+    step, done = state[STEP], state[PLACE]
+    while state[PEER] < state[WORLD]:
+        peer = state[PEER]
+        if peer != state[RANK] and (received[peer, 1] > done or meet):
+            if not has_come(state, peer, step, 2 * step, patience):
+                return WAITING
+            if not fits(state, peer, received[peer, 1], shared, code):
+                return MISMATCH
+            if not bring(state, peer, receives, received, shared, piece, item):
+                state[STUCK] = peer
+                return WAITING
+        state[PEER] += 1
+    return DONE
+
+
+@njit(nogil=True, forceinline=True)
+def most_of(state, meet):
+    """Find the longest run of all ranks; of this one, if it does not `meet` the others."""
+    most = header_word(state, state[RANK], LARGEST)
+    if meet:
+        for r in range(state[WORLD]):
+            most = max(most, header_word(state, r, LARGEST))
+    return most
 
 
 @njit(nogil=True, forceinline=True)
@@ -210,15 +125,14 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
     steps as the largest of all runs needs; otherwise a rank knows from its own runs how many steps there are,
     and waits only for those who send to it.
     """
-    rank, world = state[RANK], state[WORLD]
-    piece = state[SLOT_BYTES] if shared else (state[SLOT_BYTES] // world) // 64 * 64
+    piece = state[SLOT_BYTES] if shared else (state[SLOT_BYTES] // state[WORLD]) // 64 * 64
     while True:
-        step, done = state[STEP], state[PLACE]
+        step = state[STEP]
         if state[PHASE] == 0:
             if not may_fill(state, patience):
                 return WAITING
             give_out(state, sends, sent, receives, received, shared, meet, piece, item, code)
-            if done == 0 and not state[KEPT]:  # while the others come
+            if state[PLACE] == 0 and not state[KEPT]:  # while the others come
                 copy_own(state, sends, sent, receives, received, item)
             state[PHASE] = 1
         if state[PHASE] == 1:
@@ -227,34 +141,13 @@ def exchange(state, sends, sent, receives, received, shared, meet, item, code, p
             if meet:
                 compare(state)
             state[PHASE] = 2
-        while state[PHASE] == 2 and state[PEER] < world:
-            peer = state[PEER]
-            if peer != rank and (received[peer, 1] > done or meet):
-                if not has_come(state, peer, step, 2 * step, patience):
-                    return WAITING
-                if not fits(state, peer, received[peer, 1], shared, code):
-                    return MISMATCH
-                if not bring(state, peer, receives, received, shared, piece, item):
-                    state[STUCK] = peer
-                    return WAITING
-            state[PEER] += 1
-        most, offered = header_word(state, rank, LARGEST), False
-        if meet:
-            for r in range(world):
-                most = max(most, header_word(state, r, LARGEST))
-                offered |= header_word(state, r, SHOWN) == IN_PLACE
-        if offered and state[PHASE] == 2:
-            store(line_of(state, rank, step), 2 * step + 1)
-            state[PEER] = 0
-            state[PHASE] = 3
-        waits = state[PHASE] == 3 and state[OFFERS] and state[SINGLE] != CARELESS
-        if waits and not all_came(state, step, 2 * step + 1, patience):  # until all have read
+        if state[PHASE] == 2:
+            status = bring_all(state, receives, received, shared, meet, piece, item, code, patience)
+            if status != DONE:
+                return status
+        if meet and not all_read(state, patience):
             return WAITING
-        state[STEP] += 1
-        state[PHASE] = state[PEER] = 0
-        state[PLACE] += turn_of(state, piece, item)
-        if state[PLACE] >= most:
-            end(state)
+        if ends(state, turn_of(state, piece, item), most_of(state, meet)):
             return DONE
 
 

@@ -1,6 +1,6 @@
 """Reducing the memory of all ranks, for each dtype: C functions, compiled when a dtype is first reduced.
 
-The drivers in reductions.py call them by address, so that those are compiled once for all dtypes.
+The kernels of all-reduce and reduce-scatter call them by address, so that those are compiled once for all dtypes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from numba import carray, types
 
 from ...cuda_kernels.halves import narrow, widen
-from ...cuda_kernels.kernel_cache import cfunc
-from .memory import at
+from ...cuda_kernels.kernel_cache import cfunc, njit
+from .memory import at, call_fold
+from .steps import INPUTS, SCRATCH, WORLD
 
 BLOCK = 2048  # elements reduced at a time, so that the sums stay in the first cache
 SCRATCH_BYTES = 2 * BLOCK * 8  # wide sums, and behind them what was reduced
@@ -35,6 +36,12 @@ LOOKS: dict[torch.dtype, tuple[str, str]] = {
 }
 # out, addresses of the ranks' memory, ranks, first element, elements, operator, scratch memory
 _SIGNATURE = types.void(*[types.int64] * 7)
+
+
+@njit(nogil=True)
+def fold(state, out, first, count, function, op):
+    """Reduce elements of the memory at the ranks' inputs into `out`."""
+    call_fold(function, out, state[INPUTS], state[WORLD], first, count, op, state[SCRATCH])
 
 
 def fold_address(dtype: torch.dtype, op: int) -> int:

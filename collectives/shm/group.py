@@ -6,7 +6,6 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,14 +14,15 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 from ..python_group import PythonGroup, shapes
 from ..trace import listening, tell_traces
 from ..work import Several
-from .calls import even_starts, even_table, real_of, view_of, views_of
 from .engine import Engine
 from .fused import FusedNorm
 from .mailbox import Mailbox
 from .members import Members
+from .moves import Moves
 from .noted import Noted
-from .reductions import reduce_scatter
+from .reductions import Reductions
 from .steps import STEP
+from .tables import even_starts, even_table, table_of, table_of_rows
 
 _SUM, _GATHER, _SCATTER, _EXCHANGE = (
     dist.AllreduceOptions(), AllgatherOptions(), dist.ReduceScatterOptions(), dist.AllToAllOptions()
@@ -44,7 +44,9 @@ class ShmGroup(PythonGroup):
         self._name = self._description = ""
         self.engine = Engine(self, members, timeout_s, spins)
         self.all_reduce_norm = FusedNorm(self.engine).run  # what `collectives.fused` asks for
-        self._noted = Noted(self.engine)
+        self._noted = Noted(self.engine)  # dense tensors; what does not suit it, and the rest:
+        self._moves = Moves(self.engine)
+        self._reductions = Reductions(self.engine, self._moves)
         self._mailbox = Mailbox(members, self.engine.progress, self.engine.state)
 
     # ---- who it is
@@ -71,31 +73,21 @@ class ShmGroup(PythonGroup):
             return self.allreduce_coalesced(tensors, opts)
         (x,), op, wait = tensors, opts.reduceOp, not opts.asyncOp
         work = self._noted.all_reduce(x, op, wait)
-        return work if work is not None else self.engine.reduce(x, op, -1, "all_reduce", wait)
+        return work if work is not None else self._reductions.reduce(x, op, -1, wait)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = _SUM) -> dist.Work:
         op, wait = opts.reduceOp, not opts.asyncOp
-        return Several(
-            [self.engine.reduce(x, op, -1, "all_reduce", wait) for x in tensors], tensors
-        )
+        return Several([self._reductions.reduce(x, op, -1, wait) for x in tensors], tensors)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
         self.check_rank(opts.rootRank)
-        return self.engine.reduce(x, opts.reduceOp, opts.rootRank, "reduce", not opts.asyncOp)
+        return self._reductions.reduce(x, opts.reduceOp, opts.rootRank, not opts.asyncOp)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
         (x,) = tensors
-        root, n = opts.rootRank, x.numel()
-        self.check_rank(root)
-        sent, received = self._table(), self._table()
-        if self.rank() == root:
-            sent = self._table(n)
-        else:
-            received = self._from(root, n)
-        return self.engine.exchange(
-            "broadcast", [x], sent, [x], received, not opts.asyncOp, root, shared=True
-        )
+        self.check_rank(opts.rootRank)
+        return self._moves.broadcast(x, opts.rootRank, not opts.asyncOp)
 
     def allgather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = _GATHER
@@ -106,22 +98,15 @@ class ShmGroup(PythonGroup):
         own = found[self.rank()]
         if own.numel() != x.numel():
             raise self.misfit(f"{shapes([x])} gathered into {shapes([own])}")
-        return self.engine.exchange(
-            "all_gather", [x], self._table(x.numel()), found, self._lengths(found),
-            not opts.asyncOp, shared=True,
-        )  # fmt: skip
+        return self._moves.all_gather(found, x, not opts.asyncOp)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = _GATHER) -> dist.Work:
         work = self._noted.runs("all_gather", output, input, not opts.asyncOp)
         if work is not None:
             return work
-        n = input.numel()
-        if output.numel() != n * self.size():
+        if output.numel() != input.numel() * self.size():
             raise self.misfit(f"{shapes([input])} gathered into {shapes([output])}")
-        return self.engine.exchange(
-            "all_gather", [input], self._table(n), [output], self._runs(n),
-            not opts.asyncOp, shared=True,
-        )  # fmt: skip
+        return self._moves.all_gather([output], input, not opts.asyncOp)
 
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = _GATHER
@@ -143,10 +128,7 @@ class ShmGroup(PythonGroup):
         found = outputs[0] if self.rank() == root else []
         if self.rank() == root and len(found) != self.size():
             raise self.misfit(f"gather into {len(found)} tensors")
-        received = self._lengths(found) if found else self._table()
-        return self.engine.exchange(
-            "gather", [x], self._table(x.numel()), found, received, not opts.asyncOp, root, shared=True
-        )  # fmt: skip
+        return self._moves.gather(found, x, root, not opts.asyncOp)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
         (out,), root = outputs, opts.rootRank
@@ -154,12 +136,7 @@ class ShmGroup(PythonGroup):
         parts = inputs[0] if self.rank() == root else []
         if self.rank() == root and len(parts) != self.size():
             raise self.misfit(f"scatter of {len(parts)} tensors")
-        received = self._from(root, out.numel())
-        sent = self._lengths(parts) if parts else self._table()
-        receives = [out] * self.size()  # a view for each rank: all of one tensor
-        return self.engine.exchange(
-            "scatter", parts, sent, receives, received, not opts.asyncOp, root
-        )
+        return self._moves.scatter(out, parts, root, not opts.asyncOp)
 
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = _SCATTER
@@ -169,18 +146,7 @@ class ShmGroup(PythonGroup):
             raise ValueError(f"shm: reduce_scatter of {odd[0]} into {out.dtype}; use one dtype")
         if len(parts) != self.size() or parts[self.rank()].numel() != out.numel():
             raise self.misfit(f"{shapes(parts)} reduced and scattered into {shapes([out])}")
-        if len({x.numel() for x in parts}) > 1:
-            return self._reduce_each(parts, out, opts)
-        return self._reduce_scatter(parts, np.zeros(self.size(), np.int64), out, opts)
-
-    def _reduce_each(self, parts: list[Tensor], out: Tensor, opts: Any) -> dist.Work:
-        """Reduce parts of unequal length, each to its rank."""
-        own = self.rank()
-        out.view_as(parts[own]).copy_(parts[own])
-        each = [out if r == own else x for r, x in enumerate(parts)]
-        op, wait = opts.reduceOp, not opts.asyncOp
-        works = [self.engine.reduce(x, op, r, "reduce", wait) for r, x in enumerate(each)]
-        return Several(works, [out])
+        return self._reductions.scatter_parts(parts, out, opts.reduceOp, not opts.asyncOp)
 
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, opts: Any = _SCATTER
@@ -195,23 +161,8 @@ class ShmGroup(PythonGroup):
             )
         if input.numel() != n * self.size():
             raise self.misfit(f"{shapes([input])} reduced and scattered into {shapes([output])}")
-        return self._reduce_scatter([input], even_starts(self.size(), n), output, opts)
-
-    def _reduce_scatter(
-        self, parts: list[Tensor], starts: Any, out: Tensor, opts: Any
-    ) -> dist.Work:
-        op = opts.reduceOp
-        result = out
-        if out.is_complex():
-            parts, out, starts = [real_of(x, op) for x in parts], real_of(out, op), 2 * starts
-        function, number, code = self.engine.reduction("reduce_scatter", out.dtype, op)
-        n = out.numel()
-        if self.size() == 1:
-            table = self._table(n)
-            return self.engine.exchange("all_to_all", parts, table, [out], table, not opts.asyncOp)
-        arguments = (views_of(parts), starts, view_of(out), function, n, number)
-        wait = not opts.asyncOp
-        return self.engine.run(reduce_scatter, arguments, code, n, [result], wait, parts)
+        starts = even_starts(self.size(), n)
+        return self._reductions.scatter([input], starts, output, opts.reduceOp, not opts.asyncOp)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = _SCATTER
@@ -222,9 +173,9 @@ class ShmGroup(PythonGroup):
     def alltoall(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = _EXCHANGE
     ) -> dist.Work:
-        sent, received = self._lengths(inputs), self._lengths(outputs)
+        sent, received = table_of(inputs), table_of(outputs)
         self.check_own(sent[:, 1], received[:, 1])
-        return self.engine.exchange("all_to_all", inputs, sent, outputs, received, not opts.asyncOp)
+        return self._moves.move("all_to_all", inputs, sent, outputs, received, not opts.asyncOp)
 
     def all_to_all_single(
         self,
@@ -240,13 +191,21 @@ class ShmGroup(PythonGroup):
                 return work
         sent, received = self._split(input, input_splits), self._split(output, output_splits)
         self.check_own(sent[:, 1], received[:, 1])
-        return self.engine.exchange(
-            "all_to_all", [input], sent, [output], received, not opts.asyncOp
-        )
+        return self._moves.move("all_to_all", [input], sent, [output], received, not opts.asyncOp)
+
+    def _split(self, x: Tensor, rows: list[int]) -> Any:
+        """Make the table of rows for each rank; no rows given: equal parts."""
+        n, length = self.size(), x.shape[0] if x.dim() else 1
+        if not rows:
+            if length % n:
+                raise self.misfit(f"{length} rows exchanged without split sizes")
+            return even_table(n, x.numel() // n, x.numel() // n)
+        if len(rows) != n or sum(rows) != length or min(rows) < 0:
+            raise self.misfit(f"{shapes([x])} with split sizes {list(rows)}")
+        return table_of_rows(x, rows)
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        wait = opts is None or not opts.asyncOp
-        return self.engine.exchange("barrier", [], self._table(), [], self._table(), wait)
+        return self._moves.meet(wait=opts is None or not opts.asyncOp)
 
     # the names of the same methods before torch 2.13
     _allgather_base: Any = all_gather_single  # type: ignore[assignment]
@@ -304,31 +263,3 @@ class ShmGroup(PythonGroup):
         self.engine.close()
 
     abort = shutdown
-
-    # ---- tables of (first element, elements) for each rank; those that are made once are never written to
-
-    def _table(self, count: int = 0) -> Any:
-        return even_table(self.size(), count, 0)
-
-    def _runs(self, count: int) -> Any:
-        return even_table(self.size(), count, count)
-
-    def _from(self, root: int, count: int) -> Any:
-        table = np.zeros((self.size(), 2), np.int64)
-        table[root, 1] = count
-        return table
-
-    def _lengths(self, tensors: list[Tensor]) -> Any:
-        return np.array([(0, x.numel()) for x in tensors], np.int64).reshape(-1, 2)
-
-    def _split(self, x: Tensor, rows: list[int]) -> Any:
-        n, length = self._members.ranks, x.shape[0] if x.dim() else 1
-        if not rows:
-            if length % n:
-                raise self.misfit(f"{length} rows exchanged without split sizes")
-            count = x.numel() // n
-            return even_table(n, count, count)
-        if len(rows) != n or sum(rows) != length or min(rows) < 0:
-            raise self.misfit(f"{shapes([x])} with split sizes {list(rows)}")
-        counts = np.array(rows) * (x.numel() // max(1, length))
-        return np.stack([np.cumsum(counts) - counts, counts], 1)

@@ -1,7 +1,7 @@
 """Rows of the residual stream, reduced and normalised: C functions, compiled when a dtype is first used.
 
-The driver in fused.py calls them by address, as reductions.py calls those of fold.py. Element by element they
-are free of fast math, so that a rank that reduces a row holds the bits of any other that does.
+The driver in all_reduce_norm.py calls them by address, as all_reduce.py calls those of fold.py. Element by element
+they are free of fast math, so that a rank that reduces a row holds the bits of any other that does.
 """
 
 from __future__ import annotations

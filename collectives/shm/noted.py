@@ -18,10 +18,12 @@ from torch import Tensor
 from ...cuda_kernels.kernel_cache import entry
 from ..sendable import wraps
 from ..trace import listening
-from .calls import KIND, code_of, dense_view, even_starts, even_table
+from .all_reduce import all_reduce_dense
+from .calls import KIND, code_of, dense_view, reduction
 from .exchange import exchange_evenly
-from .reductions import all_reduce_dense, reduce_scatter_evenly
+from .reduce_scatter import reduce_scatter_evenly
 from .steps import DONE
+from .tables import even_starts, even_table
 from .work import PATIENCE
 
 if TYPE_CHECKING:
@@ -31,25 +33,26 @@ MOST = 4096  # calls that a group remembers
 
 
 class NotedCall(NamedTuple):
-    """A call of dense tensors.
+    """A call of dense tensors, or (the fused norm's) what calls of one form share.
 
     Attributes:
-        kernel: takes the addresses of the group's state and of the words, the code, and how long it may wait.
+        kernel: takes the addresses of the group's state and of the words, then what the words leave open, the code, and
+            how long it may wait.
         at: where the words stand.
         count: elements, as errors say them.
         tables: of an exchange, what is sent to each rank, and what is expected of each: first element and number.
     """
 
-    kernel: Callable[[int, int, int, int], int]
+    kernel: Callable[..., int]
     at: int
     code: int
     count: int
     words: Any
     tables: Any = None
 
-    def __call__(self, state: Any, code: int, patience: int) -> int:
+    def __call__(self, state: Any, *arguments: int) -> int:
         """Run as the kernels do whose arguments are arrays."""
-        return self.kernel(state.ctypes.data, self.at, code, patience)
+        return self.kernel(state.ctypes.data, self.at, *arguments)
 
 
 class Noted:
@@ -157,7 +160,7 @@ def even_reduction(engine: Engine, output: Tensor, input: Tensor, op: Any) -> No
     fits = ranks > 1 and input.numel() == ranks * count
     if not fits or not _plain(output, input):
         return None
-    function, number, code = engine.reduction("reduce_scatter", dtype, op)
+    function, number, code = reduction("reduce_scatter", dtype, op)
     shown = (function, count, number), *_views(input, output), even_starts(ranks, count)
     words = np.concatenate(shown)
     return NotedCall(entry(reduce_scatter_evenly), words.ctypes.data, code, count, words)
@@ -165,9 +168,9 @@ def even_reduction(engine: Engine, output: Tensor, input: Tensor, op: Any) -> No
 
 def dense_reduction(engine: Engine, x: Tensor, op: Any) -> NotedCall | None:
     """Write down what `all_reduce_dense` takes."""
-    if engine.members.ranks == 1 or not _plain(x) or engine.place_of(x) is not None:
+    if engine.members.ranks == 1 or not _plain(x) or engine.symmetric.place_of(x) is not None:
         return None
-    function, number, code = engine.reduction("all_reduce", x.dtype, op)
+    function, number, code = reduction("all_reduce", x.dtype, op)
     count = x.numel()
     words = np.concatenate([(function, count, number), *_views(x)])
     return NotedCall(entry(all_reduce_dense), words.ctypes.data, code, count, words)

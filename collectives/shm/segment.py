@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import BackendUnavailable
 from .channel import RING
@@ -69,6 +70,36 @@ class Segment:
     def bytes(self) -> Any:
         """The memory as a buffer for torch."""
         return self._map
+
+
+class SymmetricMemory:
+    """Memory of all ranks in which tensors lie at one place, so that they are reduced there (see symmetric.py).
+
+    State: all ranks' segments of each, mapped here.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._known: list[tuple[list[Segment], Any, int]] = []  # with the ranks' bases, bytes
+
+    def add(self, segments: list[Segment], bases: Any, size: int) -> None:
+        """Know memory that all ranks have mapped."""
+        self._known.append((segments, bases, size))
+
+    def place_of(self, x: Tensor) -> tuple[Any, int] | None:
+        """Find where in it a contiguous tensor lies: the ranks' bases and its offset."""
+        if not self._known or not x.is_contiguous():
+            return None
+        address, size = x.data_ptr(), x.numel() * x.element_size()
+        for _, bases, room in self._known:
+            offset = address - int(bases[self._rank])
+            if offset >= 0 and offset + size <= room:
+                return bases, offset
+        return None
+
+    def forget(self) -> None:
+        """Let go of all of it; tensors keep what they lie in."""
+        self._known.clear()
 
 
 class Layout:

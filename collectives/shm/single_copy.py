@@ -15,12 +15,30 @@ import numpy as np
 from numba import carray, types
 
 from ...cuda_kernels.kernel_cache import njit
-from .memory import at
-from .steps import FIRST_INPUT, NOTED, OFFERS, PIECES, RANK, SINGLE, WAY, WORLD
+from .memory import at, store
+from .steps import (
+    FIRST_INPUT,
+    NOTED,
+    OFFERS,
+    PEER,
+    PHASE,
+    PIECES,
+    RANK,
+    SHOWN,
+    SINGLE,
+    STEP,
+    WAY,
+    WORLD,
+    all_came,
+    header_word,
+    line_of,
+    slot_of,
+)
 from .stores import PAST
 from .ways import EXCHANGE, ONE, choose
 
 LEAST = 128 << 10  # bytes for a rank that are worth a system call
+IN_PLACE = -1  # of header word SHOWN: addresses stand in the slot
 # of state[SINGLE]; CARELESS, which does not wait for readers, is for tests
 NEVER, BY_COST, ALWAYS, CARELESS = range(4)
 
@@ -67,17 +85,33 @@ def choose_copies(state, count, meet):
 
 
 @njit(nogil=True)
-def offer(state, sends, sent, receives, received, shared, item, slot):
+def offer(state, sends, sent, receives, received, shared, item):
     """Put the addresses of what this rank sends into its slot, if others may read there; else it is copied twice."""
     state[OFFERS] = may_be_read(state, sends, sent, receives, received, shared, item)
     if not state[OFFERS]:
         state[WAY], state[NOTED] = PAST, 0
         return
     rank, world = state[RANK], state[WORLD]
-    addresses = carray(at(slot, state), world)
+    addresses = carray(at(slot_of(state, rank, state[STEP]), state), world)
     for to in range(world):
         view = sends[to if sends.shape[0] > 1 else 0]
         addresses[to] = view[0] + sent[rank if shared else to, 0] * item
+
+
+@njit(nogil=True, forceinline=True)
+def all_read(state, patience):
+    """Tell those who sent the one way, if any did, that this rank has read; one of these waits until all have."""
+    step, offered = state[STEP], False
+    for r in range(state[WORLD]):
+        offered |= header_word(state, r, SHOWN) == IN_PLACE
+    if not offered:
+        return True
+    if state[PHASE] == 2:
+        store(line_of(state, state[RANK], step), 2 * step + 1)
+        state[PEER] = 0
+        state[PHASE] = 3
+    careful = state[OFFERS] and state[SINGLE] != CARELESS
+    return not careful or all_came(state, step, 2 * step + 1, patience)
 
 
 @njit(nogil=True)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 from numba import types
 
+from .all_reduce import all_reduce, all_reduce_dense, all_reduce_symmetric
+from .all_reduce_norm import all_reduce_norm
 from .channel import look, pull, push
 from .exchange import exchange, exchange_evenly
 from .fold import SUM, fold_address
-from .fused import all_reduce_norm
-from .reductions import (
-    all_reduce,
-    all_reduce_dense,
-    all_reduce_symmetric,
-    reduce_scatter,
-    reduce_scatter_evenly,
-)
+from .reduce_scatter import reduce_scatter, reduce_scatter_evenly
 
 _WORD, _ROW, _TABLE = (
     types.int64,

@@ -15,15 +15,23 @@ from ...cuda_kernels.kernel_cache import njit
 from .steps import (
     BEGAN,
     CAME,
+    DONE,
     FILLING,
+    MISMATCH,
     NOTED,
+    PEER,
+    PHASE,
     PLACE,
     PRICES,
     SIZE,
+    STEP,
     TABLES,
+    WAITING,
     WAY,
     WAY_WORDS,
     WORLD,
+    agree,
+    all_came,
     begin,
     header_word,
     tell,
@@ -137,6 +145,17 @@ def compare(state):
 
 
 @njit(nogil=True)
+def meet(state, code, count, patience):
+    """Wait for all ranks of a call that all make alike, and `compare`; MISMATCH where one is in another call."""
+    if not all_came(state, state[STEP], 2 * state[STEP], patience):
+        return WAITING
+    if not agree(state, code, count):
+        return MISMATCH
+    compare(state)
+    return DONE
+
+
+@njit(nogil=True)
 def end(state):
     """End a call, and note what it cost since all ranks had come, its filling included.
 
@@ -153,3 +172,15 @@ def end(state):
     if 0 < known < cost:
         cost = known + (min(cost, 2 * known) - known) // 8 + 1
     state[word] = max(1, cost)
+
+
+@njit(nogil=True)
+def ends(state, done, whole):
+    """Leave a step that did so much of the whole; say whether the call has come to its end."""
+    state[STEP] += 1
+    state[PHASE] = state[PEER] = 0
+    state[PLACE] += done
+    if state[PLACE] < whole:
+        return False
+    end(state)
+    return True
