@@ -154,6 +154,14 @@ class Call(dist.Work):
                 self._complete()
         return done
 
+    def has_failed(self) -> bool:
+        """Say of a call that has ended whether that was with an error; torch's own question warns that it goes."""
+        try:
+            self.inner.wait()
+        except RuntimeError:
+            return True
+        return False
+
     def is_success(self) -> bool:
         return self.inner.is_success()
 

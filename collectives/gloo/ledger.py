@@ -101,7 +101,7 @@ class Ledger:
         """Give the collectives that take long."""
         for call in self.under_way():
             ended = call.peer is None and call.inner is not None and call.is_completed()
-            if ended and call.is_success():  # of a failed one others are told until it is explained
+            if ended and not call.has_failed():  # of which others are told until it is explained
                 self.forget(call)
         now = time.monotonic()
         if self._lost_call is not None and now < self._lost_at + LINGER_S:
