@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
+from threads import appears
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
 NUMBERS = (*FLOATS, *INTEGERS)
@@ -291,9 +293,7 @@ def all_to_all_of_unequal_tensors(can: Abilities) -> None:
             assert len(work.get_future().wait()) == size()
         elif how == "drop":
             del work
-            until = time.monotonic() + 20
-            while any((part == 9).any() for part in found) and time.monotonic() < until:
-                time.sleep(1e-3)
+            appears(lambda found=found: not any((part == 9).any() for part in found), 20)
         for part, wanted in zip(found, expected, strict=True):
             same(part, wanted, how)
 

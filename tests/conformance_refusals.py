@@ -154,25 +154,30 @@ def complex_parts(can: Abilities) -> None:
 def refused_on_one_rank_only(can: Abilities) -> None:
     """It has taken no part: the others wait until it comes again, with what can be sent, and nobody is out of step."""
     n, late = size(), 1
-    own, whole = torch.full((2,), float(rank())), torch.arange(2.0 * n) + rank()
+    own, every = torch.full((2,), float(rank())), torch.arange(2.0 * n) + rank()
     total = torch.full((2,), n * (n - 1) / 2)
     everyone = torch.arange(float(n)).repeat_interleave(2)
     share = (torch.arange(2.0) + 2 * rank()) * n + total
     column = (torch.arange(2.0) + 2 * rank()).repeat(n) + everyone
-    for call, brought, wanted in (
-        (summed, own, total),
-        (sent_from(late), own, torch.full((2,), float(late))),
-        (gathered, own, everyone),
-        (gathered_whole, own, everyone),
-        (scattered, whole, share),
-        (scattered_whole, whole, share),
-        (exchanged, whole, column),
-        (exchanged_whole, whole, column),
-    ):
+    calls = {
+        "all_reduce": (summed, own, total),
+        "broadcast": (sent_from(late), own, torch.full((2,), float(late))),
+        "all_gather": (in_parts(dist.all_gather), own, everyone),
+        "all_gather, whole": (whole(2 * n, dist.all_gather_into_tensor), own, everyone),
+        "reduce_scatter": (
+            whole(2, lambda out, x: dist.reduce_scatter(out, chunks(x))), every, share
+        ),
+        "reduce_scatter, whole": (whole(2, dist.reduce_scatter_tensor), every, share),
+        "all_to_all": (
+            in_parts(lambda parts, x: dist.all_to_all(parts, chunks(x))), every, column
+        ),
+        "all_to_all, whole": (whole(2 * n, dist.all_to_all_single), every, column),
+    }  # fmt: skip
+    for name, (call, brought, wanted) in calls.items():
         if rank() == late:
             with pytest.raises(ValueError, match="resolve_neg"):
                 call(torch._neg_view(brought.clone()))
-        assert torch.equal(call(brought.clone()), wanted), call.__name__
+        assert torch.equal(call(brought.clone()), wanted), name
     goes_on()
 
 
@@ -189,40 +194,30 @@ def sent_from(root: int) -> Callable[[Tensor], Tensor]:
     return broadcast
 
 
-def gathered(x: Tensor) -> Tensor:
-    parts = [torch.zeros(2) for _ in range(size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+def whole(length: int, call: Callable[[Tensor, Tensor], object]) -> Callable[[Tensor], Tensor]:
+    """What a call puts into a tensor."""
+
+    def run(x: Tensor) -> Tensor:
+        found = torch.zeros(length)
+        call(found, x)
+        return found
+
+    return run
 
 
-def gathered_whole(x: Tensor) -> Tensor:
-    found = torch.zeros(2 * size())
-    dist.all_gather_into_tensor(found, x)
-    return found
+def in_parts(call: Callable[[list[Tensor], Tensor], object]) -> Callable[[Tensor], Tensor]:
+    """What it puts into a tensor of two for each rank."""
+
+    def run(x: Tensor) -> Tensor:
+        parts = [torch.zeros(2) for _ in range(size())]
+        call(parts, x)
+        return torch.cat(parts)
+
+    return run
 
 
-def scattered(x: Tensor) -> Tensor:
-    found = torch.zeros(2)
-    dist.reduce_scatter(found, list(x.chunk(size())))
-    return found
-
-
-def scattered_whole(x: Tensor) -> Tensor:
-    found = torch.zeros(2)
-    dist.reduce_scatter_tensor(found, x)
-    return found
-
-
-def exchanged(x: Tensor) -> Tensor:
-    parts = [torch.zeros(2) for _ in range(size())]
-    dist.all_to_all(parts, list(x.chunk(size())))
-    return torch.cat(parts)
-
-
-def exchanged_whole(x: Tensor) -> Tensor:
-    found = torch.zeros(2 * size())
-    dist.all_to_all_single(found, x)
-    return found
+def chunks(x: Tensor) -> list[Tensor]:
+    return list(x.chunk(size()))
 
 
 def exchanges_in_place(can: Abilities) -> None:

@@ -1,4 +1,4 @@
-"""Threads of tests: the same work on several, none of which fails unseen; and one that interrupts a wait."""
+"""Threads of tests: the same work on several, none of which fails unseen; an interruption; what others do."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def run_threads(work: Callable[[int], None], count: int = 8, seconds: float = 12
         raise problems[0]
     if any(thread.is_alive() for thread in threads):
         raise TimeoutError(f"a thread did not end in {seconds} s")
+
+
+def appears(seen: Callable[[], bool], seconds: float = 60) -> bool:
+    """Wait for what comes by itself, a minute at most; say whether it came."""
+    until = time.monotonic() + seconds
+    while not (found := seen()) and time.monotonic() < until:
+        time.sleep(0.005)
+    return found
 
 
 def interrupt_wait(seconds: float, before: Callable[[], object] = lambda: None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 from operator import gt
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from plait.collectives import gloo, shm
+from threads import appears
 from world import current_rank, run_world
 
 ROUNDS = 20
@@ -49,11 +49,9 @@ def come_and_go(backend: str, folder: str) -> tuple[list[int], list[int]]:
         del pair
         dist.destroy_process_group()
         seen.append(held())
-    most = [max(kind) for kind in zip(*seen[1:6], strict=True)]
-    until = time.monotonic() + 20
-    while any(map(gt, last := held(), most)) and time.monotonic() < until:
-        time.sleep(0.1)  # threads are about to end
-    return most, list(last)
+    most = [seen[1][0], max(threads for _, threads, _ in seen[1:6]), seen[1][2]]
+    appears(lambda: not any(map(gt, held(), most)), 20)  # threads are about to end
+    return most, list(held())
 
 
 @pytest.mark.parametrize("backend", ["gloo", "shm"])

@@ -30,7 +30,7 @@ from plait.kvstore.tiers.choice import Meter
 from plait.kvstore.tiers.faults import FaultyDisk, FaultyFolder
 from plait.kvstore.tiers.form import BLOCK
 from plait.kvstore.tiers.wrappers import TierWrapper
-from threads import run_threads
+from threads import appears, run_threads
 
 SPEC = KVSpec(layers=2, kv_heads=1, head_dim=2, value_dim=1, page_tokens=4, dtype=torch.float64)
 PROMPT, OTHER = list(range(30)), list(range(100, 130))
@@ -580,10 +580,7 @@ def test_a_dropped_store_ends_when_its_own_thread_collects_it(thread, monkeypatc
         del store, seq
         assert gone() is not None, "it and its open sequence hold each other"
         gate.set()
-        end = time.monotonic() + 60
-        while set(threading.enumerate()) - before:
-            assert time.monotonic() < end, threading.enumerate()
-            time.sleep(0.01)
+        assert appears(lambda: not set(threading.enumerate()) - before), threading.enumerate()
     finally:
         gc.enable()
     assert gone() is None

@@ -32,6 +32,7 @@ from plait.collectives import CallMismatch, PeerLost, Trace
 from plait.collectives.mpi import progress, register
 from plait.collectives.world import World, init
 from plait.parallel import parallelize
+from threads import appears
 
 RANKS = 4
 pytestmark = [
@@ -328,14 +329,6 @@ def test_a_call_goes_on_after_an_interruption(
             dist.all_reduce(x)
         assert appears(lambda x=x: bool((x == 6).all()))  # rank 0's goes on aside
         dist.barrier()
-
-
-def appears(seen: Callable[[], bool]) -> bool:
-    """Wait for what comes by itself, a minute at most."""
-    until = time.monotonic() + 60
-    while not (found := seen()) and time.monotonic() < until:
-        time.sleep(0.01)
-    return found
 
 
 def test_a_group_is_closed_where_an_interruption_lost_its_place(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from plait.parallel import Plan, offload_activations, parallelize
 from plait.parallel.activations import OffloadedActivations
 from plait.parallel.activations.shelf import Counters
 from plait.parallel.explain import run
+from threads import appears
 from training import batch_of, coordinate, labelled, loss
 from world import run_calls, run_world
 
@@ -59,10 +59,7 @@ MORE: dict[int, list[Row]] = {
 
 def written(moved: OffloadedActivations) -> None:
     """Wait until everything that was saved is written."""
-    end = time.monotonic() + 60
-    while moved.counters.held_bytes:
-        assert time.monotonic() < end, "what was saved is not written"
-        time.sleep(0.001)
+    assert appears(lambda: not moved.counters.held_bytes), "what was saved is not written"
 
 
 def step(

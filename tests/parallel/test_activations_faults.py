@@ -20,6 +20,7 @@ from plait.kvstore.tiers import MemoryTier, Page, TierError, TierWrapper
 from plait.parallel import PlanError, offload_activations
 from plait.parallel.activations.offload import attached, layers_of
 from plait.parallel.activations.shelf import Keep, Shelf
+from threads import appears
 from world import RankError, run_world
 
 
@@ -52,17 +53,9 @@ class Blocks(nn.Module):
         return self.head(x).sum()
 
 
-def until(so: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
-    end = time.monotonic() + 60
-    while not so():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def settled(counters: Any) -> None:
     """Wait until everything is written."""
-    until(lambda: not counters.held_bytes)
+    assert appears(lambda: not counters.held_bytes)
 
 
 class Faulty(TierWrapper):
@@ -134,7 +127,7 @@ def test_what_a_tier_raises_is_raised_in_backward_too() -> None:
     shelf, edits = on(model, tier)
     loss = model(X)
     tier.go.set()
-    until(lambda: shelf._failure is not None)
+    assert appears(lambda: shelf._failure is not None)
     with pytest.raises(OSError, match="cable"):
         loss.backward()
     edits.undo()

@@ -16,6 +16,7 @@ from models import tiny, tokens
 from plait.collectives import Timeline
 from plait.collectives.trace import Event
 from plait.parallel.attention.exchange import Chunks
+from threads import appears
 from world import run_world
 
 
@@ -60,9 +61,7 @@ def timeline_of_a_step(folder: str, chunks: int) -> list[dict[str, Any]]:
     with plait.trace(model) as trace, patch.object(Chunks, "merge", told):
         model(tokens(4, 1), past_key_values=cache, use_cache=True)
     if chunks > 1 and dist.get_rank() == 0:  # another thread may note when an exchange ended
-        end = time.monotonic() + 60
-        while min(trace.events, key=is_sent).end < attended[0] and time.monotonic() < end:
-            time.sleep(0.01)
+        appears(lambda: min(trace.events, key=is_sent).end >= attended[0])
     path = Path(folder, f"{chunks}-{dist.get_rank()}.json")
     Timeline.gathered(trace, dist.group.WORLD).save(path)
     return json.loads(path.read_text())["traceEvents"]
